@@ -57,7 +57,8 @@ def activation_layer(act: Callable[[], nn.Module] | str) -> Callable[[], nn.Modu
     name = activation_name(act)
     if name is None:
         raise ValueError(
-            f"unknown activation {act!r}: use one of {', '.join(ACTIVATIONS)}, or pass a module class"
+            f"unknown activation {act!r}: use one of {', '.join(ACTIVATIONS)}, "
+            "or pass a module class"
         )
     return ACTIVATIONS[name]
 
@@ -106,7 +107,7 @@ class Arch:
         return (self.kernel_size - 1) // 2, self.kernel_size // 2
 
     def grid(self, img_size: int | tuple[int, int] = 224) -> tuple[int, int]:
-        """Patches (rows, columns) of an image of ``img_size`` pixels; trailing pixels are dropped."""
+        """Patches (rows, columns) of an image of ``img_size`` pixels; a rest is dropped."""
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         return height // self.patch_size, width // self.patch_size
 
@@ -158,8 +159,9 @@ class Arch:
 
     def __str__(self) -> str:
         return (
-            f"ConvMixer-{self.dim}/{self.depth} (kernel {self.kernel_size}, patch {self.patch_size}, "
-            f"{self.act or 'activation unknown'}, {self.in_chans} -> {self.num_classes})"
+            f"ConvMixer-{self.dim}/{self.depth} (kernel {self.kernel_size}, "
+            f"patch {self.patch_size}, {self.act or 'activation unknown'}, "
+            f"{self.in_chans} -> {self.num_classes})"
         )
 
 
@@ -267,8 +269,9 @@ def known_activation(arch: Arch) -> str | None:
     Classes and input channels may differ: fine-tuned checkpoints change those.
     """
     for v in _PUBLISHED:
-        if replace(
-            v.arch, num_classes=arch.num_classes, in_chans=arch.in_chans, act=arch.act
-        ) == arch:
+        if (
+            replace(v.arch, num_classes=arch.num_classes, in_chans=arch.in_chans, act=arch.act)
+            == arch
+        ):
             return v.arch.act
     return None

@@ -1,4 +1,4 @@
-"""What exactly must be computed? ConvMixer in plain PyTorch: the oracle of every test and benchmark.
+"""What exactly must be computed? ConvMixer in plain PyTorch, the oracle of every test.
 
 Nothing here is fused, packed or cached. Parameter names are timm's.
 """
@@ -23,7 +23,9 @@ class Residual(nn.Module):
         return self.fn(x) + x
 
 
-def reference_block(dim: int, kernel_size: int, act_layer: Callable[[], nn.Module]) -> nn.Sequential:
+def reference_block(
+    dim: int, kernel_size: int, act_layer: Callable[[], nn.Module]
+) -> nn.Sequential:
     """One block, (N, dim, H, W) -> (N, dim, H, W): spatial mixing, then channel mixing."""
     return nn.Sequential(
         Residual(

@@ -1,8 +1,8 @@
 """Is a result right? The numerics rule, and models whose numbers look trained.
 
 One tolerance for the whole project: against a float64 run of the plain model, our largest and
-our root-mean-square error are at most twice those of PyTorch in the same dtype, plus one unit of
-that dtype at the result's scale. Tests, benchmarks and self-checks all ask here.
+our root-mean-square error are at most twice those of PyTorch in the same dtype, plus two units
+of that dtype at the result's scale. Tests, benchmarks and self-checks all ask here.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 #: How many times PyTorch's own error ours may be.
 ERROR_RATIO = 2.0
+#: Rounding units of the dtype, at the result's scale, that are always allowed: PyTorch's own error
+#: on a handful of outputs can be zero by luck.
+FLOOR_UNITS = 2.0
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,10 @@ class ErrorReport:
 
     def __str__(self) -> str:
         return (
-            f"max error {self.max_error:.3e} (PyTorch {self.torch_max_error:.3e}, bar {self.max_bar:.3e}), "
-            f"rms error {self.rms_error:.3e} (PyTorch {self.torch_rms_error:.3e}, bar {self.rms_bar:.3e})"
+            f"max error {self.max_error:.3e} "
+            f"(PyTorch {self.torch_max_error:.3e}, bar {self.max_bar:.3e}), "
+            f"rms error {self.rms_error:.3e} "
+            f"(PyTorch {self.torch_rms_error:.3e}, bar {self.rms_bar:.3e})"
         )
 
 
@@ -64,7 +69,7 @@ def error_report(ours: Tensor, torch_same_dtype: Tensor, oracle: Tensor) -> Erro
     exact = oracle.detach().cpu()
     mine = ours.detach().cpu().double() - exact
     theirs = torch_same_dtype.detach().cpu().double() - exact
-    eps = torch.finfo(ours.dtype).eps
+    floor = FLOOR_UNITS * torch.finfo(ours.dtype).eps
     rms = lambda t: t.square().mean().sqrt().item()  # noqa: E731
     torch_max, torch_rms = theirs.abs().max().item(), rms(theirs)
     return ErrorReport(
@@ -72,8 +77,8 @@ def error_report(ours: Tensor, torch_same_dtype: Tensor, oracle: Tensor) -> Erro
         rms_error=rms(mine),
         torch_max_error=torch_max,
         torch_rms_error=torch_rms,
-        max_bar=ERROR_RATIO * torch_max + eps * exact.abs().max().item(),
-        rms_bar=ERROR_RATIO * torch_rms + eps * rms(exact),
+        max_bar=ERROR_RATIO * torch_max + floor * exact.abs().max().item(),
+        rms_bar=ERROR_RATIO * torch_rms + floor * rms(exact),
     )
 
 

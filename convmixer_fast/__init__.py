@@ -1,0 +1,42 @@
+"""ConvMixer as fast as the hardware allows, in place of anybody's ConvMixer."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from .arch import ACTIVATIONS, VARIANTS, Arch
+from .blocks import DepthwiseMix, MixerBlock, PointwiseMix, refresh
+from .checkpoint import CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint
+from .explain import explain
+from .model import ConvMixer, create_model, list_models
+from .ops import BackendError, available_backends, use_backend
+from .optimize import optimization_report, optimize, restore, to_reference
+
+try:
+    __version__ = version("convmixer_fast")
+except PackageNotFoundError:  # run from a checkout that was never installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "ACTIVATIONS",
+    "VARIANTS",
+    "Arch",
+    "BackendError",
+    "CheckpointError",
+    "ConvMixer",
+    "DepthwiseMix",
+    "MixerBlock",
+    "PointwiseMix",
+    "__version__",
+    "available_backends",
+    "create_model",
+    "explain",
+    "list_models",
+    "load_checkpoint",
+    "optimization_report",
+    "optimize",
+    "read_checkpoint",
+    "refresh",
+    "restore",
+    "save_checkpoint",
+    "to_reference",
+    "use_backend",
+]

@@ -1,0 +1,265 @@
+"""Is the compiled CPU engine here, and how is it called with tensors?
+
+The extension is looked for once, at first use, and every reason for its absence is kept.
+``CONVMIXER_FAST_DISABLE_NATIVE=1`` leaves it alone; ``CONVMIXER_FAST_ISA`` (baseline, avx2,
+avx512) makes it use a lower instruction set than the machine's best.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from ctypes import string_at
+from functools import cache
+from hashlib import blake2b
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .arch import ACTIVATIONS
+
+_PLANAR, _CHANNELS_LAST = 0, 1
+
+
+def build_info() -> dict[str, Any]:
+    """What the build of the extension left on record; empty when nothing was ever built.
+
+    Keys: version, built, reason (why not, else ""), python, platform, and where it was built
+    compiler, flags, isas (name -> lanes, flags) and omitted (name -> why).
+    """
+    try:
+        info = json.loads(Path(__file__).with_name("_build_info.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return info if isinstance(info, dict) else {}
+
+
+@cache
+def _find() -> tuple[ModuleType | None, str]:
+    """The module, and why there is none: one of the two is empty."""
+    if os.environ.get("CONVMIXER_FAST_DISABLE_NATIVE") == "1":
+        return None, "switched off by CONVMIXER_FAST_DISABLE_NATIVE=1"
+    try:
+        module = import_module("convmixer_fast._cpu")
+        module.isa()  # a CONVMIXER_FAST_ISA that cannot be used is told here, not at the first op
+    except (ImportError, ValueError) as error:
+        causes = [f"convmixer_fast._cpu: {error}"]
+        info = build_info()
+        if info.get("reason"):
+            causes.insert(0, f"the CPU extension was not built: {info['reason']}")
+        elif not info:
+            causes.append("the package was never built here: pip install .")
+        return None, "; ".join(" ".join(cause.split()) for cause in causes)
+    return module, ""
+
+
+def load() -> ModuleType | None:
+    """The extension module ``convmixer_fast._cpu``, or None; `why_unavailable` says why."""
+    return _find()[0]
+
+
+def why_unavailable() -> str:
+    """Every known reason why `load` gives None, in one line; "" when the engine is there."""
+    return _find()[1]
+
+
+def _engine() -> ModuleType:
+    module, why = _find()
+    if module is None:
+        raise RuntimeError(f"the CPU engine is not available: {why}")
+    return module
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...] | None = None) -> None:
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{name} must be a CPU tensor, got one on {tensor.device}")
+    if tensor.dtype != torch.float32:
+        raise TypeError(f"{name} must be float32, got {tensor.dtype}")
+    if shape is not None and tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+
+
+def depthwise_mix(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, act: str
+) -> Tensor:
+    """``x + scale * act(depthwise_conv(x, weight) + bias) + shift`` by the compiled engine.
+
+    Zero padding "same": (k-1)//2 before and k//2 after. On ``torch.get_num_threads()`` threads.
+
+    Args:
+        x: (N, C, H, W), float32, on the CPU, any strides.
+        weight: (C, 1, k, k), any strides; neither ``weight`` packed as (C, k*k) nor, for a
+            channels-last ``x``, as (k*k, C) is copied again.
+        bias, scale, shift: (C,); ``bias`` may be None.
+        act: a name in `convmixer_fast.arch.ACTIVATIONS`.
+
+    Returns:
+        A new tensor of x's shape: channels-last where ``x`` is so and not contiguous as well,
+        else contiguous. No gradient flows through it.
+
+    Raises:
+        TypeError: a tensor is not float32.
+        ValueError: a shape, a device or ``act`` does not fit.
+        RuntimeError: the engine is not available.
+    """
+    engine = _engine()
+    if x.dim() != 4:
+        raise ValueError(f"x must have shape (N, C, H, W), got {tuple(x.shape)}")
+    n, c, h, w = x.shape
+    k = weight.shape[-1] if weight.dim() else 0
+    _check("x", x)
+    if k < 1:
+        raise ValueError(f"weight must have shape ({c}, 1, k, k), got {tuple(weight.shape)}")
+    _check("weight", weight, (c, 1, k, k))
+    for name, vector in (("bias", bias), ("scale", scale), ("shift", shift)):
+        if vector is not None:
+            _check(name, vector, (c,))
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
+
+    # A lazily negated view (the .imag of a conjugate) holds other numbers than it shows.
+    x = x.detach().resolve_neg()
+    packed = weight.detach().resolve_neg()
+    if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        layout, memory_format = _CHANNELS_LAST, torch.channels_last
+        packed = packed.reshape(c, k * k).t().contiguous()
+    else:
+        layout, memory_format = _PLANAR, torch.contiguous_format
+        packed = packed.contiguous()
+        if x.stride(3) != 1 and w != 1:
+            x = x.contiguous()
+    vectors = [
+        None if v is None else v.detach().resolve_neg().contiguous() for v in (bias, scale, shift)
+    ]
+    out = torch.empty(x.shape, dtype=torch.float32, memory_format=memory_format)
+    engine.depthwise_mix(
+        x.data_ptr(),
+        x.stride(),
+        out.data_ptr(),
+        out.stride(),
+        (n, c, h, w),
+        k,
+        packed.data_ptr(),
+        *(0 if v is None else v.data_ptr() for v in vectors),
+        _activation_numbers()[act],
+        layout,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def epilogue_(h: Tensor, scale: Tensor, shift: Tensor, act: str) -> Tensor:
+    """``scale * act(h) + shift`` by the compiled engine, in the place of ``h``.
+
+    One pass over memory for what follows a 1x1 convolution. On ``torch.get_num_threads()`` threads.
+
+    Args:
+        h: (N, C, H, W), float32, on the CPU, contiguous or channels-last; overwritten.
+        scale, shift: (C,).
+        act: a name in `convmixer_fast.arch.ACTIVATIONS`.
+
+    Returns:
+        ``h``. No gradient flows through it, and its version counter moves.
+
+    Raises:
+        TypeError: a tensor is not float32.
+        ValueError: a shape, a device, ``h``'s strides or ``act`` do not fit.
+        RuntimeError: the engine is not available.
+    """
+    engine = _engine()
+    if h.dim() != 4:
+        raise ValueError(f"h must have shape (N, C, H, W), got {tuple(h.shape)}")
+    n, c, height, width = h.shape
+    _check("h", h)
+    for name, vector in (("scale", scale), ("shift", shift)):
+        _check(name, vector, (c,))
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
+    if h.is_neg():
+        raise ValueError("h must not be a lazily negated view: pass h.resolve_neg()")
+    if h.is_contiguous():
+        layout = _PLANAR
+    elif h.is_contiguous(memory_format=torch.channels_last):
+        layout = _CHANNELS_LAST
+    else:
+        raise ValueError(f"h must be contiguous or channels-last, got strides {h.stride()}")
+    scale, shift = (v.detach().resolve_neg().contiguous() for v in (scale, shift))
+    engine.epilogue(
+        h.data_ptr(),
+        (n, c, height * width),
+        scale.data_ptr(),
+        shift.data_ptr(),
+        _activation_numbers()[act],
+        layout,
+        torch.get_num_threads(),
+    )
+    torch.autograd.graph.increment_version(h)
+    return h
+
+
+@cache
+def _activation_numbers() -> dict[str, int]:
+    return {name: number for number, name in enumerate(_engine().activations())}
+
+
+def fingerprint(pieces: Iterable[Tensor] | Iterable[tuple[int, int]]) -> int:
+    """A 64-bit number that changes when a dense write changes any of these stretches of memory.
+
+    It samples about 16 places of each, so that it costs next to nothing: a write to most of a
+    tensor is seen, one to a few elements may not be. The values count, their addresses do not.
+    Without the engine a slower hash of the same samples serves; its numbers are others.
+
+    Args:
+        pieces: CPU tensors, or (address, bytes) of memory that is readable during the call.
+
+    Raises:
+        ValueError: a tensor is not on the CPU.
+    """
+    spans: list[tuple[int, int]] = []
+    copies = []  # kept until they are read
+    for piece in pieces:
+        if not isinstance(piece, Tensor):
+            spans.append(piece)
+            continue
+        if piece.device.type != "cpu":
+            raise ValueError(f"fingerprint needs CPU tensors, got one on {piece.device}")
+        if not piece.is_contiguous() and not _is_dense(piece):
+            # Samples of the memory under a view with gaps would read what is not its own.
+            piece = piece.detach().contiguous()
+            copies.append(piece)
+        spans.append((piece.data_ptr(), piece.nbytes))
+    engine = load()
+    return int(engine.fingerprint(spans)) if engine is not None else _plain_fingerprint(spans)
+
+
+_SAMPLES, _SAMPLE_BYTES = 16, 8
+
+
+def _plain_fingerprint(spans: list[tuple[int, int]]) -> int:
+    digest = blake2b(digest_size=8)
+    for address, size in spans:
+        digest.update(size.to_bytes(8, "little"))
+        if size <= _SAMPLES * _SAMPLE_BYTES:
+            digest.update(string_at(address, size))
+            continue
+        last = size - _SAMPLE_BYTES
+        for i in range(_SAMPLES):
+            digest.update(string_at(address + last * i // (_SAMPLES - 1), _SAMPLE_BYTES))
+    return int.from_bytes(digest.digest(), "little")
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one stretch of memory, in whatever order."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True

@@ -1,0 +1,393 @@
+"""Which modules can stand in anybody's network? A ConvMixer block and its two halves, fused.
+
+Their children are the ordinary `nn.Conv2d`, activation and `nn.BatchNorm2d` under the names that
+the published models use, so state dicts, optimizers, hooks and surgery on children work as ever.
+Only the parent's forward is fused, and only where that computes the same thing: while BatchNorm
+gathers batch statistics, while a child carries hooks or is not the plain module, the children run
+one by one.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .arch import activation_layer, activation_name
+from .ops import backends
+from .ops.common import memory_format_of
+from .ops.depthwise import depthwise_mix
+from .ops.packing import Packed, PackedCache, batch_norm_affine, cacheable, sources_of
+from .ops.pointwise import pointwise_mix
+
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, drops samples with probability ``p`` and scales the rest.
+
+    Source: Huang et al., "Deep Networks with Stochastic Depth", 2016.
+    """
+
+    def __init__(self, p: float = 0.0) -> None:
+        super().__init__()
+        if not 0.0 <= p < 1.0:
+            raise ValueError(f"drop_path must be in [0, 1), got {p}")
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0.0:
+            return x
+        keep = 1.0 - self.p
+        mask = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(keep)
+        return x * mask.div_(keep)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+def is_depthwise(conv: nn.Module) -> bool:
+    """Whether ``conv`` is what `depthwise_mix` takes: depthwise, square, stride 1, "same"."""
+    if type(conv) is not nn.Conv2d:
+        return False
+    k = conv.kernel_size[0]
+    padded = conv.padding == "same" or (k % 2 == 1 and conv.padding == (k // 2, k // 2))
+    if k == 1:
+        padded = padded or conv.padding == "valid"
+    return (
+        padded
+        and conv.kernel_size == (k, k)
+        and k <= 31
+        and conv.groups == conv.in_channels == conv.out_channels
+        and conv.stride == (1, 1)
+        and conv.dilation == (1, 1)
+        and (conv.padding_mode == "zeros" or k == 1)
+    )
+
+
+def is_pointwise(conv: nn.Module) -> bool:
+    """Whether ``conv`` is the 1x1 convolution of `pointwise_mix`: dense, stride 1, no padding."""
+    return (
+        type(conv) is nn.Conv2d
+        and conv.kernel_size == (1, 1)
+        and conv.groups == 1
+        and conv.stride == (1, 1)
+        and conv.padding in ((0, 0), "same", "valid")
+    )
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether a call of ``module`` runs more than its class's forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        # Offloading and adapter libraries set a forward on the object instead of a hook.
+        or "forward" in module.__dict__
+    )
+
+
+def _why_composed(conv: Any, act: nn.Module, bn: Any, x: Tensor) -> str:
+    """Why these three children must run one by one on ``x``; ``""`` when fusing is the same."""
+    if isinstance(x, torch.fx.Proxy):
+        return "torch.fx sees plain modules"
+    if type(bn) not in _NORMS:
+        return f"the norm is a {type(bn).__name__}, not a BatchNorm2d"
+    if bn.training or bn.running_mean is None or bn.running_var is None:
+        return "BatchNorm gathers batch statistics"
+    if activation_name(act) is None:
+        return f"no fused form of the activation {act}"
+    if _hooked(conv) or _hooked(act) or _hooked(bn):
+        return "a child module has hooks"
+    if x.dim() != 4:
+        return f"the input has {x.dim()} dimensions"
+    if x.shape[1] != conv.in_channels:
+        return f"the input has {x.shape[1]} channels, the convolution takes {conv.in_channels}"
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        if x.dtype != torch.get_autocast_dtype(device):
+            return "autocast changes the input's dtype"
+    elif x.dtype != conv.weight.dtype:
+        return f"the input is {x.dtype}, the weights {conv.weight.dtype}"
+    if not x.is_floating_point():
+        return f"the input is {x.dtype}"
+    if x.device != conv.weight.device:
+        return f"the input is on {x.device}, the weights on {conv.weight.device}"
+    if x.device.type != "cpu" and torch.compiler.is_compiling():
+        # The operator is opaque to the compiler; where no kernel of ours stands behind it, the
+        # plain operators are the faster graph.
+        return "no fused kernel for this device: the compiler gets plain operators"
+    if not torch.compiler.is_compiling() and (
+        torch._C._get_tracing_state() is not None
+        or torch._C._functorch.maybe_current_level() is not None
+    ):
+        return "torch.jit.trace and torch.func see plain operators"
+    return ""
+
+
+def _operands(cache: PackedCache, conv: Any, bn: Any, x: Tensor, depthwise: bool) -> Packed:
+    """The operator's arguments: cached copies for inference, differentiable ones otherwise."""
+    sources = sources_of(conv, bn)
+    inference = not (torch.is_grad_enabled() and any(t.requires_grad for t in sources))
+    if inference and not torch.compiler.is_compiling() and cacheable(sources):
+        # Only the channels-last kernel wants another order than the parameter's own.
+        repack = depthwise and memory_format_of(x) == torch.channels_last
+
+        def pack() -> Packed:
+            weight = conv.weight.detach().to(x.dtype)
+            if repack:
+                weight = weight.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
+            bias = None if conv.bias is None else conv.bias.detach().to(x.dtype)
+            return Packed(weight, bias, *batch_norm_affine(bn, x.dtype))
+
+        return cache.get((repack, x.dtype, bn.eps), sources, pack)
+    bias = None if conv.bias is None else conv.bias.to(x.dtype)
+    return Packed(conv.weight.to(x.dtype), bias, *batch_norm_affine(bn, x.dtype))
+
+
+class _Fused(nn.Module):
+    """What the fused modules share: a cache that no copy or pickle carries, and a report."""
+
+    _packed: PackedCache
+
+    def _decide(self, op: str, why_composed: str, x: Tensor) -> bool:
+        """Whether to call the fused operator, reporting the choice to `backends.recording`."""
+        if why_composed:
+            choice = backends.Choice("reference", why_composed)
+        elif torch.compiler.is_compiling():
+            return True
+        else:
+            choice = backends.choose(op, x.device, x.dtype)
+        if not torch.compiler.is_compiling() and backends.is_recording():
+            backends.record(self, op, choice)
+        return choice.backend != "reference"
+
+
+class _FusedSequential(_Fused, nn.Sequential):
+    """A fused module that is a Sequential of the parts it fuses."""
+
+    def __getitem__(self, index: int | slice) -> Any:
+        # A slice is no longer the fused whole: it is the plain Sequential of those children.
+        if isinstance(index, slice):
+            return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
+        return super().__getitem__(index)
+
+
+class DepthwiseMix(_Fused):
+    """``x + BN(act(depthwise_kxk(x) + b))``: the spatial half of a block.
+
+    (N, dim, H, W) -> (N, dim, H, W), channels-last if the input is. Children: ``fn`` =
+    Sequential(Conv2d, activation, BatchNorm2d), so keys are ``fn.0.*`` and ``fn.2.*`` as in timm.
+
+    Args:
+        dim: channels.
+        kernel_size: k, odd or even.
+        act_layer: a class or factory of activation modules, or a name in `arch.ACTIVATIONS`.
+        drop_path: probability of dropping a sample's branch in training.
+        device, dtype: as for `nn.Conv2d`.
+
+    Source: Trockman and Kolter 2022, section 2.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        kernel_size: int,
+        act_layer: Callable[[], nn.Module] | str = nn.GELU,
+        drop_path: float = 0.0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        act_layer = activation_layer(act_layer)
+        self.fn = nn.Sequential(
+            nn.Conv2d(
+                dim, dim, kernel_size, groups=dim, padding="same", device=device, dtype=dtype
+            ),
+            act_layer(),
+            nn.BatchNorm2d(dim, device=device, dtype=dtype),
+        )
+        self.drop_path: nn.Module | None = DropPath(drop_path) if drop_path else None
+        self._branch = "fn"
+        self._packed = PackedCache()
+
+    @classmethod
+    def from_parts(cls, fn: nn.Sequential, name: str = "fn") -> DepthwiseMix:
+        """Around an existing ``fn`` = Sequential(conv, act, bn), kept as the child ``name``.
+
+        Raises:
+            ValueError: the convolution is not a "same" depthwise one.
+        """
+        if len(fn) != 3 or not is_depthwise(fn[0]):
+            raise ValueError(f'expected Sequential("same" depthwise Conv2d, act, norm), got {fn}')
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self.add_module(name, fn)
+        # Not a child: the module must not gain one that the wrapped module did not have.
+        self.drop_path = None
+        self._branch = name
+        self._packed = PackedCache()
+        # Only here: children may be frozen in eval mode.
+        self.training = fn.training
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        fn: Any = getattr(self, self._branch)
+        why = self._why_composed(fn, x)
+        if not self._decide("depthwise_mix", why, x):
+            branch = fn(x)
+            return (branch if self.drop_path is None else self.drop_path(branch)) + x
+        conv, act, bn = fn
+        weight, bias, scale, shift = _operands(self._packed, conv, bn, x, depthwise=True)
+        return depthwise_mix(x, weight, bias, scale, shift, activation_name(act))
+
+    def _why_composed(self, fn: nn.Module, x: Tensor) -> str:
+        if type(fn) is not nn.Sequential or len(fn) != 3:
+            return "the branch is no longer Sequential(conv, act, norm)"
+        if not is_depthwise(fn[0]):
+            return 'the convolution is not a plain "same" depthwise one'
+        if _hooked(fn) or (self.drop_path is not None and _hooked(self.drop_path)):
+            return "a child module has hooks"
+        if self.training and self.drop_path is not None:
+            return "drop_path drops samples"
+        conv, act, bn = fn
+        return _why_composed(conv, act, bn, x)
+
+
+class PointwiseMix(_FusedSequential):
+    """``BN(act(W x + b))``: the channel half of a block.
+
+    (N, in_dim, H, W) -> (N, out_dim, H, W), channels-last if the input is. Children: ``0`` Conv2d
+    (1x1), ``1`` activation, ``2`` BatchNorm2d.
+
+    Args:
+        in_dim, out_dim: channels; ``out_dim`` defaults to ``in_dim``.
+        act_layer: a class or factory of activation modules, or a name in `arch.ACTIVATIONS`.
+        device, dtype: as for `nn.Conv2d`.
+
+    Source: Trockman and Kolter 2022, section 2.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int | None = None,
+        act_layer: Callable[[], nn.Module] | str = nn.GELU,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        out_dim = in_dim if out_dim is None else out_dim
+        super().__init__(
+            nn.Conv2d(in_dim, out_dim, 1, device=device, dtype=dtype),
+            activation_layer(act_layer)(),
+            nn.BatchNorm2d(out_dim, device=device, dtype=dtype),
+        )
+        self._packed = PackedCache()
+
+    @classmethod
+    def from_parts(cls, conv: nn.Conv2d, act: nn.Module, bn: nn.Module) -> PointwiseMix:
+        """Around existing modules, the same objects.
+
+        Raises:
+            ValueError: the convolution is not a dense 1x1 one.
+        """
+        if not is_pointwise(conv):
+            raise ValueError(f"expected a dense 1x1 Conv2d of stride 1, got {conv}")
+        self = cls.__new__(cls)
+        nn.Sequential.__init__(self, conv, act, bn)
+        self._packed = PackedCache()
+        self.training = bn.training
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(self) != 3:
+            return super().forward(x)
+        conv, act, bn = self
+        return _pointwise(self, self._packed, conv, act, bn, x)
+
+
+class MixerBlock(_FusedSequential):
+    """One ConvMixer block: `DepthwiseMix`, then the channel half.
+
+    (N, dim, H, W) -> (N, dim, H, W), channels-last if the input is. Children as in timm: ``0``
+    `DepthwiseMix`, ``1`` Conv2d (1x1), ``2`` activation, ``3`` BatchNorm2d.
+
+    Args:
+        dim: channels.
+        kernel_size: k of the depthwise convolution, odd or even.
+        act_layer: a class or factory of activation modules, or a name in `arch.ACTIVATIONS`.
+        drop_path: probability of dropping a sample's residual branch in training.
+        device, dtype: as for `nn.Conv2d`.
+
+    Source: Trockman and Kolter 2022, section 2.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        kernel_size: int,
+        act_layer: Callable[[], nn.Module] | str = nn.GELU,
+        drop_path: float = 0.0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        act_layer = activation_layer(act_layer)
+        super().__init__(
+            DepthwiseMix(dim, kernel_size, act_layer, drop_path, device=device, dtype=dtype),
+            nn.Conv2d(dim, dim, 1, device=device, dtype=dtype),
+            act_layer(),
+            nn.BatchNorm2d(dim, device=device, dtype=dtype),
+        )
+        self._packed = PackedCache()
+
+    @classmethod
+    def from_parts(
+        cls, spatial: DepthwiseMix, conv: nn.Conv2d, act: nn.Module, bn: nn.Module
+    ) -> MixerBlock:
+        """Around existing modules, the same objects.
+
+        Raises:
+            ValueError: the convolution is not a dense 1x1 one.
+        """
+        if not is_pointwise(conv):
+            raise ValueError(f"expected a dense 1x1 Conv2d of stride 1, got {conv}")
+        self = cls.__new__(cls)
+        nn.Sequential.__init__(self, spatial, conv, act, bn)
+        self._packed = PackedCache()
+        self.training = bn.training
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(self) != 4:
+            return super().forward(x)
+        spatial, conv, act, bn = self
+        return _pointwise(self, self._packed, conv, act, bn, spatial(x))
+
+
+def _pointwise(
+    owner: _Fused, cache: PackedCache, conv: nn.Module, act: nn.Module, bn: nn.Module, x: Tensor
+) -> Tensor:
+    why = (
+        _why_composed(conv, act, bn, x)
+        if is_pointwise(conv)
+        else "the convolution is not a plain dense 1x1 one"
+    )
+    if not owner._decide("pointwise_mix", why, x):
+        return bn(act(conv(x)))
+    weight, bias, scale, shift = _operands(cache, conv, bn, x, depthwise=False)
+    return pointwise_mix(x, weight, bias, scale, shift, activation_name(act))
+
+
+def refresh(model: nn.Module) -> None:
+    """Drop every packed copy of parameters in ``model``: the next forward makes them anew.
+
+    Needed only after writes that torch cannot see and that leave most of a tensor as it was, such
+    as one element set through ``.data``; all others are noticed.
+    """
+    for module in model.modules():
+        if isinstance(module, _Fused):
+            module._packed.clear()

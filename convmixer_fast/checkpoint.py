@@ -1,0 +1,865 @@
+"""How do the weights of anybody's ConvMixer file become ours, and ours theirs?
+
+Four ways of naming the same tensors are in use. ``i`` counts the blocks from 0, ``d`` is the depth:
+
+=================  =================  =====================  =======================  =============
+part               timm               locuslab (Sequential)  mmpretrain               tweet
+=================  =================  =====================  =======================  =============
+stem conv, norm    stem.0, 2          0, 2                   backbone.stem.0, 2       0.0, 0.2
+depthwise, norm    blocks.i.0.fn.0,2  3+i.0.fn.0, 2          backbone.stages.i.0.fn…  1+i.0.0.0, 2
+pointwise, norm    blocks.i.1, 3      3+i.1, 3               backbone.stages.i.1, 3   1+i.1.0, 2
+classifier         head               d+5                    head.fc                  d+3
+=================  =================  =====================  =======================  =============
+
+Files of one name exist under different names of keys (two releases of the original repository do
+that), so only the keys are asked, never the file's name. Dim, depth, kernel, patch, channels and
+classes follow from the shapes. The activation does not: it comes from the published variant, from
+the metadata that `save_checkpoint` writes into safetensors files, or from the user.
+
+Nothing in a file is ever executed: pickles go through PyTorch's weights-only loader.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import pickle
+import re
+import secrets
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .arch import ACTIVATIONS, Arch, activation_layer, activation_name, known_activation
+
+#: The key formats, ours (timm's) first.
+FORMATS = ("timm", "locuslab", "mmpretrain", "tweet")
+
+#: Where a checkpoint may come from: a file, or the object that such a file holds.
+Source: TypeAlias = str | os.PathLike[str] | Mapping[str, Any]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, loaded or written; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The weights of a ConvMixer under timm's key names, and what their shapes say.
+
+    Attributes:
+        state_dict: every tensor of the network, in the network's order, as it was stored.
+        arch: read from the shapes; ``num_classes`` is 0 without a classifier and ``act`` is None
+            where nothing tells the activation.
+        format: the key format it was read from, one of `FORMATS`.
+        source: where it came from, for messages.
+    """
+
+    state_dict: dict[str, Tensor]
+    arch: Arch
+    format: str
+    source: str
+
+
+class LoadResult(NamedTuple):
+    """What `load_checkpoint` left alone, and the key format of the checkpoint.
+
+    ``missing_keys`` are the model's own names, the other two are named as in the checkpoint
+    (timm's names where they have one). ``skipped`` is the classifier, when the model has none or
+    one of another shape.
+    """
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+    skipped: list[str]
+    format: str
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Names of the modules in one format; ``{}`` is the number of a block or of the head."""
+
+    stem: tuple[str, str]
+    block: str
+    mixing: tuple[str, str, str, str]
+    head: str
+    first_block: int = 0
+
+    def modules(self, depth: int) -> list[str]:
+        """Every module that holds tensors, in the network's order; the classifier is the last."""
+        numbers = range(self.first_block, self.first_block + depth)
+        blocks = [f"{self.block.format(n)}.{part}" for n in numbers for part in self.mixing]
+        # After the blocks come the pool and the flattening, then the classifier.
+        return [*self.stem, *blocks, self.head.format(self.first_block + depth + 2)]
+
+    def pattern(self, template: str, parts: Iterable[str] = ()) -> str:
+        # Six digits are enough for any network and keep a hostile number from becoming a long loop.
+        number = re.escape(template).replace(r"\{\}", "([0-9]{1,6})")
+        choice = "|".join(map(re.escape, parts))
+        return number + (rf"\.(?:{choice})" if choice else "") + r"\.[a-z_]+"
+
+
+_LAYOUTS: Mapping[str, _Layout] = MappingProxyType(
+    {
+        "timm": _Layout(("stem.0", "stem.2"), "blocks.{}", ("0.fn.0", "0.fn.2", "1", "3"), "head"),
+        "locuslab": _Layout(("0", "2"), "{}", ("0.fn.0", "0.fn.2", "1", "3"), "{}", first_block=3),
+        "mmpretrain": _Layout(
+            ("backbone.stem.0", "backbone.stem.2"),
+            "backbone.stages.{}",
+            ("0.fn.0", "0.fn.2", "1", "3"),
+            "head.fc",
+        ),
+        "tweet": _Layout(
+            ("0.0", "0.2"), "{}", ("0.0.0", "0.0.2", "1.0", "1.2"), "{}", first_block=1
+        ),
+    }
+)
+_BLOCK_KEY = {f: re.compile(one.pattern(one.block, one.mixing)) for f, one in _LAYOUTS.items()}
+_ANY_KEY = {
+    f: re.compile(
+        "|".join(
+            [*map(one.pattern, one.stem), one.pattern(one.block, one.mixing), one.pattern(one.head)]
+        )
+    )
+    for f, one in _LAYOUTS.items()
+}
+
+_CONV = ("weight", "bias")
+_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+_EMA_WRAPPERS = ("state_dict_ema", "model_ema", "ema_state_dict")
+_WRAPPERS = ("state_dict", "model")
+#: Parts of a key that a wrapping module adds: DDP, DataParallel and averaged models; torch.compile;
+#: activation checkpointing; FSDP; Lightning and feature extractors. No format has a part so named.
+_WRAPPER_PARTS = frozenset(
+    {"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "model"}
+)
+#: Counters that averaged models (torch.optim.swa_utils, mmengine) keep beside the weights.
+_EMA_COUNTERS = frozenset({"n_averaged", "steps"})
+_PADDLE_LEAVES = {"_mean": "running_mean", "_variance": "running_var"}
+
+_META_FORMAT = "convmixer_fast.format"
+_META_ACT = "convmixer_fast.act"
+
+
+def detect_format(keys: Iterable[str]) -> str:
+    """The format, one of `FORMATS`, in which most of the keys are names; wrappers do not matter.
+
+    Raises:
+        CheckpointError: no key is a ConvMixer's in any format.
+    """
+    keys = list(keys)
+    found = _best_format([_bare(key) for key in keys])
+    if found is None:
+        raise CheckpointError(_not_a_convmixer("the state dict", keys))
+    return found
+
+
+def read_checkpoint(source: Source, *, use_ema: bool = True) -> Checkpoint:
+    """Read a whole ConvMixer from a file or from a state dict, whatever its names and wrappers.
+
+    Files are judged by their content: safetensors, PyTorch's zip files and its old pickles. Inside,
+    the weights may stand under ``state_dict_ema``, ``model_ema``, ``ema_state_dict``,
+    ``state_dict`` or ``model``, nested too, or bare. Tensors keep their dtype and, where possible,
+    their memory; they are on the CPU when they come from a file. Where no ``num_batches_tracked``
+    is stored at all, zeros are filled in, as PyTorch does. PaddleViT's names and its transposed
+    classifier are understood in mappings, of numpy arrays too.
+
+    Args:
+        source: a path, or what such a file holds: names to tensors, in any wrapper.
+        use_ema: take the averaged weights where there are any.
+
+    Raises:
+        CheckpointError: not a checkpoint, damaged, unsafe, not a ConvMixer, keys missing or left
+            over, shapes that contradict each other.
+    """
+    parsed = _parse(source, use_ema)
+    arch = _check_whole(parsed)
+    _warn_if_not_finite(parsed)
+    return Checkpoint(parsed.tensors, arch, parsed.format, parsed.source)
+
+
+def convert_state_dict(
+    state_dict: Mapping[str, Any], to: str, depth: int | None = None
+) -> dict[str, Any]:
+    """Rename the keys of a state dict in timm's names; the values are the same objects.
+
+    Without a classifier the mmpretrain names are those of the backbone alone.
+
+    Args:
+        state_dict: tensors, or anything else, under timm's names.
+        to: one of `FORMATS`.
+        depth: blocks of the network; counted from the keys when not given. Needed where the keys
+            are a part of the network only, for the classifier's name depends on it.
+
+    Raises:
+        CheckpointError: an unknown format, or keys that are not timm's at that depth.
+    """
+    if to not in FORMATS:
+        raise CheckpointError(f"unknown format {to!r}: use one of {', '.join(FORMATS)}")
+    if depth is None:
+        numbers = {int(m[1]) for key in state_dict if (m := _BLOCK_KEY["timm"].fullmatch(key))}
+        depth = max(numbers, default=-1) + 1
+        _refuse_gap(numbers, 0, "the state dict")
+    names = {ours: theirs for theirs, ours in _key_table(to, depth).items()}
+    strange = [key for key in state_dict if key not in names]
+    if strange:
+        raise CheckpointError(
+            f"the state dict holds {_few(strange)}, no key of a ConvMixer of depth {depth} under "
+            "timm's names: pass it through read_checkpoint first"
+        )
+    if to == "mmpretrain" and not any(key.startswith("head.") for key in state_dict):
+        names = {ours: theirs.removeprefix("backbone.") for ours, theirs in names.items()}
+    return {names[key]: value for key, value in state_dict.items()}
+
+
+def load_checkpoint(
+    model: nn.Module, source: Source | Checkpoint, *, strict: bool = True, use_ema: bool = True
+) -> LoadResult:
+    """Load a checkpoint of any format into a ConvMixer whose keys are in any format.
+
+    The model may be ours, timm's, mmpretrain's backbone or classifier, a Sequential of locuslab's,
+    optimised or not, wrapped in DDP, DataParallel or torch.compile. Every key and shape is checked
+    before the first tensor is written: on an error the model is as it was. A model without a
+    classifier takes a checkpoint that has one. Values are copied bit for bit where the dtypes agree
+    and cast as ``load_state_dict`` does where they do not.
+
+    Args:
+        model: the model to fill, on any device but "meta".
+        source: see `read_checkpoint`, or what it returned.
+        strict: when False, missing and surplus keys and a classifier of another shape are left out
+            and reported; other shapes that differ are an error still.
+        use_ema: take the averaged weights where there are any.
+
+    Warns:
+        UserWarning: the model's activation is not the one the weights were trained with, or the
+            weights hold NaN or infinity.
+
+    Raises:
+        CheckpointError: see `read_checkpoint`; or the checkpoint does not fit the model.
+    """
+    parsed = _parsed_again(source) if isinstance(source, Checkpoint) else _parse(source, use_ema)
+    if strict:
+        parsed = replace(parsed, act=_check_whole(parsed).act)
+    elif parsed.act is None and not parsed.act_is_settled:
+        with contextlib.suppress(CheckpointError):
+            parsed = replace(parsed, act=known_activation(_read_arch(parsed.tensors, parsed.depth)))
+
+    target = model.state_dict()
+    names = _identify(target, "the model")
+    model_names = {ours: own for own, ours in names.known.items()}
+    model_tensors = {ours: target[own] for ours, own in model_names.items()}
+    heads = [key for key in parsed.tensors if key.startswith("head.")]
+    model_heads = [key for key in model_tensors if key.startswith("head.")]
+
+    misfits = [
+        key
+        for key, tensor in parsed.tensors.items()
+        if key in model_tensors and tensor.shape != model_tensors[key].shape
+    ]
+    skipped: list[str] = []
+    if not model_heads or (not strict and any(key in misfits for key in heads)):
+        skipped = heads
+    misfits = [key for key in misfits if key not in skipped]
+    missing = [own for ours, own in model_names.items() if ours not in parsed.tensors]
+    missing += names.unknown
+    unexpected = [k for k in parsed.tensors if k not in model_tensors and k not in skipped]
+    unexpected += parsed.surplus
+    if misfits or (strict and (missing or unexpected)):
+        raise CheckpointError(
+            _does_not_fit(parsed, model_tensors, names.depth, misfits, missing, unexpected)
+        )
+
+    wanted = [key for key in parsed.tensors if key in model_tensors and key not in skipped]
+    for key in wanted:
+        if model_tensors[key].is_meta:
+            raise CheckpointError(
+                f"the model has no memory for {model_names[key]} (device 'meta'): call "
+                "model.to_empty(device=...) before loading"
+            )
+    _refuse_meta(parsed.source, {key: parsed.tensors[key] for key in wanted})
+    _warn_if_not_finite(parsed)
+    found = _activations(model)
+    if parsed.act is not None and found and parsed.act not in found:
+        warnings.warn(
+            f"the weights of {parsed.source} were trained with {parsed.act}, but the model's "
+            f"activation is {' and '.join(sorted(found))}: results will be wrong; build the model "
+            f"with {parsed.act} (act_layer=nn.{ACTIVATIONS[parsed.act].__name__})",
+            UserWarning,
+            stacklevel=2,
+        )
+    model.load_state_dict({model_names[k]: parsed.tensors[k] for k in wanted}, strict=False)
+    return LoadResult(missing, unexpected, skipped, parsed.format)
+
+
+def save_checkpoint(
+    model: nn.Module | Checkpoint | Mapping[str, Any],
+    path: str | os.PathLike[str],
+    format: str = "timm",
+) -> None:
+    """Write the weights of a ConvMixer to a file, in any of the formats.
+
+    A name that ends in ``.safetensors`` makes a safetensors file, whose metadata carries the format
+    and the activation. Any other name makes a PyTorch file: the bare state dict, as timm and
+    locuslab publish them, or ``{"state_dict": ...}`` for mmpretrain. The file appears whole or not
+    at all, and a file that was there before is replaced only then.
+
+    Args:
+        model: a model that `load_checkpoint` takes, what `read_checkpoint` returned, or a state
+            dict in any format.
+        path: the file to write; its folder must exist.
+        format: one of `FORMATS`.
+
+    Raises:
+        CheckpointError: an unknown format, not a whole ConvMixer, or the file cannot be written.
+    """
+    if format not in FORMATS:
+        raise CheckpointError(f"unknown format {format!r}: use one of {', '.join(FORMATS)}")
+    if isinstance(model, Checkpoint):
+        checkpoint, act = model, model.arch.act
+    elif isinstance(model, nn.Module):
+        checkpoint = read_checkpoint(model.state_dict())
+        act = " and ".join(sorted(_activations(model)))
+    else:
+        checkpoint = read_checkpoint(model)
+        act = checkpoint.arch.act
+    _refuse_meta(checkpoint.source, checkpoint.state_dict)
+    # Copies, since tensors that share memory or are slices of larger ones would be refused by
+    # safetensors and stored with all their surroundings by PyTorch.
+    tensors = {
+        key: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for key, tensor in convert_state_dict(checkpoint.state_dict, format).items()
+    }
+    target = Path(os.path.realpath(path))
+    with _written_whole(target) as unfinished:
+        if target.suffix.lower() == ".safetensors":
+            # An activation without a name is written as "unknown": left out, a reader would take
+            # the published variant's for it.
+            metadata = {"format": "pt", _META_FORMAT: format, _META_ACT: act or "unknown"}
+            save_file(tensors, unfinished, metadata)
+        else:
+            torch.save({"state_dict": tensors} if format == "mmpretrain" else tensors, unfinished)
+
+
+def build_model_kwargs(
+    checkpoint: Checkpoint, act: str | Callable[[], nn.Module] | None = None
+) -> dict[str, Any]:
+    """The arguments of `ConvMixer` that make the model of a checkpoint.
+
+    Args:
+        checkpoint: what `read_checkpoint` returned.
+        act: the activation, by name or as a module class, where the checkpoint cannot tell it.
+
+    Warns:
+        UserWarning: ``act`` is not the activation the weights were trained with.
+
+    Raises:
+        CheckpointError: the activation is not known and not given, or is no known name.
+    """
+    arch = checkpoint.arch
+    if act is None and arch.act is None:
+        raise CheckpointError(
+            f"the activation of {checkpoint.source} cannot be read from its weights: pass "
+            f"act='gelu' (the paper's default) or another of {', '.join(ACTIVATIONS)}"
+        )
+    try:
+        act_layer = activation_layer(act if act is not None else arch.act or "")
+    except ValueError as e:
+        raise CheckpointError(str(e)) from None
+    if act is not None and arch.act is not None and activation_name(act_layer()) != arch.act:
+        given = act if isinstance(act, str) else getattr(act, "__name__", repr(act))
+        warnings.warn(
+            f"the weights of {checkpoint.source} were trained with {arch.act}, but act is {given}: "
+            f"results will be wrong; leave act out or pass act={arch.act!r}",
+            UserWarning,
+            stacklevel=2,
+        )
+    kwargs: dict[str, Any] = {
+        "dim": arch.dim,
+        "depth": arch.depth,
+        "kernel_size": arch.kernel_size,
+        "patch_size": arch.patch_size,
+        "in_chans": arch.in_chans,
+        "num_classes": arch.num_classes,
+        "act_layer": act_layer,
+    }
+    if arch.num_classes and checkpoint.state_dict["head.weight"].shape[1] == 2 * arch.dim:
+        kwargs["global_pool"] = "catavgmax"
+    return kwargs
+
+
+@dataclass(frozen=True)
+class _Parsed:
+    """A checkpoint sorted by timm's names, not yet checked for being whole."""
+
+    source: str
+    format: str
+    depth: int
+    tensors: dict[str, Tensor]
+    surplus: list[str]
+    act: str | None
+    #: The file itself speaks about its activation; None then means one that has no name.
+    act_is_settled: bool
+
+
+@dataclass(frozen=True)
+class _Names:
+    """Keys as they stand -> timm's names, and the keys that have none."""
+
+    format: str
+    depth: int
+    known: dict[str, str]
+    unknown: list[str]
+
+
+def _parse(source: Source, use_ema: bool) -> _Parsed:
+    held, metadata, label = _open(source)
+    entries = _unwrap(held, label, use_ema)
+    names = _identify(entries, label)
+    tensors = {}
+    for key, name in names.known.items():
+        value = entries[key]
+        if isinstance(value, np.ndarray):
+            value = torch.from_numpy(np.array(value))
+        if not isinstance(value, Tensor) or value.layout is not torch.strided:
+            kind = value.layout if isinstance(value, Tensor) else type(value).__name__
+            raise CheckpointError(f"{label}: {_few([key])} is a {kind}, not a dense tensor")
+        if not (value.is_floating_point() or name.endswith(".num_batches_tracked")):
+            raise CheckpointError(
+                f"{label}: {_few([key])} is {value.dtype}, not floating-point: convert it from the "
+                "checkpoint it was quantised from"
+            )
+        tensors[name] = value.detach()
+    if any(key.endswith(tuple(f".{leaf}" for leaf in _PADDLE_LEAVES)) for key in names.known):
+        head = tensors.get("head.weight")
+        if head is not None and head.ndim == 2:
+            tensors["head.weight"] = head.t().contiguous()
+    if not any(name.endswith(".num_batches_tracked") for name in tensors):
+        for name in [name for name in tensors if name.endswith(".running_mean")]:
+            counter = torch.zeros((), dtype=torch.int64, device=tensors[name].device)
+            tensors[name.replace("running_mean", "num_batches_tracked")] = counter
+    order = _key_table("timm", names.depth)
+    return _Parsed(
+        source=label,
+        format=names.format,
+        depth=names.depth,
+        tensors={name: tensors[name] for name in order if name in tensors},
+        surplus=names.unknown,
+        act=activation_name(metadata.get(_META_ACT)),
+        act_is_settled=_META_ACT in metadata,
+    )
+
+
+def _parsed_again(checkpoint: Checkpoint) -> _Parsed:
+    return _Parsed(
+        source=checkpoint.source,
+        format=checkpoint.format,
+        depth=checkpoint.arch.depth,
+        tensors=checkpoint.state_dict,
+        surplus=[],
+        act=checkpoint.arch.act,
+        act_is_settled=True,
+    )
+
+
+def _open(source: Source) -> tuple[Any, Mapping[str, str], str]:
+    """What a source holds, the metadata of its file, and its name for messages."""
+    if isinstance(source, Mapping):
+        return source, {}, "the state dict"
+    if not isinstance(source, str | os.PathLike):
+        kind = type(source).__name__
+        raise CheckpointError(f"cannot read a checkpoint from a {kind}: pass a path or a mapping")
+    label = " ".join(os.fspath(source).split())
+    try:
+        with open(source, "rb") as file:
+            head = file.read(64)
+    except FileNotFoundError:
+        raise CheckpointError(f"{label}: no such file, check the path") from None
+    except IsADirectoryError:
+        raise CheckpointError(f"{label} is a folder: name the checkpoint file in it") from None
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"{label} cannot be opened: {_one_line(e)}") from None
+    if not head:
+        raise CheckpointError(f"{label} is empty: download or copy it again")
+    # safetensors: the length of a JSON header in eight bytes, then the header.
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:
+        return *_open_safetensors(os.fspath(source), label), label
+    if head.startswith((b"PK\x03\x04", b"\x80")):
+        return _open_pickle(os.fspath(source), label), {}, label
+    if head.startswith(b"version https://git-lfs"):
+        what = "a Git LFS pointer instead of the weights: run 'git lfs pull'"
+    elif head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        what = "a web page instead of the weights: download the file itself"
+    else:
+        what = (
+            f"not a checkpoint (it begins with {head[:12]!r}): a safetensors file or one written "
+            "by torch.save is expected"
+        )
+    raise CheckpointError(f"{label} is {what}")
+
+
+def _open_safetensors(path: str, label: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, RuntimeError) as e:
+        raise CheckpointError(
+            f"{label} is a truncated or damaged safetensors file ({_one_line(e)[:200]}): "
+            "download or copy it again"
+        ) from None
+
+
+def _open_pickle(path: str, label: str) -> Any:
+    try:
+        # timm's training checkpoints carry the command line's arguments; a Namespace is plain data.
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            # Warnings about foreign files would come on top of the one line of the error.
+            warnings.simplefilter("ignore")
+            # An open file: by its path, torch.load would judge it by its extension.
+            with open(path, "rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as e:
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(e))
+        what = f"wants {wanted[1][:160]}" if wanted else "is damaged or holds pickled objects"
+        raise CheckpointError(
+            f"{label} {what}: PyTorch's weights-only loading takes plain weights alone, and more "
+            "could run code, so it is refused; if you trust where it comes from, load it in the "
+            "environment that made it and save its state_dict() with save_checkpoint or safetensors"
+        ) from None
+    # A damaged file can make the unpickler fail in any way at all.
+    except Exception as e:
+        if "TorchScript" in str(e):
+            raise CheckpointError(
+                f"{label} is a TorchScript program, not weights: load it with torch.jit.load and "
+                "save its state_dict()"
+            ) from None
+        reason = _one_line(e).split(". ")[0][:200] or type(e).__name__
+        raise CheckpointError(
+            f"{label} is truncated, damaged or not a PyTorch checkpoint ({reason}): download or "
+            "copy it again"
+        ) from None
+
+
+def _unwrap(held: Any, label: str, use_ema: bool) -> dict[str, Any]:
+    """The innermost mapping of names to tensors."""
+    seen: set[int] = set()
+    while isinstance(held, Mapping) and id(held) not in seen:
+        seen.add(id(held))
+        inside = {k: v for k, v in held.items() if isinstance(v, Mapping) and v}
+        ema = [name for name in _EMA_WRAPPERS if name in inside]
+        plain = [name for name in _WRAPPERS if name in inside]
+        chosen = next(iter((ema if use_ema else []) + plain), None)
+        if chosen is not None:
+            held = inside[chosen]
+            continue
+        if ema:
+            raise CheckpointError(
+                f"{label} holds averaged weights only ({ema[0]}): pass use_ema=True to take them"
+            )
+        if not any(isinstance(value, Tensor | np.ndarray) for value in held.values()):
+            break
+        strange = next((key for key in held if not isinstance(key, str)), None)
+        if strange is not None:
+            raise CheckpointError(f"{label}: the key {_few([repr(strange)])} is not a string")
+        return dict(held)
+    kind = f"has {_few(map(str, held))}" if isinstance(held, Mapping) and held else "is empty"
+    if not isinstance(held, Mapping):
+        kind = f"is a {type(held).__name__}"
+    raise CheckpointError(
+        f"{label} holds no state dict (it {kind}): tensors are looked for at the top and under "
+        f"{', '.join(_EMA_WRAPPERS + _WRAPPERS)}"
+    )
+
+
+def _identify(keys: Iterable[str], label: str) -> _Names:
+    """Find the format, count the blocks and give every key its name in timm.
+
+    Raises:
+        CheckpointError: no ConvMixer's keys, a gap in the blocks, or one key under two names.
+    """
+    bare = {key: _bare(key) for key in keys}
+    bare = {key: short for key, short in bare.items() if short not in _EMA_COUNTERS}
+    form = _best_format(bare.values())
+    if form is None:
+        raise CheckpointError(_not_a_convmixer(label, bare))
+    first = _LAYOUTS[form].first_block
+    shorts = {key: _in_full(short, form) for key, short in bare.items()}
+    numbers = {int(m[1]) for short in shorts.values() if (m := _BLOCK_KEY[form].fullmatch(short))}
+    _refuse_gap(numbers, first, label)
+    depth = len(numbers)
+    table = _key_table(form, depth)
+    known: dict[str, str] = {}
+    unknown: list[str] = []
+    owner: dict[str, str] = {}
+    for key, short in shorts.items():
+        name = table.get(short)
+        if name is None:
+            unknown.append(key)
+            continue
+        if name in owner:
+            both = _few([owner[name], key])
+            raise CheckpointError(f"{label} holds one tensor under two names ({both}): remove one")
+        owner[name] = key
+        known[key] = name
+    return _Names(form, depth, known, unknown)
+
+
+def _bare(key: str) -> str:
+    """The key without what wrapping modules added to it, wherever in the key they stand."""
+    parts = key.split(".")
+    parts[-1] = _PADDLE_LEAVES.get(parts[-1], parts[-1]) if len(parts) > 1 else parts[-1]
+    return ".".join(part for part in parts if part not in _WRAPPER_PARTS)
+
+
+def _in_full(short: str, form: str) -> str:
+    """mmpretrain's backbone alone names its keys without ``backbone.``; give it back."""
+    if form == "mmpretrain" and not short.startswith(("backbone.", "head.")):
+        return f"backbone.{short}"
+    return short
+
+
+def _best_format(bare: Iterable[str]) -> str | None:
+    bare = list(bare)
+    score = {
+        form: sum(_ANY_KEY[form].fullmatch(_in_full(short, form)) is not None for short in bare)
+        for form in FORMATS
+    }
+    best = max(FORMATS, key=score.__getitem__)
+    return best if score[best] else None
+
+
+def _key_table(form: str, depth: int) -> dict[str, str]:
+    """Every key of a format -> timm's key, in the network's order."""
+    leaves = [_CONV, _NORM] * (1 + 2 * depth) + [_CONV]
+    theirs, ours = _LAYOUTS[form].modules(depth), _LAYOUTS["timm"].modules(depth)
+    return {
+        f"{their}.{leaf}": f"{our}.{leaf}"
+        for their, our, tensors in zip(theirs, ours, leaves, strict=True)
+        for leaf in tensors
+    }
+
+
+def _refuse_gap(numbers: set[int], first: int, label: str) -> None:
+    for i in range(first, first + len(numbers)):
+        if i not in numbers:
+            raise CheckpointError(
+                f"{label}: block {i} is missing, though blocks go up to {max(numbers)}: the "
+                "checkpoint is incomplete"
+            )
+
+
+def _read_arch(tensors: Mapping[str, Tensor], depth: int) -> Arch:
+    """The architecture as the shapes of the first convolutions and the classifier tell it."""
+    sizes = {}
+    for key in ["stem.0.weight"] + ["blocks.0.0.fn.0.weight"] * (depth > 0):
+        if key not in tensors:
+            raise CheckpointError(f"{key} is missing")
+        shape = sizes[key] = tuple(tensors[key].shape)
+        if len(shape) != 4 or shape[2] != shape[3] or 0 in shape:
+            raise CheckpointError(f"{key} has shape {shape}, not that of a square convolution")
+    dim, in_chans, patch_size, _ = sizes["stem.0.weight"]
+    head = tensors.get("head.weight")
+    kernel = {"kernel_size": sizes["blocks.0.0.fn.0.weight"][-1]} if depth else {}
+    return Arch(
+        dim=dim,
+        depth=depth,
+        patch_size=patch_size,
+        in_chans=in_chans,
+        num_classes=0 if head is None or head.ndim == 0 else head.shape[0],
+        act=None,
+        **kernel,
+    )
+
+
+def _shapes(arch: Arch) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor under timm's names."""
+    c, k, p = arch.dim, arch.kernel_size, arch.patch_size
+    convs = [(c, arch.in_chans, p, p)] + [(c, 1, k, k), (c, c, 1, 1)] * arch.depth
+    *bodies, head = _LAYOUTS["timm"].modules(arch.depth)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for conv, norm, weight in zip(bodies[::2], bodies[1::2], convs, strict=True):
+        shapes |= {f"{conv}.weight": weight, f"{conv}.bias": (c,)}
+        shapes |= {f"{norm}.{leaf}": (c,) for leaf in _NORM} | {f"{norm}.num_batches_tracked": ()}
+    if arch.num_classes:
+        shapes |= {
+            f"{head}.weight": (arch.num_classes, c),
+            f"{head}.bias": (arch.num_classes,),
+        }
+    return shapes
+
+
+def _check_whole(parsed: _Parsed) -> Arch:
+    """The architecture of a checkpoint in which nothing is missing, left over or out of shape."""
+    tensors, label = parsed.tensors, parsed.source
+    names = _key_table("timm", parsed.depth)
+    has_head = any(name.startswith("head.") for name in tensors)
+    missing = [n for n in names if n not in tensors and (has_head or not n.startswith("head."))]
+    if missing or parsed.surplus:
+        shown = {ours: theirs for theirs, ours in _key_table(parsed.format, parsed.depth).items()}
+        faults = [f"{_few(shown[n] for n in missing)} missing"] if missing else []
+        faults += [f"{_few(parsed.surplus)} left over"] if parsed.surplus else []
+        raise CheckpointError(
+            f"{label} is not a whole ConvMixer of depth {parsed.depth} in the {parsed.format} "
+            f"format: {' and '.join(faults)}; load_checkpoint(..., strict=False) takes what fits"
+        )
+    try:
+        arch = _read_arch(tensors, parsed.depth)
+    except CheckpointError as e:
+        raise CheckpointError(f"{label}: {e}") from None
+    shapes = _shapes(arch)
+    wide = (arch.num_classes, 2 * arch.dim)
+    if has_head and tuple(tensors["head.weight"].shape) == wide:
+        # global_pool="catavgmax" hands the classifier the mean and the maximum of each channel.
+        shapes["head.weight"] = wide
+    wrong = [
+        f"{n} is {tuple(tensors[n].shape)} and should be {shape}"
+        for n, shape in shapes.items()
+        if tuple(tensors[n].shape) != shape
+    ]
+    if wrong:
+        raise CheckpointError(f"{label} is not a ConvMixer, by its shapes: {_few(wrong)}")
+    act = parsed.act if parsed.act_is_settled else known_activation(arch)
+    return replace(arch, act=act)
+
+
+def _does_not_fit(
+    parsed: _Parsed,
+    model_tensors: Mapping[str, Tensor],
+    model_depth: int,
+    misfits: list[str],
+    missing: list[str],
+    unexpected: list[str],
+) -> str:
+    """The line that says what a checkpoint and a model disagree on, in the field's own terms."""
+    with contextlib.suppress(CheckpointError):
+        file = _read_arch(parsed.tensors, parsed.depth)
+        ours = _read_arch(model_tensors, model_depth)
+        differ = [
+            f.name
+            for f in fields(Arch)
+            if f.name != "act" and getattr(file, f.name) != getattr(ours, f.name)
+        ]
+        if ours.num_classes == 0 or file.num_classes == 0:
+            differ = [name for name in differ if name != "num_classes"]
+        if differ:
+            table = ", ".join(
+                f"{n} is {getattr(file, n)} in the checkpoint and {getattr(ours, n)} in the model"
+                for n in differ
+            )
+            mend = ", ".join(f"{n}={getattr(file, n)}" for n in differ)
+            mend = f"build the model with {mend}"
+            if differ == ["num_classes"]:
+                mend += ", or pass strict=False to keep the model's own classifier"
+            return f"{parsed.source} does not fit the model: {table}; {mend}"
+    faults = [
+        f"{n} is {tuple(parsed.tensors[n].shape)} in the checkpoint and "
+        f"{tuple(model_tensors[n].shape)} in the model"
+        for n in misfits
+    ]
+    parts = [_few(faults)] if faults else []
+    parts += [f"the checkpoint lacks {_few(missing)}"] if missing else []
+    parts += [f"the model has no {_few(unexpected)}"] if unexpected else []
+    mend = "build the model that the checkpoint was made for"
+    if not misfits:
+        mend = "pass strict=False to load what fits"
+    return f"{parsed.source} does not fit the model: {' and '.join(parts)}; {mend}"
+
+
+def _activations(model: nn.Module) -> set[str]:
+    """Names of a model's activations: as in `ACTIVATIONS`, else how the module prints itself."""
+    for m in model.modules():
+        arch = getattr(m, "arch", None)
+        if isinstance(arch, Arch) and arch.act is not None:
+            return {arch.act}
+    found = set()
+    for m in model.modules():
+        # Identity stands for so many things (a dropped path, no classifier) that it tells nothing.
+        if isinstance(m, nn.Identity) or next(m.children(), None) is not None:
+            continue
+        name = activation_name(m)
+        if name is None and type(m).__module__.rpartition(".")[2].startswith("activation"):
+            # timm has activation classes of its own under the names of PyTorch's.
+            plain = type(m).__name__.lower()
+            is_torch = type(m).__module__.startswith("torch.")
+            name = plain if plain in ACTIVATIONS and not is_torch else repr(m)
+        if name is not None:
+            found.add(name)
+    return found
+
+
+def _refuse_meta(label: str, tensors: Mapping[str, Tensor]) -> None:
+    empty = [key for key, tensor in tensors.items() if tensor.is_meta]
+    if empty:
+        raise CheckpointError(
+            f"{label} holds no values for {_few(empty)} (device 'meta'): make it on a real device"
+        )
+
+
+def _warn_if_not_finite(parsed: _Parsed) -> None:
+    bad = [
+        key
+        for key, tensor in parsed.tensors.items()
+        if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all()
+    ]
+    if bad:
+        warnings.warn(
+            f"{parsed.source} holds NaN or infinity in {_few(bad)}: its training diverged or the "
+            "file is damaged, and every result will be NaN; take an earlier checkpoint",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+@contextlib.contextmanager
+def _written_whole(target: Path) -> Iterator[Path]:
+    """A file to write beside ``target`` that takes its place when the block ends well."""
+    unfinished = target.with_name(f".{target.name}.{secrets.token_hex(4)}.unfinished")
+    try:
+        if target.is_dir():
+            raise IsADirectoryError("it is a folder: name a file in it")
+        # Opened here, for "no such folder" and "not allowed" as the system words them.
+        unfinished.open("xb").close()
+        mode = unfinished.stat().st_mode
+        yield unfinished
+        # safetensors puts a file of its own there, which only its owner may read.
+        unfinished.chmod(mode)
+        with unfinished.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(unfinished, target)
+    except (OSError, RuntimeError, SafetensorError) as e:
+        reason = e.strerror if isinstance(e, OSError) and e.strerror else _one_line(e)
+        raise CheckpointError(
+            f"cannot write {target}: {reason}; nothing was written, choose a folder that exists, "
+            "is writable and has room"
+        ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+
+
+def _not_a_convmixer(label: str, keys: Iterable[str]) -> str:
+    formats = ", ".join(FORMATS)
+    held = _few(keys) or "no keys"
+    return f"{label} is not a ConvMixer in any known format ({formats}): it has {held}"
+
+
+def _few(names: Iterable[str], shown: int = 3) -> str:
+    """The first names and the count of the others, on one line of bounded length."""
+    names = [_one_line(name)[:160] for name in names]
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
+def _one_line(thing: object) -> str:
+    return " ".join("".join(c if c.isprintable() else " " for c in str(thing)).split())

@@ -1,0 +1,280 @@
+"""What is installed here, which backends run, why do the others not, and are results right?"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import __version__, _native
+from .arch import ACTIVATIONS
+from .ops import available_backends, depthwise_mix, pointwise_mix, use_backend
+from .ops.backends import ENVIRONMENT
+from .testing import error_report
+
+#: Libraries that some commands or import lines can use, with the extra that brings each.
+OPTIONAL = {
+    "timm": "",
+    "torchvision": "",
+    "huggingface_hub": "hub",
+    "scikit-learn": "demo",
+    "mmpretrain": "",
+    "ray": "",
+}
+REQUIRED = ("torch", "numpy", "safetensors", "pillow", "tqdm")
+PREFIX = "CONVMIXER_FAST_"
+
+# (N, C, H, W, k): an odd and an even kernel, an odd number of channels, a map narrower than a
+# vector and smaller than the window, where an index goes wrong first.
+_SHAPES = ((2, 24, 13, 11, 7), (1, 5, 6, 3, 4))
+
+
+def version_of(library: str) -> str | None:
+    """The installed version, from its metadata: nothing is imported."""
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def cpu_name() -> str:
+    """The processor's marketing name, as well as the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() in ("model name", "Model", "Hardware") and value.strip():
+                return value.strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine() or "unknown"
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _extension() -> dict[str, Any]:
+    module = _native.load()
+    if module is None:
+        return {"usable": False, "reason": _native.why_unavailable(), "build": _native.build_info()}
+    return {
+        "usable": True,
+        "isa": module.isa(),
+        "isas": list(module.isas()),
+        "threading": module.threading_backend(),
+        "build": _native.build_info(),
+    }
+
+
+def _gpus() -> list[dict[str, Any]]:
+    if not torch.cuda.is_available():
+        return []
+    found = []
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        found.append(
+            {
+                "name": p.name,
+                "memory_gib": round(p.total_memory / 2**30, 1),
+                "capability": f"{p.major}.{p.minor}",
+            }
+        )
+    return found
+
+
+@contextmanager
+def _backend(name: str) -> Iterator[None]:
+    """`use_backend`, for once stronger than the environment variable: each backend is checked."""
+    asked = os.environ.pop(ENVIRONMENT, None)
+    try:
+        with use_backend(name):
+            yield
+    finally:
+        if asked is not None:
+            os.environ[ENVIRONMENT] = asked
+
+
+def _plain(op: str, operands: list[Tensor], act: str, dtype: torch.dtype) -> Tensor:
+    """The operator in so many PyTorch calls, as the paper writes it."""
+    x, weight, bias, scale, shift = (t.to(dtype) for t in operands)
+    groups, k = (x.shape[1] if op == "depthwise_mix" else 1), weight.shape[-1]
+    padded = F.pad(x, [(k - 1) // 2, k // 2] * 2)
+    h = F.conv2d(padded, weight, bias, groups=groups)
+    y: Tensor = ACTIVATIONS[act]()(h) * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
+    return x + y if op == "depthwise_mix" else y
+
+
+def check_backend(name: str) -> list[dict[str, Any]]:
+    """Run both operators of a backend on small random inputs and hold them against PyTorch's.
+
+    Returns a row for each operator and activation: the largest error against float64, PyTorch's own
+    in float32, the bar (see `testing`), ``ok``, and ``reason`` where it failed in another way.
+    """
+    device = "cuda" if name in ("triton", "cuda") else "cpu"
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    rows = []
+    for op, run in (("depthwise_mix", depthwise_mix), ("pointwise_mix", pointwise_mix)):
+        for act in ACTIVATIONS:
+            row: dict[str, Any] = {"backend": name, "op": op, "act": act, "device": device}
+            try:
+                ours, plain, oracle = [], [], []
+                for n, c, height, width, k in _SHAPES:
+                    shape = (c, 1, k, k) if op == "depthwise_mix" else (c, c, 1, 1)
+                    weight = draw(*shape) / math.prod(shape[1:]) ** 0.5
+                    operands = [draw(n, c, height, width), weight, draw(c), draw(c), draw(c)]
+                    with _backend(name), torch.inference_mode():
+                        ours.append(run(*(t.to(device) for t in operands), act).cpu().flatten())
+                    plain.append(_plain(op, operands, act, torch.float32).flatten())
+                    oracle.append(_plain(op, operands, act, torch.float64).flatten())
+                report = error_report(torch.cat(ours), torch.cat(plain), torch.cat(oracle))
+                row |= {
+                    "ok": report.ok,
+                    "max_error": report.max_error,
+                    "torch_max_error": report.torch_max_error,
+                    "bar": report.max_bar,
+                }
+            except Exception as error:  # whatever a broken backend raises is the finding
+                reason = " ".join(str(error).split()) or type(error).__name__
+                row |= {"ok": False, "reason": reason}
+            rows.append(row)
+    return rows
+
+
+def examine() -> dict[str, Any]:
+    """Everything `render` shows, ready for JSON. Takes a second; changes nothing."""
+    backends = available_backends()
+    return {
+        "convmixer_fast": __version__,
+        "python": platform.python_version(),
+        "executable": sys.executable,
+        "os": platform.platform(),
+        "cpu": {
+            "name": cpu_name(),
+            "isa": torch.backends.cpu.get_cpu_capability(),
+            "cores": usable_cores(),
+            "torch_threads": torch.get_num_threads(),
+        },
+        "libraries": {name: version_of(name) for name in REQUIRED},
+        "optional": {name: version_of(name) for name in OPTIONAL},
+        # Looked up by its metadata alone: importing Triton takes a second and starts compilers.
+        "triton": version_of("triton"),
+        "cuda": {"torch_built_with": torch.version.cuda, "gpus": _gpus()},
+        "extension": _extension(),
+        "backends": backends,
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(PREFIX)},
+        "self_check": [
+            row for name, why in backends.items() if not why for row in check_backend(name)
+        ],
+    }
+
+
+def healthy(report: dict[str, Any]) -> bool:
+    """Whether every backend that runs computes the right numbers. Missing parts are no illness."""
+    return all(row["ok"] for row in report["self_check"])
+
+
+def _section(title: str, rows: list[tuple[str, str]]) -> str:
+    width = max(len(name) for name, _ in rows)
+    return "\n".join([title, *(f"  {name:<{width}}  {value}".rstrip() for name, value in rows)])
+
+
+def _extension_rows(extension: dict[str, Any]) -> list[tuple[str, str]]:
+    build = extension["build"]
+    rows = [("built with", str(build["compiler"]))] if build.get("compiler") else []
+    if not extension["usable"]:
+        return [("not usable", extension["reason"]), *rows]
+    rows.append(("vectors", f"{extension['isa']} (here: {', '.join(extension['isas'])})"))
+    rows += [("left out", f"{isa}: {why}") for isa, why in build.get("omitted", {}).items()]
+    return [*rows, ("threads", extension["threading"])]
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report as text."""
+    cpu, checks = report["cpu"], report["self_check"]
+    gpus = report["cuda"]["gpus"]
+    cuda = report["cuda"]["torch_built_with"]
+    built = f"for CUDA {cuda}" if cuda else "without CUDA"
+    machine = [
+        ("system", report["os"]),
+        ("CPU", f"{cpu['name']} ({cpu['isa']})"),
+        ("cores", f"{cpu['cores']} usable, {cpu['torch_threads']} torch threads"),
+    ]
+    machine += [
+        ("GPU", f"{g['name']}, {g['memory_gib']} GiB, compute capability {g['capability']}")
+        for g in gpus
+    ] or [("GPU", f"none that torch sees (torch is built {built})")]
+
+    def optional(name: str) -> str:
+        extra = OPTIONAL[name]
+        hint = f' (pip install "convmixer_fast[{extra}]")' if extra else ""
+        return report["optional"][name] or f"not installed{hint}"
+
+    backends = []
+    for name, why in report["backends"].items():
+        mine = [row for row in checks if row["backend"] == name]
+        if why:
+            backends.append((name, f"not here: {why}"))
+        elif all(row["ok"] for row in mine):
+            worst = max(mine, key=lambda row: row["max_error"])
+            backends.append(
+                (
+                    name,
+                    f"runs; {len(mine)} checks passed, largest error {worst['max_error']:.1e} "
+                    f"(PyTorch {worst['torch_max_error']:.1e})",
+                )
+            )
+        else:
+            bad = sum(not row["ok"] for row in mine)
+            backends.append((name, f"FAILED {bad} of {len(mine)} checks, see below"))
+    parts = [
+        _section(
+            f"convmixer_fast {report['convmixer_fast']}",
+            [
+                ("python", f"{report['python']} ({report['executable']})"),
+                *((name, version or "missing") for name, version in report["libraries"].items()),
+            ],
+        ),
+        _section("Machine", machine),
+        _section("C++ extension", _extension_rows(report["extension"])),
+        _section("Backends", backends),
+        _section(
+            "Optional",
+            [("triton", report["triton"] or "not installed")]
+            + [(name, optional(name)) for name in report["optional"]],
+        ),
+    ]
+    if report["environment"]:
+        parts.append(_section("Environment", list(report["environment"].items())))
+    failures: dict[tuple[str, str], list[str]] = {}
+    for row in checks:
+        if not row["ok"]:
+            what = row.get("reason")
+            what = what or f"max error {row['max_error']:.1e}, allowed {row['bar']:.1e}"
+            failures.setdefault((f"{row['backend']}: {row['op']}", what), []).append(row["act"])
+    if failures:
+        rows = [(where, f"({', '.join(acts)}) {what}") for (where, what), acts in failures.items()]
+        parts.append(_section("Failed checks", rows))
+    verdict = (
+        "Not well: see the failed checks."
+        if failures
+        else "Everything that runs computes the right numbers."
+    )
+    parts.append(verdict)
+    return "\n\n".join(parts)

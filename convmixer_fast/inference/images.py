@@ -1,0 +1,128 @@
+"""Which files are images, and what is in them?
+
+Finding follows timm's folder reader (extensions, recursion, natural order), reading follows its
+dataset (``Image.open(...).convert(...)``): EXIF orientation is **not** applied, because the
+published accuracies were measured without it.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import threading
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+#: What a folder is searched for, in any case (timm's list); a file named outright may end in
+#: anything.
+IMG_EXTENSIONS = (".png", ".jpg", ".jpeg")
+
+# Pillow's readers of photographs. The others are left out because a file's name says nothing of
+# its content, and some of them (EPS) hand it to an outside program.
+_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "TGA", "ICO")
+
+_MODES = {1: "L", 3: "RGB"}
+
+# `warnings.catch_warnings` changes the state of the whole process.
+_open_lock = threading.Lock()
+
+
+class ImageError(ValueError):
+    """An image that cannot be found or read; the message is one line and names the file."""
+
+
+def natural_key(text: str) -> list[str | int]:
+    """A sorting key that puts ``img2`` before ``img10``, in any case (timm's order)."""
+    parts = re.split(r"([0-9]+)", text.lower())
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)]
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    # Links are followed as timm does; a folder met before is not entered again, so that a link
+    # to a parent ends.
+    seen: set[tuple[int, int]] = set()
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for root, subfolders, files in os.walk(folder, followlinks=True, onerror=fail):
+        stat = os.stat(root)
+        if (stat.st_dev, stat.st_ino) in seen:
+            subfolders.clear()
+            continue
+        seen.add((stat.st_dev, stat.st_ino))
+        for name in files:
+            if os.path.splitext(name)[1].lower() in IMG_EXTENSIONS:
+                yield Path(root, name)
+
+
+def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """The image files that ``paths`` stand for, each once.
+
+    A file stands for itself, whatever its extension; a folder for every image below it
+    (`IMG_EXTENSIONS`), in natural order. The order of ``paths`` is kept.
+
+    Raises:
+        ImageError: a path does not exist or cannot be listed, or a folder holds no image.
+    """
+    found: dict[Path, None] = {}
+    for path in map(Path, paths):
+        try:
+            if path.is_dir():
+                inside = sorted(_walk(path), key=lambda p: (natural_key(str(p)), str(p)))
+                if not inside:
+                    raise ImageError(f"no images in {path}: looked for {', '.join(IMG_EXTENSIONS)}")
+                found.update(dict.fromkeys(inside))
+            elif path.exists():
+                found[path] = None
+            else:
+                raise ImageError(f"{path}: no such file or folder")
+        except OSError as error:
+            raise ImageError(f"{path}: {error.strerror or error}") from error
+    return list(found)
+
+
+def read_image(path: str | os.PathLike[str], in_chans: int = 3) -> Image.Image:
+    """Decode one image file to mode "RGB" (``in_chans`` 3) or "L" (1).
+
+    Conversion is Pillow's ``convert``: transparency is dropped, CMYK and palettes are expanded,
+    16-bit greyscale is clipped to 8 bits as Pillow does.
+
+    Raises:
+        ImageError: the file is missing, empty, no image, damaged, cut short, or larger than
+            ``PIL.Image.MAX_IMAGE_PIXELS``.
+        ValueError: ``in_chans`` is neither 1 nor 3.
+    """
+    if in_chans not in _MODES:
+        raise ValueError(f"images have 1 or 3 channels, the model wants in_chans={in_chans}")
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"{path}: {error.strerror or error}") from error
+    if not content:
+        raise ImageError(f"{path}: the file is empty")
+    try:
+        with _open_lock, warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(content), formats=_FORMATS)
+        with image:
+            return image.convert(_MODES[in_chans])
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise ImageError(
+            f"{path}: more than {Image.MAX_IMAGE_PIXELS:,} pixels, which Pillow takes for a "
+            "decompression bomb: raise PIL.Image.MAX_IMAGE_PIXELS if the file is trusted"
+        ) from error
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{path}: not an image (no known format)") from error
+    except MemoryError as error:
+        raise ImageError(f"{path}: not enough memory to decode it") from error
+    except Exception as error:
+        # Decoders of damaged files raise whatever their parsing runs into: OSError, SyntaxError,
+        # struct.error, IndexError and more.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ImageError(f"{path}: damaged image ({reason})") from error

@@ -1,0 +1,182 @@
+"""How does a photograph become the tensor a model was trained on?
+
+The same steps and the same rounding as timm's evaluation transform (resize of the short edge,
+centre crop, normalisation, in Pillow), so that its pixels are equal to the last bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..arch import IMAGENET_MEAN, IMAGENET_STD
+
+#: Resampling filters by the names that timm's ``--interpolation`` takes.
+INTERPOLATIONS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "box": Image.Resampling.BOX,
+    "hamming": Image.Resampling.HAMMING,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+#: timm's crop where a configuration names none; ConvMixer's own is 0.96.
+DEFAULT_CROP_PCT = 0.875
+
+
+def _per_channel(values: Sequence[float], channels: int, name: str) -> tuple[float, ...]:
+    values = tuple(float(v) for v in values)
+    if len(values) == channels:
+        return values
+    if len(values) == 1:
+        return values * channels
+    raise ValueError(
+        f"{name} has {len(values)} values for {channels} channels: give 1 or {channels}"
+    )
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """An image of any size -> a normalised float32 tensor (C, H, W) of ``input_size``.
+
+    Args:
+        input_size: channels (1 or 3), height, width.
+        crop_pct: share of the resized image that the centre crop keeps, along each edge; above 1
+            the image is smaller than the crop and black surrounds it.
+        interpolation: a name in `INTERPOLATIONS`.
+        mean, std: of each channel, for pixels in 0..1.
+
+    Raises:
+        ValueError: a value makes no sense.
+    """
+
+    input_size: tuple[int, int, int] = (3, 224, 224)
+    crop_pct: float = DEFAULT_CROP_PCT
+    interpolation: str = "bicubic"
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        channels, height, width = self.input_size
+        if channels not in (1, 3):
+            raise ValueError(f"images have 1 or 3 channels, input_size asks for {channels}")
+        if height < 1 or width < 1:
+            raise ValueError(f"input_size must be positive, got {height}x{width}")
+        if not 0 < self.crop_pct <= min(height, width):
+            raise ValueError(f"crop_pct must be above 0 and is seldom above 1, got {self.crop_pct}")
+        if self.interpolation not in INTERPOLATIONS:
+            raise ValueError(
+                f"unknown interpolation {self.interpolation!r}: "
+                f"use one of {', '.join(INTERPOLATIONS)}"
+            )
+        object.__setattr__(self, "mean", _per_channel(self.mean, channels, "mean"))
+        object.__setattr__(self, "std", _per_channel(self.std, channels, "std"))
+        if not all(math.isfinite(v) for v in self.mean):
+            raise ValueError(f"mean must be finite, got {self.mean}")
+        if not all(math.isfinite(v) and v > 0 for v in self.std):
+            raise ValueError(f"std must be positive, got {self.std}")
+
+    @classmethod
+    def from_cfg(
+        cls,
+        pretrained_cfg: Mapping[str, Any] | None = None,
+        *,
+        in_chans: int | None = None,
+        img_size: int | None = None,
+        input_size: Sequence[int] | None = None,
+        crop_pct: float | None = None,
+        interpolation: str | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> Preprocessing:
+        """What a timm ``pretrained_cfg`` asks for, with single settings overridden.
+
+        ``input_size`` wins over ``img_size`` and ``in_chans``, as in timm. A one-channel model
+        with a three-channel configuration gets the average of its mean and std.
+
+        Raises:
+            ValueError: a value makes no sense, or the configuration's crop mode is not "center".
+        """
+        cfg = pretrained_cfg or {}
+        if cfg.get("crop_mode", "center") != "center":
+            raise ValueError(f"crop_mode {cfg['crop_mode']!r} is not supported: only 'center' is")
+        size = tuple(cfg.get("input_size") or (3, 224, 224))
+        if in_chans is not None:
+            size = (in_chans, *size[1:])
+        if img_size is not None:
+            size = (size[0], img_size, img_size)
+        if input_size is not None:
+            if len(input_size) != 3:
+                raise ValueError(
+                    f"input_size is (channels, height, width), got {tuple(input_size)}"
+                )
+            size = tuple(input_size)
+
+        def configured(name: str, default: Sequence[float]) -> Sequence[float]:
+            values = cfg.get(name) or default
+            return (sum(values) / len(values),) if size[0] == 1 and len(values) == 3 else values
+
+        return cls(
+            input_size=size,
+            crop_pct=cfg.get("crop_pct") or DEFAULT_CROP_PCT if crop_pct is None else crop_pct,
+            interpolation=interpolation or cfg.get("interpolation") or "bicubic",
+            mean=tuple(configured("mean", IMAGENET_MEAN) if mean is None else mean),
+            std=tuple(configured("std", IMAGENET_STD) if std is None else std),
+        )
+
+    def resized(self, width: int, height: int) -> tuple[int, int]:
+        """The (width, height) to which an image of ``width`` x ``height`` is resized."""
+        rows, cols = (math.floor(edge / self.crop_pct) for edge in self.input_size[1:])
+        if rows == cols:
+            # torchvision cuts the long edge's length off where the other branch rounds it.
+            long = int(rows * max(width, height) / min(width, height))
+            return (rows, long) if width <= height else (long, rows)
+        ratio = min(height / rows, width / cols)
+        return round(width / ratio), round(height / ratio)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """(C, H, W), float32, contiguous; an image of another mode is converted first.
+
+        Raises:
+            ValueError: so long and thin an image that its resized form would not fit in memory.
+        """
+        channels, rows, cols = self.input_size
+        mode = "L" if channels == 1 else "RGB"
+        if image.mode != mode:
+            image = image.convert(mode)
+        size = self.resized(*image.size)
+        if Image.MAX_IMAGE_PIXELS is not None and size[0] * size[1] > 2 * Image.MAX_IMAGE_PIXELS:
+            raise ValueError(
+                f"an image of {image.width}x{image.height} px would be resized to "
+                f"{size[0]}x{size[1]} px: too long and thin"
+            )
+        image = image.resize(size, INTERPOLATIONS[self.interpolation])
+        image = _center_crop(image, cols, rows)
+        pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).view(rows, cols, channels)
+        tensor = pixels.permute(2, 0, 1).contiguous().to(torch.float32).div_(255)
+        mean, std = (
+            torch.tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (self.mean, self.std)
+        )
+        return tensor.sub_(mean).div_(std)
+
+
+def _center_crop(image: Image.Image, cols: int, rows: int) -> Image.Image:
+    """torchvision's centre crop: zeros around an image that is smaller, the odd one at the end."""
+    width, height = image.size
+    left = (cols - width) // 2 if cols > width else 0
+    top = (rows - height) // 2 if rows > height else 0
+    if left or top or cols > width or rows > height:
+        padded = Image.new(image.mode, (max(cols, width), max(rows, height)))
+        padded.paste(image, (left, top))
+        image, width, height = padded, *padded.size
+    # Halves go to the even neighbour, as Python rounds.
+    left, top = round((width - cols) / 2), round((height - rows) / 2)
+    return image.crop((left, top, left + cols, top + rows))

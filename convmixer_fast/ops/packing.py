@@ -1,0 +1,142 @@
+"""When are copies made of parameters still true?
+
+The kernels want a convolution's weight in their own order and BatchNorm's four vectors as one scale
+and one shift. Those copies are a cache beside the parameters, never instead of them, and every use
+asks first whether the parameters are still the ones that were copied:
+
+* the tensor objects are the same (``load_state_dict(assign=True)``, a replaced parameter),
+* their memory is at the same address, of the same dtype and device (``.to()``, ``.data = ...``),
+* torch's version counters stand still (optimizers, ``copy_``, ``load_state_dict``),
+* a sampled fingerprint of their bits is unchanged: writes through ``.data`` or numpy do not count
+  as versions, and every dense one (an EMA's, an old optimizer's) changes samples.
+
+A write that passes all four, such as one element set through ``.data``, needs `refresh`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import _native
+from .common import accumulation_dtype
+
+
+class Packed(NamedTuple):
+    """What a fused operator takes besides the activations."""
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: Tensor
+    shift: Tensor
+
+
+def batch_norm_affine(bn: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Inference BatchNorm as ``scale * a + shift``, differentiable in its weight and bias.
+
+    ``scale = weight / sqrt(running_var + eps)``, ``shift = bias - running_mean * scale``, in
+    `accumulation_dtype` of the activations' ``dtype``.
+    """
+    wide = accumulation_dtype(dtype)
+    scale = torch.rsqrt(bn.running_var.to(wide) + bn.eps)
+    if bn.weight is not None:
+        scale = scale * bn.weight.to(wide)
+    shift = bn.running_mean.to(wide) * scale
+    shift = -shift if bn.bias is None else bn.bias.to(wide) - shift
+    return scale, shift
+
+
+def sources_of(conv: Any, bn: Any) -> tuple[Tensor, ...]:
+    """Every tensor that a packed copy depends on."""
+    candidates = (conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var)
+    return tuple(t for t in candidates if t is not None)
+
+
+def cacheable(sources: tuple[Tensor, ...]) -> bool:
+    """Whether every change to the tensors can be noticed.
+
+    Not for tensor subclasses (fake, distributed, wrapped by a transform), for tensors made in
+    inference mode (they have no version), or for parameters that are strided views.
+    """
+    return all(
+        type(t) in (Tensor, nn.Parameter)
+        and t.device.type == "cpu"
+        and t.is_contiguous()
+        and not t.is_inference()
+        for t in sources
+    )
+
+
+def _fingerprint(spans: list[tuple[int, int]]) -> int:
+    """A hash of samples of the bits at some (address, bytes) spans."""
+    engine = _native.load()
+    return int(engine.fingerprint(spans)) if engine is not None else 0
+
+
+class _Stamp(NamedTuple):
+    tensor: weakref.ReferenceType[Tensor]
+    version: int
+    address: int
+    dtype: torch.dtype
+
+
+class _Entry(NamedTuple):
+    key: Any
+    stamps: tuple[_Stamp, ...]
+    spans: list[tuple[int, int]]
+    fingerprint: int
+    packed: Packed
+
+
+class PackedCache:
+    """One packed copy of one convolution and BatchNorm; see the module's docstring.
+
+    Copies and pickles of a module start empty. Safe under several threads: the entry is replaced
+    as a whole, and two threads that both find it stale build equal ones.
+    """
+
+    __slots__ = ("_entry",)
+
+    def __init__(self) -> None:
+        self._entry: _Entry | None = None
+
+    def get(self, key: Any, sources: tuple[Tensor, ...], pack: Callable[[], Packed]) -> Packed:
+        """The packed copy for ``key`` (settings such as eps and layout), made anew if stale.
+
+        Args:
+            key: compared by equality; anything besides tensors that ``pack`` depends on.
+            sources: what `sources_of` names; must be `cacheable`.
+            pack: makes the copy; called without autograd.
+        """
+        entry = self._entry
+        if entry is not None and entry.key == key and len(entry.stamps) == len(sources):
+            for stamp, tensor in zip(entry.stamps, sources, strict=True):
+                if (
+                    stamp.tensor() is not tensor
+                    or stamp.version != tensor._version
+                    or stamp.address != tensor.data_ptr()
+                    or stamp.dtype != tensor.dtype
+                ):
+                    break
+            else:
+                if entry.fingerprint == _fingerprint(entry.spans):
+                    return entry.packed
+        stamps = tuple(_Stamp(weakref.ref(t), t._version, t.data_ptr(), t.dtype) for t in sources)
+        spans = [(t.data_ptr(), t.numel() * t.element_size()) for t in sources]
+        # Stamps and fingerprint before the copy: a write in between makes the entry stale, where
+        # the other order would make a stale entry look true.
+        fingerprint = _fingerprint(spans)
+        with torch.no_grad():
+            packed = pack()
+        self._entry = _Entry(key, stamps, spans, fingerprint, packed)
+        return packed
+
+    def clear(self) -> None:
+        self._entry = None
+
+    def __reduce__(self) -> tuple[type[PackedCache], tuple[()]]:
+        return (PackedCache, ())

@@ -1,0 +1,116 @@
+"""The channel half of a block as one operator: 1x1 convolution, activation, BatchNorm.
+
+    pointwise_mix(x, weight, bias, scale, shift, act) = scale * act(W x + bias) + shift
+
+x: (N, C, H, W), contiguous, channels-last or any slice; weight: (D, C, 1, 1); bias: (D,) or None;
+scale, shift: (D,) float32 (float64 for float64 x): BatchNorm's statistics as an affine map.
+Returns (N, D, H, W), channels-last if x is, else contiguous.
+
+Source: Trockman and Kolter 2022, section 2: ``BN(sigma(ConvPointwise(z)))``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _native
+from . import backends
+from .common import (
+    LIBRARY,
+    accumulation_dtype,
+    activation,
+    activation_,
+    activation_backward,
+    affine,
+    check_operands,
+    memory_format_of,
+    per_channel,
+)
+
+NAME = "pointwise_mix"
+
+LIBRARY.define(
+    f"{NAME}(Tensor x, Tensor weight, Tensor? bias, Tensor scale, Tensor shift, str act) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, act: str
+) -> None:
+    check_operands(NAME, x, weight, bias, scale, shift, act)
+    if weight.dim() != 4 or weight.shape[2:] != (1, 1):
+        raise ValueError(f"{NAME}: weight must be (D, C, 1, 1), got {tuple(weight.shape)}")
+    if weight.shape[1] != x.shape[1]:
+        raise ValueError(f"{NAME}: weight is for {weight.shape[1]} channels, x has {x.shape[1]}")
+
+
+def _empty(x: Tensor, weight: Tensor) -> Tensor:
+    shape = (x.shape[0], weight.shape[0], x.shape[2], x.shape[3])
+    return x.new_empty(shape).contiguous(memory_format=memory_format_of(x))
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.conv2d(x, weight, bias).contiguous(memory_format=memory_format_of(x))
+
+
+def _kernel(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, act: str
+) -> Tensor:
+    _check(x, weight, bias, scale, shift, act)
+    if x.numel() == 0 or weight.numel() == 0:
+        return _empty(x, weight)
+    backend = backends.choose(NAME, x.device, x.dtype).backend
+    # Operands have the dtype they are to be computed in: autocast has nothing to add.
+    with torch.autocast(x.device.type, enabled=False):
+        h = _convolve(x, weight, bias)
+        if backend == "cpu":
+            return _native.epilogue_(h, scale, shift, act)
+        return affine(activation_(h, act), scale, shift)
+
+
+LIBRARY.impl(NAME, _kernel, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake(f"convmixer_fast::{NAME}", lib=LIBRARY)
+def _fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, act: str
+) -> Tensor:
+    _check(x, weight, bias, scale, shift, act)
+    return _empty(x, weight)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, scale, _shift, act = inputs
+    ctx.save_for_backward(x, weight, bias, scale)
+    ctx.act = act
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    # As in depthwise.py: the activation's input is computed again rather than kept.
+    x, weight, bias, scale = ctx.saved_tensors
+    wide = accumulation_dtype(x.dtype)
+    h = F.conv2d(x, weight, bias)
+    grad_a = (grad * per_channel(scale)).to(x.dtype)
+    grad_h = activation_backward(grad_a, h, ctx.act)
+    mask = [ctx.needs_input_grad[i] for i in range(3)]
+    grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+        grad_h, x, weight, [weight.shape[0]], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, mask
+    )
+    grad_scale = grad_shift = None
+    if ctx.needs_input_grad[3]:
+        grad_scale = (grad.to(wide) * activation(h, ctx.act).to(wide)).sum(dim=(0, 2, 3))
+    if ctx.needs_input_grad[4]:
+        grad_shift = grad.to(wide).sum(dim=(0, 2, 3))
+    return grad_x, grad_weight, grad_bias, grad_scale, grad_shift, None
+
+
+torch.library.register_autograd(
+    f"convmixer_fast::{NAME}", _backward, setup_context=_setup_context, lib=LIBRARY
+)
+
+pointwise_mix = torch.ops.convmixer_fast.pointwise_mix

@@ -1,0 +1,175 @@
+// convmixer_fast._cpu: the CPU engine for Python. Checks arguments, lets go of the GIL, calls.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cpu/depthwise.h"
+#include "cpu/epilogue.h"
+#include "cpu/fingerprint.h"
+#include "cpu/isa.h"
+#include "cpu/threads.h"
+
+#include "build_config.h"
+
+namespace py = pybind11;
+namespace cmf = convmixer_fast;
+
+namespace {
+
+using Four = std::array<std::int64_t, 4>;
+
+void require(bool ok, const std::string& message) {
+  if (!ok) throw py::value_error(message);
+}
+
+template <class T>
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void check_settings(int act, int layout, int threads) {
+  require(act >= 0 && act < cmf::kActivations,
+          "act: must be 0 to " + std::to_string(cmf::kActivations - 1) + ", got " +
+              std::to_string(act));
+  require(layout == 0 || layout == 1,
+          "layout: must be 0 (planar) or 1 (channels-last), got " + std::to_string(layout));
+  require(threads >= 1, "threads: must be at least 1, got " + std::to_string(threads));
+}
+
+void depthwise_mix(std::uintptr_t x, const Four& x_strides, std::uintptr_t y, const Four& y_strides,
+                   const Four& shape, std::int64_t k, std::uintptr_t weight, std::uintptr_t bias,
+                   std::uintptr_t scale, std::uintptr_t shift, int act, int layout, int threads) {
+  const auto [n, c, h, w] = shape;
+  for (std::int64_t size : shape) {
+    require(size >= 0, "shape: sizes must not be negative, got " + std::to_string(size));
+  }
+  require(k >= 1, "k: the kernel size must be at least 1, got " + std::to_string(k));
+  check_settings(act, layout, threads);
+  if (n == 0 || c == 0 || h == 0 || w == 0) return;
+
+  const int inner = layout == 0 ? 3 : 1;
+  const std::string stride_one = layout == 0 ? "a planar tensor has w stride 1, got "
+                                             : "a channels-last tensor has c stride 1, got ";
+  const std::pair<const char*, const Four*> strides[] = {{"x_strides", &x_strides},
+                                                         {"y_strides", &y_strides}};
+  for (const auto& [name, values] : strides) {
+    const std::int64_t stride = (*values)[inner];
+    require(shape[inner] == 1 || stride == 1, name + (": " + stride_one) + std::to_string(stride));
+  }
+  for (int axis = 0; axis < 4; ++axis) {
+    require(shape[axis] == 1 || y_strides[axis] > 0,
+            "y_strides: elements of y must not share memory, got stride " +
+                std::to_string(y_strides[axis]) + " for axis " + std::to_string(axis));
+  }
+  const std::pair<const char*, std::uintptr_t> addresses[] = {{"x_ptr", x},
+                                                              {"y_ptr", y},
+                                                              {"weight_ptr", weight},
+                                                              {"scale_ptr", scale},
+                                                              {"shift_ptr", shift}};
+  for (const auto& [name, address] : addresses) {
+    require(address != 0, name + std::string(": must not be null"));
+  }
+  require(x != y, "y_ptr: must not be x_ptr, the operator does not work in place");
+
+  cmf::DepthwiseMix problem;
+  problem.x = pointer<const float>(x);
+  problem.y = pointer<float>(y);
+  for (int axis = 0; axis < 4; ++axis) {
+    problem.x_stride[axis] = x_strides[axis];
+    problem.y_stride[axis] = y_strides[axis];
+  }
+  problem.n = n;
+  problem.c = c;
+  problem.h = h;
+  problem.w = w;
+  problem.k = k;
+  problem.weight = pointer<const float>(weight);
+  problem.bias = pointer<const float>(bias);
+  problem.scale = pointer<const float>(scale);
+  problem.shift = pointer<const float>(shift);
+  problem.act = static_cast<cmf::Activation>(act);
+  const py::gil_scoped_release release;
+  cmf::depthwise_mix(problem, static_cast<cmf::Layout>(layout), threads);
+}
+
+void epilogue(std::uintptr_t h, const std::array<std::int64_t, 3>& shape, std::uintptr_t scale,
+              std::uintptr_t shift, int act, int layout, int threads) {
+  for (std::int64_t size : shape) {
+    require(size >= 0, "shape: sizes must not be negative, got " + std::to_string(size));
+  }
+  check_settings(act, layout, threads);
+  if (shape[0] == 0 || shape[1] == 0 || shape[2] == 0) return;
+  const std::pair<const char*, std::uintptr_t> addresses[] = {
+      {"h_ptr", h}, {"scale_ptr", scale}, {"shift_ptr", shift}};
+  for (const auto& [name, address] : addresses) {
+    require(address != 0, name + std::string(": must not be null"));
+  }
+  const cmf::Epilogue problem = {pointer<float>(h),
+                                 shape[0],
+                                 shape[1],
+                                 shape[2],
+                                 pointer<const float>(scale),
+                                 pointer<const float>(shift),
+                                 static_cast<cmf::Activation>(act)};
+  const py::gil_scoped_release release;
+  cmf::epilogue(problem, static_cast<cmf::Layout>(layout), threads);
+}
+
+std::uint64_t fingerprint(const std::vector<std::pair<std::uintptr_t, std::size_t>>& pieces) {
+  std::vector<cmf::Piece> list;
+  list.reserve(pieces.size());
+  for (const auto& [address, bytes] : pieces) {
+    require(address != 0 || bytes == 0, "pieces: a null address has no bytes");
+    list.push_back({pointer<const void>(address), bytes});
+  }
+  return cmf::fingerprint(list.data(), list.size());
+}
+
+py::dict build_info() {
+  py::dict flags;
+#define CONVMIXER_FAST_ISA_FLAGS(name, text) flags[name] = text;
+  CONVMIXER_FAST_FOR_EACH_ISA
+#undef CONVMIXER_FAST_ISA_FLAGS
+  py::dict info;
+  info["version"] = CONVMIXER_FAST_VERSION;
+  info["compiler"] = CONVMIXER_FAST_COMPILER;
+  info["cxx_standard"] = static_cast<long>(__cplusplus);
+  info["flags"] = CONVMIXER_FAST_FLAGS;
+  info["isas"] = flags;
+  return info;
+}
+
+std::vector<std::string> activations() {
+  return {std::begin(cmf::kActivationNames), std::end(cmf::kActivationNames)};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "The CPU engine of convmixer_fast: raw addresses in, no torch inside.";
+  m.def("depthwise_mix", &depthwise_mix, py::arg("x_ptr"), py::arg("x_strides"), py::arg("y_ptr"),
+        py::arg("y_strides"), py::arg("shape"), py::arg("k"), py::arg("weight_ptr"),
+        py::arg("bias_ptr"), py::arg("scale_ptr"), py::arg("shift_ptr"), py::arg("act"),
+        py::arg("layout"), py::arg("threads"),
+        "y = x + scale * act(depthwise_conv(x, weight) + bias) + shift, float32, 'same' zero "
+        "padding. Strides are in floats, in the order n, c, h, w, as shape is. act indexes "
+        "activations(); layout 0 is planar (w stride 1, weight [c][k*k]), 1 channels-last (c "
+        "stride 1, weight [k*k][c]); bias_ptr 0 means none. y must not overlap x.");
+  m.def("epilogue", &epilogue, py::arg("h_ptr"), py::arg("shape"), py::arg("scale_ptr"),
+        py::arg("shift_ptr"), py::arg("act"), py::arg("layout"), py::arg("threads"),
+        "h = scale * act(h) + shift in place, float32. shape is (n, c, pixels); h is dense, "
+        "[n][c][pixels] in layout 0 (planar), [n][pixels][c] in layout 1 (channels-last).");
+  m.def("fingerprint", &fingerprint, py::arg("pieces"),
+        "A 64-bit hash of 16 samples of 8 bytes of each (address, bytes) piece.");
+  m.def("isa", [] { return std::string(cmf::active_isa().name); }, "The instruction set in use.");
+  m.def("isas", &cmf::usable_isas, "The instruction sets built and supported here, best last.");
+  m.def("set_isa", &cmf::set_isa, py::arg("name"), "Uses that instruction set from now on (tests).");
+  m.def("threading_backend", &cmf::threading_backend,
+        "'gomp:<file of the OpenMP runtime in use>' or 'std::thread'.");
+  m.def("build_info", &build_info, "Compiler, flags per instruction set, version, C++ standard.");
+  m.def("activations", &activations, "Names of the activations, in the order of their numbers.");
+}

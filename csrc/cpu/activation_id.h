@@ -1,0 +1,10 @@
+// Which activations are there? The order is the number that crosses the Python boundary.
+#pragma once
+
+namespace convmixer_fast {
+
+enum class Activation : int { gelu = 0, relu, silu, hardswish, identity };
+inline constexpr const char* kActivationNames[] = {"gelu", "relu", "silu", "hardswish", "identity"};
+inline constexpr int kActivations = 5;
+
+}  // namespace convmixer_fast

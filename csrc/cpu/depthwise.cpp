@@ -1,0 +1,44 @@
+#include "depthwise.h"
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "isa.h"
+#include "threads.h"
+
+namespace convmixer_fast {
+namespace {
+
+struct Free {
+  void operator()(float* p) const { std::free(p); }
+};
+
+std::unique_ptr<float, Free> aligned_floats(int64_t count) {
+  const std::size_t bytes = (static_cast<std::size_t>(count) * sizeof(float) + 63) / 64 * 64;
+  std::unique_ptr<float, Free> p(static_cast<float*>(std::aligned_alloc(64, bytes)));
+  if (!p) throw std::bad_alloc();
+  return p;
+}
+
+// A region of several threads costs a few microseconds to open: about what one core computes in
+// 2^17 multiply-adds. Below that one thread is faster.
+constexpr double kSerialMultiplyAdds = 1 << 17;
+
+}  // namespace
+
+void depthwise_mix(const DepthwiseMix& p, Layout layout, int threads) {
+  if (p.n == 0 || p.c == 0 || p.h == 0 || p.w == 0) return;
+  const DepthwiseKernels& kernels = active_isa().depthwise;
+  const DepthwiseBlocks blocks = kernels.blocks(p, layout);
+  const double work = 1.0 * p.n * p.c * p.h * p.w * p.k * p.k;
+  if (work < kSerialMultiplyAdds) threads = 1;
+  parallel_for(blocks.count, threads, [&](Share& share) {
+    const auto scratch = aligned_floats(blocks.scratch_floats);
+    for (Range r; share.next(r);) {
+      kernels.run(p, layout, blocks, r.begin, r.end, scratch.get());
+    }
+  });
+}
+
+}  // namespace convmixer_fast

@@ -1,0 +1,59 @@
+// The fused depthwise half of a ConvMixer block (its spatial mixing), float32, inference:
+//
+//   y[n,c,h,w] = x[n,c,h,w] + scale[c] * act(bias[c] + sum_{i,j} weight[c,i,j] *
+//                                             x[n, c, h + i - (k-1)/2, w + j - (k-1)/2]) + shift[c]
+//
+// with zeros outside the image: (k-1)/2 before and k/2 after each axis ("same", odd or even k).
+// scale and shift are BatchNorm's in eval mode: gamma / sqrt(var + eps) and beta - mean * scale.
+//
+// Each output value is bias, then the taps in row-major order added one multiply-add each, then
+// the epilogue: neither the thread count, nor the batch, nor the strides change a bit of it.
+#pragma once
+
+#include <cstdint>
+
+#include "activation_id.h"
+#include "layout.h"
+
+namespace convmixer_fast {
+
+// Planar problems have w stride 1 and weights [c][k*k]; channels-last ones c stride 1 and weights
+// [k*k][c].
+//
+// Strides are in floats, in the order n, c, h, w; they may be 0 or overlap for x, not for y.
+// y must not overlap x.
+struct DepthwiseMix {
+  const float* x;
+  int64_t x_stride[4];
+  float* y;
+  int64_t y_stride[4];
+  int64_t n, c, h, w;
+  int64_t k;
+  const float* weight;
+  const float* bias;  // null: no bias
+  const float* scale;
+  const float* shift;
+  Activation act;
+};
+
+// How a DepthwiseMix is cut: every block is `rows` x `cols` output pixels of `channels` channels
+// of one image, copied with its halo into a zero-padded scratch and computed from there.
+struct DepthwiseBlocks {
+  int64_t channels, rows, cols;
+  int64_t scratch_floats;
+  int64_t count;
+};
+
+// One instruction set's kernels. `run` computes blocks begin .. end-1 with a scratch of
+// `scratch_floats` floats, 64-byte aligned; it neither allocates nor throws.
+struct DepthwiseKernels {
+  DepthwiseBlocks (*blocks)(const DepthwiseMix&, Layout);
+  void (*run)(const DepthwiseMix&, Layout, const DepthwiseBlocks&, int64_t begin, int64_t end,
+              float* scratch);
+};
+
+// Computes the whole of it on at most `threads` threads.
+// Throws std::bad_alloc when there is no memory for the scratch; y is then unspecified.
+void depthwise_mix(const DepthwiseMix& problem, Layout layout, int threads);
+
+}  // namespace convmixer_fast

@@ -1,0 +1,480 @@
+// The depthwise kernels of one instruction set: compiled once for each (simd.h).
+//
+// Both layouts have the same shape. A block of output pixels is copied with its halo of k - 1 rows
+// and columns into a zero-padded scratch; from there every tile is computed alike, with no test
+// for the image's border and no mask, and only the store knows where the block ends. The copy
+// moves about one value for each value computed, against k * k multiply-adds.
+//
+// planar: a vector is L neighbouring pixels of a row; a tile is R rows x V vectors of accumulators.
+//   for each input row r of the tile's R + K - 1
+//     for each tap column j
+//       V loads of the input row, shifted by j
+//       for each output row t that has r in its window (tap row r - t)
+//         1 broadcast of tap (r - t, j), V multiply-adds
+//   One load serves up to R output rows. At R = 4, V = 2: (2 + 4) loads for 8 multiply-adds, and
+//   8 accumulators hide a latency of 4 cycles at 2 multiply-adds a cycle. Registers: R * V
+//   accumulators + V + 1.
+//
+// channels-last: a vector is L neighbouring channels; a tile is T neighbouring pixels.
+//   for each tap (i, j): 1 load of the tap's weights, T multiply-adds with the pixels j .. j+T-1
+//   With 32 registers the T + K - 1 pixels of a row are loaded once for all K taps of that row:
+//   (T + 2K - 1) loads for T * K multiply-adds, 25 for 72 at T = 8, K = 9. With 16 registers each
+//   multiply-add reads its pixel from L1: T + 1 loads for T multiply-adds.
+#include "depthwise.h"
+#include "finish.h"
+#include "simd.h"
+
+namespace convmixer_fast::CONVMIXER_FAST_ISA {
+namespace {
+
+// Narrow rows and the right ends of wide ones use vectors of half the width.
+constexpr int kHalfLanes = kLanes > 4 ? kLanes / 2 : kLanes;
+constexpr int kWideRows = kRegisters == 32 ? 8 : 4;  // rows of a tile two vectors wide
+constexpr int kRows = 8;                             // rows of a tile one vector wide
+constexpr int kPixels = 8;                           // pixels of a channels-last tile
+
+constexpr int64_t kPlanarCols = 256;
+constexpr int64_t kPlanarScratchFloats = 6144;     // 24 KB: with the output row it fits in L1
+constexpr int64_t kChannelsLastCols = 32;
+constexpr int64_t kChannelsLastScratchFloats = 16384;  // 64 KB: L2; a window of k rows fits in L1
+
+// The length of equal pieces of at most `most`, rounded up to `unit`.
+int64_t even_pieces(int64_t length, int64_t most, int64_t unit) {
+  return min(length, round_up(ceil_div(length, ceil_div(length, max(most, 1))), unit));
+}
+
+// Floats from one scratch row to the next: an odd number of cache lines, so that the rows of a
+// window spread over all sets of L1 instead of meeting in a few.
+int64_t planar_stride(int64_t cols, int64_t k) {
+  const int64_t lines = ceil_div(round_up(cols, 2 * kLanes) + k - 1, 16);
+  return (lines | 1) * 16;
+}
+int64_t planar_scratch_rows(int64_t rows, int64_t k) { return round_up(rows, kRows) + k - 1; }
+
+int64_t channels_last_cols(int64_t cols, int64_t k) { return round_up(cols, kPixels) + k - 1; }
+int64_t packed_taps(int64_t k) { return round_up(k * k * kLanes, 16); }
+
+DepthwiseBlocks blocks(const DepthwiseMix& p, Layout layout) {
+  DepthwiseBlocks b;
+  if (layout == Layout::planar) {
+    b.channels = 1;
+    b.cols = even_pieces(p.w, kPlanarCols, 2 * kLanes);
+    const int64_t stride = planar_stride(b.cols, p.k);
+    b.rows = even_pieces(p.h, max(kPlanarScratchFloats / stride - p.k, 2 * kRows), kRows);
+    b.scratch_floats = planar_scratch_rows(b.rows, p.k) * stride;
+  } else {
+    b.channels = kLanes;
+    b.cols = even_pieces(p.w, kChannelsLastCols, kPixels);
+    const int64_t row = channels_last_cols(b.cols, p.k) * kLanes;
+    b.rows = even_pieces(p.h, max(kChannelsLastScratchFloats / row - p.k, 4), 1);
+    b.scratch_floats = packed_taps(p.k) + (b.rows + p.k - 1) * row;
+  }
+  b.count = p.n * ceil_div(p.c, b.channels) * ceil_div(p.h, b.rows) * ceil_div(p.w, b.cols);
+  return b;
+}
+
+CMF_INLINE void zero(float* to, int64_t n) {
+  using S = Simd<kLanes>;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) S::store(to + i, typename S::Float{});
+  for (; i < n; ++i) to[i] = 0.0f;
+}
+
+// The part of [first, first + length) that lies in [0, limit), as offsets from `first`.
+struct Inside {
+  int64_t begin, end;
+};
+CMF_INLINE Inside inside(int64_t first, int64_t length, int64_t limit) {
+  const int64_t begin = min(max(-first, 0), length);
+  return {begin, max(min(limit - first, length), begin)};
+}
+
+// scale * act(sum) + shift, for n vectors. One copy of it serves all tiles: it costs a store and a
+// load of each vector, and keeps five activations out of every tile's code.
+template <int L>
+__attribute__((noinline)) void finish(typename Simd<L>::Float* sums, int n, Activation act,
+                                      const typename Simd<L>::Float& scale,
+                                      const typename Simd<L>::Float& shift) {
+  using Float = typename Simd<L>::Float;
+  const Float scales[kGroup] = {scale, scale, scale, scale};
+  const Float shifts[kGroup] = {shift, shift, shift, shift};
+  with_activation(act, [&](auto a) __attribute__((always_inline)) {
+    CMF_ROLLED
+    for (int i = 0; i < n; i += kGroup) {
+      Float group[kGroup] = {sums[i], sums[i + 1], sums[i + 2], sums[i + 3]};
+      finish_group<static_cast<Activation>(decltype(a)::value), L>(group, scales, shifts);
+      static_for<kGroup>([&](auto g) __attribute__((always_inline)) {
+        constexpr int I = decltype(g)::value;
+        sums[i + I] = group[I];
+      });
+    }
+  });
+}
+
+template <int L, int N>
+CMF_INLINE void epilogue(typename Simd<L>::Float (&acc)[N], Activation act,
+                         const typename Simd<L>::Float& scale,
+                         const typename Simd<L>::Float& shift) {
+  constexpr int kSums = (N + kGroup - 1) / kGroup * kGroup;
+  typename Simd<L>::Float sums[kSums] = {};
+  static_for<N>([&](auto i) __attribute__((always_inline)) {
+    constexpr int I = decltype(i)::value;
+    sums[I] = acc[I];
+  });
+  finish<L>(sums, kSums, act, scale, shift);
+  static_for<N>([&](auto i) __attribute__((always_inline)) {
+    constexpr int I = decltype(i)::value;
+    acc[I] = sums[I];
+  });
+}
+
+// One block of one plane: its scratch, its taps, and where its results go.
+struct PlanarBlock {
+  const float* scratch;
+  int64_t stride;
+  const float* weight;
+  int64_t k;
+  float bias, scale, shift;
+  Activation act;
+  float* y;
+  int64_t y_row;
+  int64_t rows, cols;
+};
+
+// R x V * L outputs at (row, col) of the block. K = 0: the kernel size is b.k.
+template <int L, int R, int V, int K>
+CMF_INLINE void planar_tile(const PlanarBlock& b, int64_t row, int64_t col) {
+  using S = Simd<L>;
+  using Float = typename S::Float;
+  const int64_t k = K > 0 ? K : b.k;
+  const float* in = b.scratch + row * b.stride + col;
+  Float acc[R * V];
+  static_for<R * V>([&](auto i) __attribute__((always_inline)) {
+    acc[decltype(i)::value] = S::broadcast(b.bias);
+  });
+
+  if constexpr (K > 0) {
+    static_for<R + K - 1>([&](auto r) __attribute__((always_inline)) {
+      constexpr int I = decltype(r)::value;
+      const float* line = in + I * b.stride;
+      CMF_ROLLED
+      for (int j = 0; j < K; ++j) {
+        Float x[V];
+        static_for<V>([&](auto v) __attribute__((always_inline)) {
+          x[decltype(v)::value] = S::load(line + j + decltype(v)::value * L);
+        });
+        static_for<R>([&](auto t) __attribute__((always_inline)) {
+          constexpr int T = decltype(t)::value;
+          if constexpr (I >= T && I - T < K) {
+            const float tap = b.weight[(I - T) * K + j];
+            static_for<V>([&](auto v) __attribute__((always_inline)) {
+              constexpr int N = decltype(v)::value;
+              acc[T * V + N] = x[N] * tap + acc[T * V + N];
+            });
+          }
+        });
+      }
+    });
+  } else {
+    const float* tap = b.weight;
+    CMF_ROLLED
+    for (int64_t i = 0; i < k; ++i) {
+      CMF_ROLLED
+      for (int64_t j = 0; j < k; ++j, ++tap) {
+        const Float w = S::broadcast(*tap);
+        static_for<R * V>([&](auto n) __attribute__((always_inline)) {
+          constexpr int N = decltype(n)::value;
+          const float* at = in + (i + N / V) * b.stride + j + N % V * L;
+          acc[N] = S::load(at) * w + acc[N];
+        });
+      }
+    }
+  }
+
+  epilogue<L>(acc, b.act, S::broadcast(b.scale), S::broadcast(b.shift));
+
+  const int64_t before = (k - 1) / 2;
+  const float* centre = in + before * b.stride + before;
+  float* out = b.y + row * b.y_row + col;
+  const int64_t rows = b.rows - row, cols = b.cols - col;
+  static_for<R>([&](auto t) __attribute__((always_inline)) {
+    constexpr int T = decltype(t)::value;
+    if (T >= rows) return;
+    static_for<V>([&](auto v) __attribute__((always_inline)) {
+      constexpr int N = decltype(v)::value;
+      const Float result = acc[T * V + N] + S::load(centre + T * b.stride + N * L);
+      float* to = out + T * b.y_row + N * L;
+      if (cols >= (N + 1) * L) {
+        S::store(to, result);
+      } else if (cols > N * L) {
+        float lanes[L];
+        S::store(lanes, result);
+        for (int64_t i = 0; i < cols - N * L; ++i) to[i] = lanes[i];
+      }
+    });
+  });
+}
+
+template <int L, int R, int V, int K>
+__attribute__((noinline)) void planar_strip(const PlanarBlock& b, int64_t col) {
+  for (int64_t row = 0; row < b.rows; row += R) planar_tile<L, R, V, K>(b, row, col);
+}
+
+template <int K>
+void planar_block(const PlanarBlock& b) {
+  for (int64_t col = 0; col < b.cols;) {
+    const int64_t left = b.cols - col;
+    if (left > kLanes) {
+      planar_strip<kLanes, kWideRows, 2, K>(b, col);
+      col += 2 * kLanes;
+    } else if (left > kHalfLanes || kHalfLanes == kLanes) {
+      planar_strip<kLanes, kRows, 1, K>(b, col);
+      col += kLanes;
+    } else {
+      planar_strip<kHalfLanes, kRows, 1, K>(b, col);
+      col += kHalfLanes;
+    }
+  }
+}
+
+// Copies the block at (h0, w0) with its halo into the scratch, zeros outside the image.
+void fill_planar(const DepthwiseMix& p, const float* plane, int64_t h0, int64_t w0, int64_t rows,
+                 int64_t cols, int64_t stride, float* scratch) {
+  const int64_t before = (p.k - 1) / 2;
+  const Inside ys = inside(h0 - before, rows + p.k - 1, p.h);
+  const Inside xs = inside(w0 - before, cols + p.k - 1, p.w);
+  zero(scratch, ys.begin * stride);
+  for (int64_t r = ys.begin; r < ys.end; ++r) {
+    float* to = scratch + r * stride;
+    zero(to, xs.begin);
+    copy(plane + (h0 - before + r) * p.x_stride[2] + w0 - before + xs.begin, to + xs.begin,
+         xs.end - xs.begin);
+    zero(to + xs.end, stride - xs.end);
+  }
+  zero(scratch + ys.end * stride, (planar_scratch_rows(rows, p.k) - ys.end) * stride);
+}
+
+void run_planar(const DepthwiseMix& p, const DepthwiseBlocks& blocks, int64_t begin, int64_t end,
+                float* scratch) {
+  const int64_t down = ceil_div(p.h, blocks.rows), across = ceil_div(p.w, blocks.cols);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t plane = i / (down * across), n = plane / p.c, c = plane % p.c;
+    const int64_t h0 = i / across % down * blocks.rows, w0 = i % across * blocks.cols;
+    PlanarBlock b;
+    b.scratch = scratch;
+    b.weight = p.weight + c * p.k * p.k;
+    b.k = p.k;
+    b.bias = p.bias != nullptr ? p.bias[c] : 0.0f;
+    b.scale = p.scale[c];
+    b.shift = p.shift[c];
+    b.act = p.act;
+    b.y = p.y + n * p.y_stride[0] + c * p.y_stride[1] + h0 * p.y_stride[2] + w0;
+    b.y_row = p.y_stride[2];
+    b.rows = min(blocks.rows, p.h - h0);
+    b.cols = min(blocks.cols, p.w - w0);
+    b.stride = planar_stride(b.cols, p.k);
+    fill_planar(p, p.x + n * p.x_stride[0] + c * p.x_stride[1], h0, w0, b.rows, b.cols, b.stride,
+                scratch);
+    switch (p.k) {
+      case 3: planar_block<3>(b); break;
+      case 5: planar_block<5>(b); break;
+      case 7: planar_block<7>(b); break;
+      case 9: planar_block<9>(b); break;
+      default: planar_block<0>(b); break;
+    }
+  }
+}
+
+
+// One block of up to kLanes channels. Scratch and taps have kLanes channels, zeros in those that
+// the image lacks; scratch rows have `cols_in` pixels.
+struct ChannelsLastBlock {
+  const float* scratch;
+  int64_t cols_in;
+  const float* weight;
+  int64_t k;
+  Simd<kLanes>::Float bias, scale, shift;
+  Activation act;
+  float* y;
+  int64_t y_row, y_col;
+  int64_t rows, cols, channels;
+};
+
+// T pixels at (row, col) of the block. K = 0: the kernel size is b.k.
+template <int T, int K>
+CMF_INLINE void channels_last_tile(const ChannelsLastBlock& b, int64_t row, int64_t col) {
+  using S = Simd<kLanes>;
+  using Float = S::Float;
+  const int64_t k = K > 0 ? K : b.k;
+  const int64_t line = b.cols_in * kLanes;
+  const float* in = b.scratch + row * line + col * kLanes;
+  Float acc[T];
+  static_for<T>([&](auto t) __attribute__((always_inline)) { acc[decltype(t)::value] = b.bias; });
+
+  const float* tap = b.weight;
+  CMF_ROLLED
+  for (int64_t i = 0; i < k; ++i) {
+    const float* pixels = in + i * line;
+    if constexpr (K > 0 && kRegisters == 32) {
+      Float x[T + K - 1];
+      static_for<T + K - 1>([&](auto c) __attribute__((always_inline)) {
+        constexpr int C = decltype(c)::value;
+        x[C] = S::load(pixels + C * kLanes);
+      });
+      static_for<K>([&](auto j) __attribute__((always_inline)) {
+        constexpr int J = decltype(j)::value;
+        const Float w = S::load(tap + J * kLanes);
+        static_for<T>([&](auto t) __attribute__((always_inline)) {
+          constexpr int P = decltype(t)::value;
+          acc[P] = x[J + P] * w + acc[P];
+        });
+      });
+      tap += K * kLanes;
+    } else {
+      CMF_ROLLED
+      for (int64_t j = 0; j < k; ++j, tap += kLanes) {
+        const Float w = S::load(tap);
+        static_for<T>([&](auto t) __attribute__((always_inline)) {
+          constexpr int P = decltype(t)::value;
+          acc[P] = S::load(pixels + (j + P) * kLanes) * w + acc[P];
+        });
+      }
+    }
+  }
+
+  epilogue<kLanes>(acc, b.act, b.scale, b.shift);
+
+  const int64_t before = (k - 1) / 2;
+  const float* centre = in + before * line + before * kLanes;
+  float* out = b.y + row * b.y_row + col * b.y_col;
+  const int64_t pixels = b.cols - col;
+  static_for<T>([&](auto t) __attribute__((always_inline)) {
+    constexpr int P = decltype(t)::value;
+    if (P >= pixels) return;
+    const Float result = acc[P] + S::load(centre + P * kLanes);
+    float* to = out + P * b.y_col;
+    if (b.channels == kLanes) {
+      S::store(to, result);
+    } else {
+      float lanes[kLanes];
+      S::store(lanes, result);
+      for (int64_t c = 0; c < b.channels; ++c) to[c] = lanes[c];
+    }
+  });
+}
+
+template <int T, int K>
+__attribute__((noinline)) void channels_last_strip(const ChannelsLastBlock& b, int64_t col) {
+  for (int64_t row = 0; row < b.rows; ++row) channels_last_tile<T, K>(b, row, col);
+}
+
+template <int K>
+void channels_last_block(const ChannelsLastBlock& b) {
+  for (int64_t col = 0; col < b.cols;) {
+    const int64_t left = b.cols - col;
+    if (left > kPixels / 2) {
+      channels_last_strip<kPixels, K>(b, col);
+      col += kPixels;
+    } else if (left > 1) {
+      channels_last_strip<kPixels / 2, K>(b, col);
+      col += kPixels / 2;
+    } else {
+      channels_last_strip<1, K>(b, col);
+      col += 1;
+    }
+  }
+}
+
+CMF_INLINE void copy_channels(const float* from, float* to, int64_t channels) {
+  using S = Simd<kLanes>;
+  if (channels == kLanes) {
+    S::store(to, S::load(from));
+  } else {
+    for (int64_t c = 0; c < channels; ++c) to[c] = from[c];
+    for (int64_t c = channels; c < kLanes; ++c) to[c] = 0.0f;
+  }
+}
+
+// Copies the block at (h0, w0) of the channels at `image` with its halo into the scratch.
+void fill_channels_last(const DepthwiseMix& p, const float* image, int64_t h0, int64_t w0,
+                        int64_t rows, int64_t cols, int64_t cols_in, int64_t channels,
+                        float* scratch) {
+  const int64_t before = (p.k - 1) / 2;
+  const int64_t line = cols_in * kLanes;
+  const Inside ys = inside(h0 - before, rows + p.k - 1, p.h);
+  const Inside xs = inside(w0 - before, cols + p.k - 1, p.w);
+  zero(scratch, ys.begin * line);
+  for (int64_t r = ys.begin; r < ys.end; ++r) {
+    float* to = scratch + r * line;
+    const float* from = image + (h0 - before + r) * p.x_stride[2];
+    zero(to, xs.begin * kLanes);
+    for (int64_t c = xs.begin; c < xs.end; ++c) {
+      copy_channels(from + (w0 - before + c) * p.x_stride[3], to + c * kLanes, channels);
+    }
+    zero(to + xs.end * kLanes, (cols_in - xs.end) * kLanes);
+  }
+  zero(scratch + ys.end * line, (rows + p.k - 1 - ys.end) * line);
+}
+
+void run_channels_last(const DepthwiseMix& p, const DepthwiseBlocks& blocks, int64_t begin,
+                       int64_t end, float* scratch) {
+  using S = Simd<kLanes>;
+  const int64_t groups = ceil_div(p.c, kLanes);
+  const int64_t down = ceil_div(p.h, blocks.rows), across = ceil_div(p.w, blocks.cols);
+  float* taps = scratch;
+  float* image = scratch + packed_taps(p.k);
+  // Channel groups are the innermost index: neighbours share cache lines and pages.
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t c0 = i % groups * kLanes, place = i / groups;
+    const int64_t w0 = place % across * blocks.cols, h0 = place / across % down * blocks.rows;
+    const int64_t n = place / across / down;
+    ChannelsLastBlock b;
+    b.channels = min(kLanes, p.c - c0);
+    auto per_channel = [&](const float* values) {
+      float lanes[kLanes] = {};
+      if (values != nullptr) copy_channels(values + c0, lanes, b.channels);
+      return S::load(lanes);
+    };
+    b.scratch = image;
+    b.weight = taps;
+    b.k = p.k;
+    b.bias = per_channel(p.bias);
+    b.scale = per_channel(p.scale);
+    b.shift = per_channel(p.shift);
+    b.act = p.act;
+    b.y = p.y + n * p.y_stride[0] + c0 + h0 * p.y_stride[2] + w0 * p.y_stride[3];
+    b.y_row = p.y_stride[2];
+    b.y_col = p.y_stride[3];
+    b.rows = min(blocks.rows, p.h - h0);
+    b.cols = min(blocks.cols, p.w - w0);
+    b.cols_in = channels_last_cols(b.cols, p.k);
+    for (int64_t tap = 0; tap < p.k * p.k; ++tap) {
+      copy_channels(p.weight + tap * p.c + c0, taps + tap * kLanes, b.channels);
+    }
+    fill_channels_last(p, p.x + n * p.x_stride[0] + c0, h0, w0, b.rows, b.cols, b.cols_in,
+                       b.channels, image);
+    switch (p.k) {
+      case 3: channels_last_block<3>(b); break;
+      case 5: channels_last_block<5>(b); break;
+      case 7: channels_last_block<7>(b); break;
+      case 9: channels_last_block<9>(b); break;
+      default: channels_last_block<0>(b); break;
+    }
+  }
+}
+
+void run(const DepthwiseMix& p, Layout layout, const DepthwiseBlocks& blocks, int64_t begin,
+         int64_t end, float* scratch) {
+  if (layout == Layout::planar) {
+    run_planar(p, blocks, begin, end, scratch);
+  } else {
+    run_channels_last(p, blocks, begin, end, scratch);
+  }
+}
+
+}  // namespace
+
+extern const DepthwiseKernels depthwise_kernels;
+const DepthwiseKernels depthwise_kernels = {blocks, run};
+
+}  // namespace convmixer_fast::CONVMIXER_FAST_ISA

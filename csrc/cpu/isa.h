@@ -1,0 +1,31 @@
+// Which instruction set runs? Each is compiled from the same sources with its own flags
+// (simd.h); the best one that this machine and its operating system support is chosen at first
+// use. CONVMIXER_FAST_ISA in the environment, or set_isa, lowers the choice.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "depthwise.h"
+#include "epilogue.h"
+
+namespace convmixer_fast {
+
+struct Isa {
+  const char* name;
+  bool (*supported)();
+  DepthwiseKernels depthwise;
+  EpilogueKernels epilogue;
+};
+
+// The set in use. Throws std::invalid_argument, on every call until it is mended, when
+// CONVMIXER_FAST_ISA names a set that is unknown, was not built, or is not supported here.
+const Isa& active_isa();
+
+// The sets that were built and that this machine supports, the best one last.
+std::vector<std::string> usable_isas();
+
+// Uses that set from now on, in every thread. Throws std::invalid_argument as active_isa does.
+void set_isa(const std::string& name);
+
+}  // namespace convmixer_fast

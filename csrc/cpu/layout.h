@@ -1,0 +1,11 @@
+// How does an activation map lie in memory?
+#pragma once
+
+namespace convmixer_fast {
+
+enum class Layout : int {
+  planar = 0,         // w stride 1 (NCHW)
+  channels_last = 1,  // c stride 1 (NHWC)
+};
+
+}  // namespace convmixer_fast

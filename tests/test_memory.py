@@ -1,0 +1,59 @@
+"""Inference needs no more memory than eager PyTorch: peak resident size, each per process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+import convmixer_fast as cf
+from convmixer_fast.reference import ReferenceConvMixer
+
+which, layout = sys.argv[1:]
+torch.manual_seed(0)
+arch = cf.Arch(96, 3, kernel_size=7, patch_size=2, num_classes=10)
+plain = ReferenceConvMixer(arch)
+model = plain
+if which == "ours":
+    model = cf.ConvMixer(96, 3, 7, 2, num_classes=10)
+    model.load_state_dict(plain.state_dict())
+model.eval()
+x = torch.randn(2, 3, 512, 512)
+if layout == "channels_last":
+    x = x.contiguous(memory_format=torch.channels_last)
+
+def resident(field):  # "VmRSS" now, "VmHWM" at its highest since the last reset; MiB
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) // 1024
+
+with torch.no_grad():
+    model(x[:, :, :64, :64])
+    Path("/proc/self/clear_refs").write_text("5")  # resets the highest mark
+    before = resident("VmRSS")
+    for _ in range(3):
+        model(x)
+print(resident("VmHWM") - before)
+"""
+
+
+def peak_mib(which: str, layout: str) -> int:
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT, which, layout], capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    return int(result.stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_inference_peak_is_not_above_eager_pytorch(layout):
+    activation = 2 * 96 * 256 * 256 * 4 // 2**20
+    eager, ours = peak_mib("eager", layout), peak_mib("ours", layout)
+    assert eager >= 2 * activation, "the measurement does not see the activations"
+    # A tenth of an activation is far below any copy of one, and above the noise of pages of code.
+    assert ours <= eager + activation // 10, f"ours {ours} MiB, eager {eager} MiB"
