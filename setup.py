@@ -320,9 +320,11 @@ class BuildExtension(build_ext):
         # In place, a lasting folder: setuptools' own is thrown away after an editable install.
         folder = in_place_folder() if in_place else Path(self.build_temp)
         try:
-            install_file(compile_extension(p, folder, version), target)
+            if not p.reason:
+                install_file(compile_extension(p, folder, version), target)
         except RuntimeError as error:
             p.reason = str(error)
+        if p.reason:
             self.extensions = []
             target.unlink(missing_ok=True)
         record(p, version, target.parent)

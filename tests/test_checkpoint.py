@@ -37,6 +37,7 @@ from convmixer_fast.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
+from convmixer_fast.model import ConvMixer
 from convmixer_fast.reference import ReferenceConvMixer
 from convmixer_fast.testing import assert_numerics, trained_like_
 
@@ -429,8 +430,6 @@ def test_an_activation_that_contradicts_the_variant_warns() -> None:
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_from_checkpoint_builds_the_model_of_any_file(form: str, tmp_path: Path) -> None:
-    from convmixer_fast.model import ConvMixer
-
     for arch in ARCHS[:3]:
         theirs = trained(form, arch)
         torch.save({"state_dict": theirs.state_dict()}, tmp_path / "a.pth")
@@ -523,17 +522,18 @@ def test_the_compat_faces_load_and_save(tmp_path: Path) -> None:
     assert_same_bits(read_checkpoint(tmp_path / "b.pth").state_dict, headless)
 
 
-def test_a_real_timm_768_32_gives_timms_logits_in_ours(tmp_path: Path) -> None:
-    from convmixer_fast.model import ConvMixer
-
-    theirs = timm.create_model("convmixer_768_32").eval()
+@pytest.mark.parametrize("name", [n for n, v in VARIANTS.items() if v.hf_hub_id])
+def test_timms_published_models_give_timms_logits_in_ours(name: str, tmp_path: Path) -> None:
+    size = 3 * VARIANTS[name].arch.patch_size + 2
+    theirs = trained_like_(timm.create_model(name), (2, 3, size, size))
     save_checkpoint(theirs, tmp_path / "a.safetensors", format="locuslab")
     ours = ConvMixer.from_checkpoint(tmp_path / "a.safetensors")
-    assert ours.arch == VARIANTS["convmixer_768_32"].arch
+    assert ours.arch == VARIANTS[name].arch
     assert_same_bits(dict(ours.state_dict()), dict(theirs.state_dict()))
-    x = torch.randn(1, 3, 30, 29, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+        got, same = ours(x), theirs(x)
+        assert_numerics(got, same, theirs.double()(x.double()))
 
 
 # Writing

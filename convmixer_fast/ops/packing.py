@@ -71,12 +71,6 @@ def cacheable(sources: tuple[Tensor, ...]) -> bool:
     )
 
 
-def _fingerprint(spans: list[tuple[int, int]]) -> int:
-    """A hash of samples of the bits at some (address, bytes) spans."""
-    engine = _native.load()
-    return int(engine.fingerprint(spans)) if engine is not None else 0
-
-
 class _Stamp(NamedTuple):
     tensor: weakref.ReferenceType[Tensor]
     version: int
@@ -123,13 +117,13 @@ class PackedCache:
                 ):
                     break
             else:
-                if entry.fingerprint == _fingerprint(entry.spans):
+                if entry.fingerprint == _native.fingerprint(entry.spans):
                     return entry.packed
         stamps = tuple(_Stamp(weakref.ref(t), t._version, t.data_ptr(), t.dtype) for t in sources)
         spans = [(t.data_ptr(), t.numel() * t.element_size()) for t in sources]
         # Stamps and fingerprint before the copy: a write in between makes the entry stale, where
         # the other order would make a stale entry look true.
-        fingerprint = _fingerprint(spans)
+        fingerprint = _native.fingerprint(spans)
         with torch.no_grad():
             packed = pack()
         self._entry = _Entry(key, stamps, spans, fingerprint, packed)

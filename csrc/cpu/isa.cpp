@@ -30,6 +30,10 @@ namespace {
 // From the plainest to the best. __builtin_cpu_supports also asks whether the operating system
 // saves the wide registers.
 const std::vector<Isa>& built_isas() {
+#if defined(__x86_64__)
+  // Not every compiler's runtime has asked the processor by itself before this.
+  __builtin_cpu_init();
+#endif
   static const std::vector<Isa> isas = {
       {"baseline", [] { return true; }, baseline::depthwise_kernels, baseline::epilogue_kernels},
 #ifdef CONVMIXER_FAST_HAVE_AVX2

@@ -83,7 +83,8 @@ struct Simd {
 
   static CMF_INLINE Float load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
   static CMF_INLINE void store(float* p, Float v) { *reinterpret_cast<Unaligned*>(p) = v; }
-  static CMF_INLINE Float broadcast(float s) { return Float{} + s; }
+  // Not s + Float{}: -0 + 0 is 0, so that compilers add where they could just copy.
+  static CMF_INLINE Float broadcast(float s) { return s - Float{}; }
 
   // a < b ? a : b and a > b ? a : b; where one is NaN, b.
   static CMF_INLINE Float min(Float a, Float b) { return Extreme<L>::min(a, b); }
