@@ -21,6 +21,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -41,10 +42,17 @@ SOURCES = (
     "csrc/cpu/epilogue.cpp",
     "csrc/cpu/fingerprint.cpp",
     "csrc/cpu/isa.cpp",
+    "csrc/cpu/mixer.cpp",
+    "csrc/cpu/peak.cpp",
     "csrc/cpu/threads.cpp",
 )
 #: Compiled once for each instruction set.
-KERNELS = ("csrc/cpu/depthwise_kernel.cpp", "csrc/cpu/epilogue_kernel.cpp")
+KERNELS = (
+    "csrc/cpu/depthwise_kernel.cpp",
+    "csrc/cpu/epilogue_kernel.cpp",
+    "csrc/cpu/peak_kernel.cpp",
+    "csrc/cpu/pointwise_kernel.cpp",
+)
 
 #: Floats in a vector, and the compiler's flags, of each instruction set beyond the baseline.
 X86_64 = {
@@ -67,6 +75,9 @@ extern "C" int probe(Vector* v) {
   return PY_MAJOR_VERSION;
 }
 """
+
+
+NO_COMPILER = "no C++ compiler: no c++, g++ or clang++ on PATH; install one or set CXX"
 
 
 @dataclass
@@ -120,16 +131,20 @@ def find_ninja() -> str:
     return shutil.which("ninja", path=ninja.BIN_DIR) or shutil.which("ninja") or ""
 
 
+def compilers() -> list[list[str]]:
+    """The commands of the C++ compilers to try, in that order."""
+    if os.environ.get("CXX"):
+        return [shlex.split(os.environ["CXX"])]
+    return [[name] for name in ("c++", "g++", "clang++") if shutil.which(name)]
+
+
 def find_compiler(folder: str) -> tuple[list[str], str]:
     """A C++ compiler that makes an extension module, as a command; or why there is none."""
     source = Path(folder, "probe.cpp")
     source.write_text(PROBE)
-    if os.environ.get("CXX"):
-        candidates = [shlex.split(os.environ["CXX"])]
-    else:
-        candidates = [[name] for name in ("c++", "g++", "clang++") if shutil.which(name)]
-        if not candidates:
-            return [], "no C++ compiler: no c++, g++ or clang++ on PATH; install one or set CXX"
+    candidates = compilers()
+    if not candidates:
+        return [], NO_COMPILER
     reasons = []
     for command in candidates:
         flags = [*FLAGS.split(), *include_flags(), str(source), *link_flags()]
@@ -156,15 +171,19 @@ def plan() -> Plan:
         return Plan(reason="ninja is missing from the build environment: pip install ninja")
     with tempfile.TemporaryDirectory() as folder:
         compiler, reason = find_compiler(folder)
-        if reason:
-            return Plan(reason=reason)
-        told = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
-        result = Plan(
-            compiler=compiler,
-            compiler_version=(told.splitlines() or ["unknown"])[0],
-            ninja=ninja,
-            isas={"baseline": (BASELINE_LANES, "")},
-        )
+    return Plan(reason=reason) if reason else plan_for(compiler, ninja)
+
+
+def plan_for(compiler: list[str], ninja: str) -> Plan:
+    """What that compiler makes of the sources: the instruction sets it takes, and refuses."""
+    told = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
+    result = Plan(
+        compiler=compiler,
+        compiler_version=(told.splitlines() or ["unknown"])[0],
+        ninja=ninja,
+        isas={"baseline": (BASELINE_LANES, "")},
+    )
+    with tempfile.TemporaryDirectory() as folder:
         empty = Path(folder, "isa.cpp")
         empty.write_text("#ifndef __x86_64__\n#error not x86-64\n#endif\nint isa;\n")
         objects = ["-c", str(empty), "-o", str(Path(folder, "isa.o"))]
@@ -211,15 +230,17 @@ def ninja_path(path: Path | str) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def build_ninja(p: Plan, folder: Path, output: str) -> str:
+def build_ninja(
+    p: Plan, folder: Path, output: str, sources: Sequence[str], flags: str, link: Sequence[str]
+) -> str:
     """build.ninja: every source once, every kernel once for each instruction set, one link."""
     escape = lambda text: text.replace("$", "$$")  # noqa: E731
-    includes = shlex.join([f"-I{ROOT / 'csrc'}", f"-I{folder}", *include_flags()])
-    libraries = shlex.join([*link_flags(), *shlex.split(os.environ.get("LDFLAGS", ""))])
+    includes = shlex.join([f"-I{ROOT / 'csrc'}", f"-I{folder}"])
+    libraries = shlex.join([*link, *shlex.split(os.environ.get("LDFLAGS", ""))])
     lines = [
         "ninja_required_version = 1.5",
         f"cxx = {escape(shlex.join(p.compiler))}",
-        f"flags = {escape(all_flags())} {escape(includes)}",
+        f"flags = {escape(flags)} {escape(includes)}",
         f"libraries = {escape(libraries)}",
         "rule compile",
         "  command = $cxx -MMD -MF $out.d $flags $isa -c $in -o $out",
@@ -231,15 +252,15 @@ def build_ninja(p: Plan, folder: Path, output: str) -> str:
         "  description = link $out",
     ]
     objects = []
-    for source in SOURCES:
+    for source in sources:
         objects.append(Path(source).stem + ".o")
         lines.append(f"build {objects[-1]}: compile {ninja_path(ROOT / source)}")
-    for name, (lanes, flags) in p.isas.items():
+    for name, (lanes, isa_flags) in p.isas.items():
         for source in KERNELS:
             objects.append(f"{Path(source).stem}.{name}.o")
             lines.append(f"build {objects[-1]}: compile {ninja_path(ROOT / source)}")
             defines = f"-DCONVMIXER_FAST_ISA={name} -DCONVMIXER_FAST_LANES={lanes}"
-            lines.append(f"  isa = {defines} {flags}")
+            lines.append(f"  isa = {defines} {isa_flags}")
     lines.append(f"build {ninja_path(output)}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 
@@ -249,17 +270,25 @@ def write_if_changed(path: Path, text: str) -> None:
         path.write_text(text)
 
 
-def compile_extension(p: Plan, folder: Path, version: str) -> Path:
-    """Build into `folder`, doing again only what has changed; the module that came out.
+def run_ninja(
+    p: Plan,
+    folder: Path,
+    output: str,
+    version: str,
+    sources: Sequence[str],
+    flags: str,
+    link: Sequence[str],
+) -> Path:
+    """Link the sources and all kernels into `folder`/`output`, doing again only what has changed.
 
     Raises:
         RuntimeError: the compiler failed; the message is the first error it named.
     """
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    output = "_cpu" + sysconfig.get_config_var("EXT_SUFFIX")
     write_if_changed(folder / "build_config.h", build_config(p, version))
-    write_if_changed(folder / "build.ninja", build_ninja(p, folder, output))
+    text = build_ninja(p, folder, output, sources, flags, link)
+    write_if_changed(folder / "build.ninja", text)
     jobs = os.environ.get("MAX_JOBS")
     command = [p.ninja, *(["-j", jobs] if jobs else [])]
     done = subprocess.run(
@@ -269,6 +298,13 @@ def compile_extension(p: Plan, folder: Path, version: str) -> Path:
     if done.returncode:
         raise RuntimeError("compilation failed: " + last_lines(done.stdout, "error:"))
     return folder / output
+
+
+def compile_extension(p: Plan, folder: Path, version: str) -> Path:
+    """The extension module, built in `folder`. Raises RuntimeError as run_ninja does."""
+    output = "_cpu" + sysconfig.get_config_var("EXT_SUFFIX")
+    flags = f"{all_flags()} {shlex.join(include_flags())}"
+    return run_ninja(p, folder, output, version, SOURCES, flags, link_flags())
 
 
 def install_file(source: Path, target: Path) -> None:
@@ -357,7 +393,9 @@ def extensions() -> list[Extension]:
     return [Extension(EXTENSION, [*SOURCES, *KERNELS], depends=headers)]
 
 
-setup(
-    ext_modules=extensions(),
-    cmdclass={"build_ext": BuildExtension, "build_py": BuildPython},
-)
+# Build frontends run this file as __main__; tests/native/run.py imports it.
+if __name__ == "__main__":
+    setup(
+        ext_modules=extensions(),
+        cmdclass={"build_ext": BuildExtension, "build_py": BuildPython},
+    )

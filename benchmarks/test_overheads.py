@@ -10,8 +10,6 @@ import pytest
 import torch
 
 from convmixer_fast import create_model
-from convmixer_fast.blocks import _Fused
-from convmixer_fast.ops.packing import sources_of
 from convmixer_fast.timing import interleaved_times, spread
 
 
@@ -33,17 +31,15 @@ def test_import(benchmark: Any, add_row: Any) -> None:
     )
 
 
-@pytest.mark.parametrize(("variant", "size"), [("1024/20", 224), ("256/8", 32)])
-def test_cache_check(variant: str, size: int, benchmark: Any, add_row: Any) -> None:
-    model = create_model(variant).eval()
+@pytest.mark.parametrize(("name", "size"), [("1024/20", 224), ("256/8", 32)])
+def test_cache_check(name: str, size: int, benchmark: Any, add_row: Any) -> None:
+    model = create_model(name).eval()
     x = torch.randn(1, 3, size, size)
-    fused = [m for m in model.modules() if isinstance(m, _Fused)]
+    features = torch.randn(1, model.num_features, 4, 4)
 
     def check() -> None:
-        for module in fused:
-            entry = module._packed._entry
-            assert entry is not None
-            module._packed.get(entry.key, sources_of(*_conv_and_norm(module)), _never)
+        for block in model.blocks:
+            assert block._whole(features) is not None
 
     with torch.no_grad():
         runs = {"forward": lambda: model(x), "check": check}
@@ -51,18 +47,9 @@ def test_cache_check(variant: str, size: int, benchmark: Any, add_row: Any) -> N
     forward, checking = (spread(times[name])["median"] for name in runs)
     benchmark.extra_info.update(forward=forward, check=checking)
     add_row(
-        model=variant,
+        model=name,
         batch=1,
-        system="asking whether packed copies are stale",
+        system="asking whether blocks may run whole and packed copies are stale",
         ms=f"{1e3 * checking:.3f}",
         **{"% of forward": f"{100 * checking / forward:.2f}"},
     )
-
-
-def _conv_and_norm(module: _Fused) -> tuple[Any, Any]:
-    parts: Any = getattr(module, "fn", module)
-    return parts[-3], parts[-1]
-
-
-def _never() -> Any:
-    raise AssertionError("a copy was stale although nothing changed")

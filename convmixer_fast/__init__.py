@@ -3,7 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from .arch import ACTIVATIONS, VARIANTS, Arch
-from .blocks import DepthwiseMix, MixerBlock, PointwiseMix, refresh
+from .blocks import DepthwiseMix, MixerBlock, MixerStack, PointwiseMix, refresh
 from .checkpoint import CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint
 from .explain import explain
 from .model import ConvMixer, create_model, list_models
@@ -24,6 +24,7 @@ __all__ = [
     "ConvMixer",
     "DepthwiseMix",
     "MixerBlock",
+    "MixerStack",
     "PointwiseMix",
     "__version__",
     "available_backends",

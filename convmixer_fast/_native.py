@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from ctypes import string_at
 from functools import cache
 from hashlib import blake2b
@@ -200,6 +200,97 @@ def epilogue_(h: Tensor, scale: Tensor, shift: Tensor, act: str) -> Tensor:
     )
     torch.autograd.graph.increment_version(h)
     return h
+
+
+def mixer_pack(
+    taps: Tensor,
+    bias1: Tensor | None,
+    scale1: Tensor,
+    shift1: Tensor,
+    weight: Tensor,
+    bias2: Tensor | None,
+    scale2: Tensor,
+    shift2: Tensor,
+) -> Tensor:
+    """One ConvMixer block's parameters in the order that `mixer_stack` reads them, a flat tensor.
+
+    The order depends on the instruction set in use, `isa`.
+
+    Args:
+        taps: (C, 1, k, k), the depthwise convolution's weight.
+        weight: (C, C, 1, 1), the pointwise convolution's.
+        bias1, scale1, shift1, bias2, scale2, shift2: (C,); the biases may be None.
+
+    Raises:
+        TypeError: a tensor is not float32.
+        ValueError: a shape or a device does not fit.
+        RuntimeError: the engine is not available.
+    """
+    engine = _engine()
+    c, k = taps.shape[0], taps.shape[-1]
+    _check("taps", taps, (c, 1, k, k))
+    _check("weight", weight, (c, c, 1, 1))
+    vectors = {"bias1": bias1, "scale1": scale1, "shift1": shift1}
+    vectors |= {"bias2": bias2, "scale2": scale2, "shift2": shift2}
+    for name, vector in vectors.items():
+        if vector is not None:
+            _check(name, vector, (c,))
+    parts = [
+        None if t is None else t.detach().resolve_neg().contiguous()
+        for t in (taps, bias1, scale1, shift1, weight, bias2, scale2, shift2)
+    ]
+    packed = torch.empty(engine.mixer_packed_floats(c, k), dtype=torch.float32)
+    engine.advise_huge_pages(packed.data_ptr(), packed.nbytes)
+    engine.mixer_pack([0 if t is None else t.data_ptr() for t in parts], c, k, packed.data_ptr())
+    return packed
+
+
+def mixer_stack(x: Tensor, packed: Sequence[Tensor], kernel_size: int, act: str) -> Tensor:
+    """ConvMixer blocks one after the other on ``torch.get_num_threads()`` threads.
+
+    Args:
+        x: (N, C, H, W), float32, on the CPU, any strides.
+        packed: what `mixer_pack` made of each block for the instruction set in use.
+        kernel_size: k of the depthwise convolutions.
+        act: a name in `convmixer_fast.arch.ACTIVATIONS`.
+
+    Returns:
+        A new contiguous tensor of x's shape. No gradient flows through it.
+
+    Raises:
+        TypeError: a tensor is not float32.
+        ValueError: a shape, a device or ``act`` does not fit.
+        RuntimeError: the engine is not available.
+        KeyboardInterrupt: between images.
+    """
+    engine = _engine()
+    if x.dim() != 4:
+        raise ValueError(f"x must have shape (N, C, H, W), got {tuple(x.shape)}")
+    _check("x", x)
+    n, c, h, w = x.shape
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
+    floats = engine.mixer_packed_floats(c, kernel_size)
+    for block in packed:
+        _check("packed", block, (floats,))
+    x = x.detach().resolve_neg().contiguous()
+    out = torch.empty((n, c, h, w), dtype=torch.float32)
+    engine.mixer_stack(
+        x.data_ptr(),
+        out.data_ptr(),
+        (n, c, h, w),
+        kernel_size,
+        [block.data_ptr() for block in packed],
+        _activation_numbers()[act],
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def isa() -> str:
+    """The instruction set in use; "" without the engine."""
+    engine = load()
+    return "" if engine is None else engine.isa()
 
 
 @cache

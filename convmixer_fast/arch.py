@@ -30,6 +30,8 @@ ACTIVATIONS: Mapping[str, type[nn.Module]] = MappingProxyType(
     }
 )
 
+_NAMES: Mapping[type, str] = {cls: name for name, cls in ACTIVATIONS.items()}
+
 
 def activation_name(act: nn.Module | type[nn.Module] | str | None) -> str | None:
     """The name in `ACTIVATIONS` of an activation module, class or name; None when it has none.
@@ -42,8 +44,7 @@ def activation_name(act: nn.Module | type[nn.Module] | str | None) -> str | None
         return "silu" if name == "swish" else name if name in ACTIVATIONS else None
     if isinstance(act, nn.GELU) and act.approximate != "none":
         return None
-    kind = act if isinstance(act, type) else type(act)
-    return next((name for name, cls in ACTIVATIONS.items() if cls is kind), None)
+    return _NAMES.get(act if isinstance(act, type) else type(act))
 
 
 def activation_layer(act: Callable[[], nn.Module] | str) -> Callable[[], nn.Module]:

@@ -10,16 +10,20 @@ one by one.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
+import torch.fx
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
+from . import _native
 from .arch import activation_layer, activation_name
 from .ops import backends
-from .ops.common import memory_format_of
+from .ops.common import accumulation_dtype, memory_format_of
 from .ops.depthwise import depthwise_mix
+from .ops.mixer import mixer_stack
 from .ops.packing import Packed, PackedCache, batch_norm_affine, cacheable, sources_of
 from .ops.pointwise import pointwise_mix
 
@@ -97,7 +101,7 @@ def _why_composed(conv: Any, act: nn.Module, bn: Any, x: Tensor) -> str:
         return "torch.fx sees plain modules"
     if type(bn) not in _NORMS:
         return f"the norm is a {type(bn).__name__}, not a BatchNorm2d"
-    if bn.training or bn.running_mean is None or bn.running_var is None:
+    if bn.training or bn._buffers.get("running_mean") is None:
         return "BatchNorm gathers batch statistics"
     if activation_name(act) is None:
         return f"no fused form of the activation {act}"
@@ -107,17 +111,18 @@ def _why_composed(conv: Any, act: nn.Module, bn: Any, x: Tensor) -> str:
         return f"the input has {x.dim()} dimensions"
     if x.shape[1] != conv.in_channels:
         return f"the input has {x.shape[1]} channels, the convolution takes {conv.in_channels}"
+    weight = conv.weight
     device = x.device.type
     if torch.is_autocast_enabled(device):
         if x.dtype != torch.get_autocast_dtype(device):
             return "autocast changes the input's dtype"
-    elif x.dtype != conv.weight.dtype:
-        return f"the input is {x.dtype}, the weights {conv.weight.dtype}"
+    elif x.dtype != weight.dtype:
+        return f"the input is {x.dtype}, the weights {weight.dtype}"
     if not x.is_floating_point():
         return f"the input is {x.dtype}"
-    if x.device != conv.weight.device:
-        return f"the input is on {x.device}, the weights on {conv.weight.device}"
-    if x.device.type != "cpu" and torch.compiler.is_compiling():
+    if x.device != weight.device:
+        return f"the input is on {x.device}, the weights on {weight.device}"
+    if device != "cpu" and torch.compiler.is_compiling():
         # The operator is opaque to the compiler; where no kernel of ours stands behind it, the
         # plain operators are the faster graph.
         return "no fused kernel for this device: the compiler gets plain operators"
@@ -129,7 +134,7 @@ def _why_composed(conv: Any, act: nn.Module, bn: Any, x: Tensor) -> str:
     return ""
 
 
-def _operands(cache: PackedCache, conv: Any, bn: Any, x: Tensor, depthwise: bool) -> Packed:
+def _operands(cache: PackedCache[Packed], conv: Any, bn: Any, x: Tensor, depthwise: bool) -> Packed:
     """The operator's arguments: cached copies for inference, differentiable ones otherwise."""
     sources = sources_of(conv, bn)
     inference = not (torch.is_grad_enabled() and any(t.requires_grad for t in sources))
@@ -142,7 +147,9 @@ def _operands(cache: PackedCache, conv: Any, bn: Any, x: Tensor, depthwise: bool
             if repack:
                 weight = weight.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
             bias = None if conv.bias is None else conv.bias.detach().to(x.dtype)
-            return Packed(weight, bias, *batch_norm_affine(bn, x.dtype))
+            wide = accumulation_dtype(x.dtype)
+            scale, shift = (v.to(wide) for v in batch_norm_affine(bn, torch.float64))
+            return Packed(weight, bias, scale, shift)
 
         return cache.get((repack, x.dtype, bn.eps), sources, pack)
     bias = None if conv.bias is None else conv.bias.to(x.dtype)
@@ -152,7 +159,7 @@ def _operands(cache: PackedCache, conv: Any, bn: Any, x: Tensor, depthwise: bool
 class _Fused(nn.Module):
     """What the fused modules share: a cache that no copy or pickle carries, and a report."""
 
-    _packed: PackedCache
+    _packed: PackedCache[Any]
 
     def _decide(self, op: str, why_composed: str, x: Tensor) -> bool:
         """Whether to call the fused operator, reporting the choice to `backends.recording`."""
@@ -343,6 +350,7 @@ class MixerBlock(_FusedSequential):
             nn.BatchNorm2d(dim, device=device, dtype=dtype),
         )
         self._packed = PackedCache()
+        self._halves: PackedCache[Packed] = PackedCache()
 
     @classmethod
     def from_parts(
@@ -358,18 +366,140 @@ class MixerBlock(_FusedSequential):
         self = cls.__new__(cls)
         nn.Sequential.__init__(self, spatial, conv, act, bn)
         self._packed = PackedCache()
+        self._halves = PackedCache()
         self.training = bn.training
         return self
 
     def forward(self, x: Tensor) -> Tensor:
         if len(self) != 4:
             return super().forward(x)
+        whole = self._whole(x) if _stacks_run_on(x) else None
+        if whole is not None:
+            return _run_stack([self], [whole], x)
         spatial, conv, act, bn = self
-        return _pointwise(self, self._packed, conv, act, bn, spatial(x))
+        return _pointwise(self, self._halves, conv, act, bn, spatial(x))
+
+    def _whole(self, x: Tensor) -> _Whole | None:
+        """The block as `mixer_stack` takes it, or None where its halves must run one by one on x.
+
+        They must for every reason for which a half is composed, and where the halves are not
+        alike, gradients are recorded, or changes of the parameters could not be noticed.
+        """
+        if len(self._modules) != 4:
+            return None
+        spatial: Any
+        conv: Any
+        bn: Any
+        spatial, conv, act, bn = self._modules.values()
+        # While the block trains, the first of these answers at once.
+        if bn.training or not isinstance(spatial, DepthwiseMix) or _hooked(spatial):
+            return None
+        branch: Any = spatial._modules[spatial._branch]
+        if spatial._why_composed(branch, x) or _why_composed(conv, act, bn, x):
+            return None
+        depthwise, spatial_act, spatial_bn = branch
+        name = activation_name(act)
+        if name is None or name != activation_name(spatial_act):
+            return None
+        if not is_pointwise(conv) or conv.in_channels != conv.out_channels:
+            return None
+        sources = sources_of(depthwise, spatial_bn) + sources_of(conv, bn)
+        if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in sources)):
+            return None
+        whole = _Whole(x, conv.in_channels, depthwise.kernel_size[0], name)
+        if backends.is_recording() and is_fake(x):
+            return whole
+        # Packed weights are in the order of one instruction set.
+        key = (_native.isa(), spatial_bn.eps, bn.eps)
+        packed = self._packed.fresh(key, sources)
+        if packed is None:
+            if not cacheable(sources):
+                return None
+
+            def pack() -> Tensor:
+                # In float64: where the mean is many deviations away, the shift is a difference
+                # of large numbers.
+                first = batch_norm_affine(spatial_bn, torch.float64)
+                second = batch_norm_affine(bn, torch.float64)
+                given = (depthwise.weight, depthwise.bias, *first, conv.weight, conv.bias, *second)
+                floats: Any = [t if t is None else t.float() for t in given]
+                return _native.mixer_pack(*floats)
+
+            packed = self._packed.get(key, sources, pack)
+        return whole._replace(packed=packed)
+
+
+class _Whole(NamedTuple):
+    """A block packed for `mixer_stack`, and what all blocks of a stack must share."""
+
+    packed: Tensor
+    dim: int
+    kernel_size: int
+    act: str
+
+
+def _stacks_run_on(x: Tensor) -> bool:
+    """Whether whole blocks on ``x`` are the engine's; a compiler sees the halves instead."""
+    if torch.compiler.is_compiling() or isinstance(x, torch.fx.Proxy):
+        return False
+    return backends.whole_blocks_run(x.device, x.dtype)
+
+
+class MixerStack(_FusedSequential):
+    """Blocks one after the other, a Sequential of `MixerBlock`; for inference on a CPU, one call.
+
+    (N, dim, H, W) -> (N, dim, H, W), channels-last if the input is. Children and keys are those of
+    `nn.Sequential`. Where a block cannot be fused whole (see `explain`), the blocks run one by one.
+    """
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__(*blocks)
+        self._packed = PackedCache()
+
+    @classmethod
+    def from_parts(cls, *blocks: nn.Module) -> MixerStack:
+        """Around existing blocks, the same objects."""
+        return cls(*blocks)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        # A part of a stack is a stack.
+        if isinstance(index, slice):
+            part = MixerStack()
+            part._modules.update(list(self._modules.items())[index])
+            return part.train(self.training)
+        return super().__getitem__(index)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self._modules or not _stacks_run_on(x):
+            return super().forward(x)
+        wholes: list[_Whole] = []
+        for block in self._modules.values():
+            if not isinstance(block, MixerBlock) or _hooked(block):
+                return super().forward(x)
+            whole = block._whole(x)
+            if whole is None or (wholes and whole[1:] != wholes[0][1:]):
+                return super().forward(x)
+            wholes.append(whole)
+        return _run_stack(list(self), wholes, x)
+
+
+def _run_stack(blocks: Sequence[nn.Module], wholes: list[_Whole], x: Tensor) -> Tensor:
+    """Blocks of the same width, kernel and activation as one operator."""
+    if backends.is_recording():
+        choice = backends.choose("mixer_stack", x.device, x.dtype)
+        for block in blocks:
+            backends.record(block, "mixer_stack", choice)
+    _, _, kernel_size, act = wholes[0]
+    return mixer_stack(x, [whole.packed for whole in wholes], kernel_size, act)
 
 
 def _pointwise(
-    owner: _Fused, cache: PackedCache, conv: nn.Module, act: nn.Module, bn: nn.Module, x: Tensor
+    owner: _Fused,
+    cache: PackedCache[Packed],
+    conv: nn.Module,
+    act: nn.Module,
+    bn: nn.Module,
+    x: Tensor,
 ) -> Tensor:
     why = (
         _why_composed(conv, act, bn, x)
@@ -391,3 +521,5 @@ def refresh(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, _Fused):
             module._packed.clear()
+        if isinstance(module, MixerBlock):
+            module._halves.clear()

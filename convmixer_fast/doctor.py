@@ -18,9 +18,11 @@ from torch import Tensor
 
 from . import __version__, _native
 from .arch import ACTIVATIONS
+from .blocks import MixerBlock
 from .ops import available_backends, depthwise_mix, pointwise_mix, use_backend
 from .ops.backends import ENVIRONMENT
-from .testing import error_report
+from .reference import reference_block
+from .testing import error_report, trained_like_
 
 #: Libraries that some commands or import lines can use, with the extra that brings each.
 OPTIONAL = {
@@ -118,10 +120,11 @@ def _plain(op: str, operands: list[Tensor], act: str, dtype: torch.dtype) -> Ten
 
 
 def check_backend(name: str) -> list[dict[str, Any]]:
-    """Run both operators of a backend on small random inputs and hold them against PyTorch's.
+    """Run a backend's operators and a whole block on small inputs, beside PyTorch's.
 
-    Returns a row for each operator and activation: the largest error against float64, PyTorch's own
-    in float32, the bar (see `testing`), ``ok``, and ``reason`` where it failed in another way.
+    Returns a row for each of them and each activation: the largest error against float64,
+    PyTorch's own in float32, the bar (see `testing`), ``ok``, and ``reason`` where it failed in
+    another way.
     """
     device = "cuda" if name in ("triton", "cuda") else "cpu"
     generator = torch.Generator().manual_seed(0)
@@ -130,12 +133,24 @@ def check_backend(name: str) -> list[dict[str, Any]]:
         return torch.randn(shape, generator=generator)
 
     rows = []
-    for op, run in (("depthwise_mix", depthwise_mix), ("pointwise_mix", pointwise_mix)):
+    ops = {"depthwise_mix": depthwise_mix, "pointwise_mix": pointwise_mix, "block": None}
+    for op, run in ops.items():
         for act in ACTIVATIONS:
             row: dict[str, Any] = {"backend": name, "op": op, "act": act, "device": device}
             try:
                 ours, plain, oracle = [], [], []
                 for n, c, height, width, k in _SHAPES:
+                    if run is None:
+                        x = draw(n, c, height, width)
+                        block = trained_like_(reference_block(c, k, ACTIVATIONS[act]), x.shape)
+                        fused = MixerBlock(c, k, act).eval()
+                        fused.load_state_dict(block.state_dict())
+                        with torch.inference_mode():
+                            with _backend(name):
+                                ours.append(fused.to(device)(x.to(device)).cpu().flatten())
+                            plain.append(block(x).flatten())
+                            oracle.append(block.double()(x.double()).flatten())
+                        continue
                     shape = (c, 1, k, k) if op == "depthwise_mix" else (c, c, 1, 1)
                     weight = draw(*shape) / math.prod(shape[1:]) ** 0.5
                     operands = [draw(n, c, height, width), weight, draw(c), draw(c), draw(c)]

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import checkpoint as checkpoints
 from .arch import VARIANTS, Arch, Variant, activation_layer, activation_name, find_variant
-from .blocks import MixerBlock
+from .blocks import MixerBlock, MixerStack
 
 #: Pooling before the classifier, and how many times the channels it hands on.
 _POOLS = {"": 1, "avg": 1, "max": 1, "avgmax": 1, "catavgmax": 2}
@@ -125,7 +125,7 @@ class ConvMixer(nn.Module):
             nn.BatchNorm2d(dim, device=device, dtype=dtype),
         )
         rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
-        self.blocks = nn.Sequential(
+        self.blocks = MixerStack(
             *[
                 MixerBlock(dim, kernel_size, act_layer, rate, device=device, dtype=dtype)
                 for rate in rates

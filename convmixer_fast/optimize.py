@@ -26,6 +26,7 @@ from .arch import activation_name
 from .blocks import (
     DepthwiseMix,
     MixerBlock,
+    MixerStack,
     PointwiseMix,
     _Fused,
     _FusedSequential,
@@ -39,12 +40,12 @@ class SequentialDepthwiseMix(DepthwiseMix, _FusedSequential):
     """A `DepthwiseMix` in the place of a Sequential's subclass: indexed and iterated as one."""
 
 
-_FUSED_TYPES = (DepthwiseMix, SequentialDepthwiseMix, PointwiseMix, MixerBlock)
+_FUSED_TYPES = (DepthwiseMix, SequentialDepthwiseMix, PointwiseMix, MixerBlock, MixerStack)
 
 #: What every module has: children, tensors, hooks, training. All else is the class's or the user's.
 _STATE = frozenset(nn.Module().__dict__)
 #: Attributes of the fused modules themselves.
-_OWN = frozenset({"_packed", "_branch", "_original", "drop_path"})
+_OWN = frozenset({"_packed", "_halves", "_branch", "_original", "drop_path"})
 #: Methods of `nn.Module` that a container may define without computing or storing anything else.
 _HARMLESS = frozenset(
     {"__init__", "forward", "extra_repr", "__repr__", "_get_name", "__dir__"}
@@ -108,7 +109,8 @@ def optimize(model: nn.Module, *, inplace: bool = True) -> nn.Module:
     * a module that computes ``fn(x) + x`` with ``fn`` = Sequential("same" depthwise convolution,
       activation, BatchNorm) becomes a `DepthwiseMix`;
     * four modules in a row, that one and (1x1 convolution, activation, BatchNorm), become a
-      `MixerBlock`; the latter three alone, where they keep the channel count, a `PointwiseMix`.
+      `MixerBlock`; the latter three alone, where they keep the channel count, a `PointwiseMix`;
+    * an nn.Sequential of such blocks and nothing else becomes a `MixerStack`.
 
     Parameters, buffers, convolutions, activations and norms stay the same objects, state-dict keys
     and module names stay as they are, and so do hooks, frozen parameters and each module's
@@ -205,7 +207,7 @@ class _Finding:
     name: str
     module: nn.Module
     was: str
-    target: type[DepthwiseMix | PointwiseMix | MixerBlock] | None
+    target: type[DepthwiseMix | PointwiseMix | MixerBlock | MixerStack] | None
     reason: str
 
 
@@ -215,19 +217,29 @@ class _Refused(Exception):
 
 def _survey(model: nn.Module) -> list[_Finding]:
     """Blocks, halves of blocks and what looks like one, children before their parents."""
-    return list(_visit(model, "", set(), set()))
+    return list(_visit(model, "", set(), _Parts()))
+
+
+class _Parts:
+    """Ids of the modules that are fused, or that `optimize` would fuse."""
+
+    def __init__(self) -> None:
+        self.spatial: set[int] = set()
+        self.blocks: set[int] = set()
 
 
 def _visit(
-    module: nn.Module, name: str, seen: set[int], spatial: set[int], compiled: bool = False
+    module: nn.Module, name: str, seen: set[int], parts: _Parts, compiled: bool = False
 ) -> Iterator[_Finding]:
-    """``seen``: ids of modules not to look at again; ``spatial``: of fused or fusible ones."""
+    """``seen``: ids of modules not to look at again."""
     if id(module) in seen or isinstance(module, torch.jit.ScriptModule):
         return
     seen.add(id(module))
     branch = None if isinstance(module, _Fused) else _depthwise_branch(module)
+    if isinstance(module, MixerBlock):
+        parts.blocks.add(id(module))
     if isinstance(module, DepthwiseMix):
-        spatial.add(id(module))
+        parts.spatial.add(id(module))
         seen.update(map(id, _children(module).values()))
     if branch is not None:
         finding = _judge(
@@ -235,23 +247,33 @@ def _visit(
         )
         if finding.target is not None:
             # Its branch is part of it: never to be judged as something else.
-            spatial.add(id(module))
+            parts.spatial.add(id(module))
             seen.add(id(module._modules[branch]))
         yield finding
     for key, child in _children(module).items():
         path = f"{name}.{key}" if name else key
-        yield from _visit(child, path, seen, spatial, compiled=key == "_orig_mod")
+        yield from _visit(child, path, seen, parts, compiled=key == "_orig_mod")
     if isinstance(module, _Fused):
         yield _Finding(name, module, *_history(module))
     elif branch is None:
-        yield from _look_at(module, name, spatial, compiled)
+        yield from _look_at(module, name, parts, compiled)
 
 
-def _look_at(module: nn.Module, name: str, spatial: set[int], compiled: bool) -> Iterator[_Finding]:
-    """What a module that is no spatial half is: a block, a channel half, or nearly one."""
+def _look_at(module: nn.Module, name: str, parts: _Parts, compiled: bool) -> Iterator[_Finding]:
+    """What a module that is no spatial half is: a block, blocks, a channel half, or nearly one."""
     children = list(_children(module).values())
+    spatial = parts.spatial
     if len(children) == 4 and id(children[0]) in spatial and isinstance(children[1], nn.Conv2d):
-        yield _judge(module, name, MixerBlock, compiled, lambda: _check_chain(module))
+        finding = _judge(module, name, MixerBlock, compiled, lambda: _check_chain(module))
+        if finding.target is not None:
+            parts.blocks.add(id(module))
+        yield finding
+    elif (
+        type(module) is nn.Sequential
+        and children
+        and all(id(child) in parts.blocks for child in children)
+    ):
+        yield _judge(module, name, MixerStack, compiled, lambda: _check_container(module))
     elif len(children) == 3 and _resembles_pointwise(children):
         yield _judge(module, name, PointwiseMix, compiled, lambda: _check_chain(module))
     elif type(module) is nn.Sequential and any(id(child) in spatial for child in children):
@@ -289,7 +311,7 @@ def _look_at_unnested(module: nn.Module, name: str) -> Iterator[_Finding]:
 def _judge(
     module: nn.Module,
     name: str,
-    target: type[DepthwiseMix | PointwiseMix | MixerBlock],
+    target: type[DepthwiseMix | PointwiseMix | MixerBlock | MixerStack],
     compiled: bool,
     check: Callable[[], None],
 ) -> _Finding:

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <string>
 #include <utility>
@@ -11,6 +12,9 @@
 #include "cpu/epilogue.h"
 #include "cpu/fingerprint.h"
 #include "cpu/isa.h"
+#include "cpu/memory.h"
+#include "cpu/mixer.h"
+#include "cpu/peak.h"
 #include "cpu/threads.h"
 
 #include "build_config.h"
@@ -19,6 +23,9 @@ namespace py = pybind11;
 namespace cmf = convmixer_fast;
 
 namespace {
+
+// Signals are looked at about every tenth of a second of one core.
+constexpr double kInterruptMultiplyAdds = 4e9;
 
 using Four = std::array<std::int64_t, 4>;
 
@@ -119,6 +126,71 @@ void epilogue(std::uintptr_t h, const std::array<std::int64_t, 3>& shape, std::u
   cmf::epilogue(problem, static_cast<cmf::Layout>(layout), threads);
 }
 
+void check_mixer(std::int64_t c, std::int64_t k) {
+  require(c >= 1, "c: there must be at least 1 channel, got " + std::to_string(c));
+  require(k >= 1, "k: the kernel size must be at least 1, got " + std::to_string(k));
+}
+
+std::int64_t mixer_packed_floats(std::int64_t c, std::int64_t k) {
+  check_mixer(c, k);
+  return cmf::mixer_packed_floats(c, k);
+}
+
+void mixer_pack(const std::array<std::uintptr_t, 8>& parameters, std::int64_t c, std::int64_t k,
+                std::uintptr_t packed) {
+  check_mixer(c, k);
+  require(packed != 0, "packed_ptr: must not be null");
+  for (int i : {0, 2, 3, 4, 6, 7}) {
+    require(parameters[i] != 0, "parameter_ptrs: only the biases, 1 and 5, may be null");
+  }
+  const auto at = [&](int i) { return pointer<const float>(parameters[i]); };
+  const cmf::MixerBlock block{at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)};
+  const py::gil_scoped_release release;
+  cmf::mixer_pack(block, c, k, pointer<float>(packed));
+}
+
+void mixer_stack(std::uintptr_t x, std::uintptr_t z, const Four& shape, std::int64_t k,
+                 const std::vector<std::uintptr_t>& packed, int act, int threads) {
+  const auto [n, c, h, w] = shape;
+  for (std::int64_t size : shape) {
+    require(size >= 0, "shape: sizes must not be negative, got " + std::to_string(size));
+  }
+  check_settings(act, 0, threads);
+  if (n == 0 || c == 0 || h == 0 || w == 0) return;
+  check_mixer(c, k);
+  require(!packed.empty(), "packed_ptrs: there must be at least 1 block");
+  require(x != 0, "x_ptr: must not be null");
+  require(z != 0 && z != x, "z_ptr: must not be null, nor x_ptr");
+  std::vector<const float*> blocks;
+  for (std::uintptr_t address : packed) {
+    require(address != 0, "packed_ptrs: must not be null");
+    blocks.push_back(pointer<const float>(address));
+  }
+  cmf::MixerStack stack;
+  stack.x = pointer<const float>(x);
+  stack.z = pointer<float>(z);
+  stack.n = n;
+  stack.c = c;
+  stack.h = h;
+  stack.w = w;
+  stack.k = k;
+  stack.blocks = blocks.data();
+  stack.depth = static_cast<std::int64_t>(blocks.size());
+  stack.act = static_cast<cmf::Activation>(act);
+  // As many images at a time as keep all threads busy, so that Ctrl-C is heard between them.
+  const double work = 1.0 * c * h * w * (c + k * k) * stack.depth;
+  const std::int64_t rounds = 1 + static_cast<std::int64_t>(kInterruptMultiplyAdds / work);
+  for (std::int64_t begin = 0; begin < n;) {
+    const std::int64_t end = std::min(n, begin + rounds * threads);
+    {
+      const py::gil_scoped_release release;
+      cmf::mixer_stack(stack, begin, end, threads);
+    }
+    begin = end;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  }
+}
+
 std::uint64_t fingerprint(const std::vector<std::pair<std::uintptr_t, std::size_t>>& pieces) {
   std::vector<cmf::Piece> list;
   list.reserve(pieces.size());
@@ -163,8 +235,34 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("shift_ptr"), py::arg("act"), py::arg("layout"), py::arg("threads"),
         "h = scale * act(h) + shift in place, float32. shape is (n, c, pixels); h is dense, "
         "[n][c][pixels] in layout 0 (planar), [n][pixels][c] in layout 1 (channels-last).");
+  m.def("mixer_packed_floats", &mixer_packed_floats, py::arg("c"), py::arg("k"),
+        "Floats of one packed block of c channels for the instruction set in use.");
+  m.def("mixer_pack", &mixer_pack, py::arg("parameter_ptrs"), py::arg("c"), py::arg("k"),
+        py::arg("packed_ptr"),
+        "Packs one block for mixer_stack and the instruction set in use. parameter_ptrs: taps "
+        "[c][k*k], bias1 or 0, scale1, shift1, weight [c][c], bias2 or 0, scale2, shift2.");
+  m.def(
+      "advise_huge_pages",
+      [](std::uintptr_t address, std::size_t bytes) {
+        cmf::advise_huge_pages(pointer<void>(address), bytes);
+      },
+      py::arg("ptr"), py::arg("bytes"), "Asks for huge pages for fresh memory, where there are.");
+  m.def("mixer_stack", &mixer_stack, py::arg("x_ptr"), py::arg("z_ptr"), py::arg("shape"),
+        py::arg("k"), py::arg("packed_ptrs"), py::arg("act"), py::arg("threads"),
+        "A stack of ConvMixer blocks on contiguous float32 maps (n, c, h, w); z must not overlap "
+        "x. Raises KeyboardInterrupt between images.");
   m.def("fingerprint", &fingerprint, py::arg("pieces"),
         "A 64-bit hash of 16 samples of 8 bytes of each (address, bytes) piece.");
+  m.def(
+      "multiply_add_rate",
+      [](int threads, double seconds) {
+        require(threads >= 1, "threads: must be at least 1, got " + std::to_string(threads));
+        const py::gil_scoped_release release;
+        return cmf::multiply_add_rate(threads, seconds);
+      },
+      py::arg("threads"), py::arg("seconds") = 0.1,
+      "Float multiply-adds a second of that many threads on registers alone: the machine's limit "
+      "for the instruction set in use.");
   m.def("isa", [] { return std::string(cmf::active_isa().name); }, "The instruction set in use.");
   m.def("isas", &cmf::usable_isas, "The instruction sets built and supported here, best last.");
   m.def("set_isa", &cmf::set_isa, py::arg("name"), "Uses that instruction set from now on (tests).");

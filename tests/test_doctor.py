@@ -25,7 +25,7 @@ def test_report_names_every_backend_and_checks_those_that_run(report):
     usable = {name for name, why in report["backends"].items() if not why}
     assert "reference" in usable
     checked = {(row["backend"], row["op"], row["act"]) for row in report["self_check"]}
-    ops = ("depthwise_mix", "pointwise_mix")
+    ops = ("depthwise_mix", "pointwise_mix", "block")
     assert checked == {(b, op, act) for b in usable for op in ops for act in ACTIVATIONS}
     assert doctor.healthy(report), doctor.render(report)
 
@@ -90,7 +90,7 @@ def test_a_backend_that_computes_wrong_numbers_is_an_illness(capsys, monkeypatch
     assert "Failed checks" in text
     assert "(silu) max error" in text
     assert "launch failed in a kernel" in text
-    assert f"FAILED 6 of {2 * len(ACTIVATIONS)} checks" in text
+    assert f"FAILED 6 of {3 * len(ACTIVATIONS)} checks" in text
 
 
 def test_a_result_of_nan_is_an_illness(monkeypatch):

@@ -12,22 +12,39 @@ import torch
 from torch import nn
 
 from convmixer_fast import ConvMixer, refresh, use_backend
+from convmixer_fast.ops.packing import PackedCache
 from convmixer_fast.testing import trained_like_
 
 SHAPE = (2, 3, 20, 20)
 
 
-@pytest.fixture
-def model() -> ConvMixer:
+def nothing(module, args, output) -> None:
+    """A hook: halves that have one are computed apart."""
+
+
+@pytest.fixture(params=["whole blocks", "halves"])
+def model(request) -> ConvMixer:
     net = trained_like_(ConvMixer(16, 2, 5, 4, num_classes=6), SHAPE)
+    if request.param == "halves":
+        for block in net.blocks:
+            block[0].register_forward_hook(nothing)
     with torch.no_grad():
         net(torch.randn(SHAPE))  # packs
-    assert packed_entries(net) == 4
+    assert packed_entries(net) == expected_entries(net)
     return net
 
 
+def expected_entries(net: nn.Module) -> int:
+    return len(net.blocks) * (2 if net.blocks[0][0]._forward_hooks else 1)
+
+
 def packed_entries(net: nn.Module) -> int:
-    return sum(m._packed._entry is not None for m in net.modules() if hasattr(m, "_packed"))
+    return sum(
+        cache._entry is not None
+        for module in net.modules()
+        for cache in vars(module).values()
+        if isinstance(cache, PackedCache)
+    )
 
 
 def assert_fresh(net: nn.Module, layout=torch.contiguous_format) -> torch.Tensor:
@@ -200,16 +217,17 @@ def test_tensors_made_in_inference_mode_are_never_cached():
 def test_running_in_inference_mode_uses_and_keeps_the_cache(model):
     with torch.inference_mode():
         out = model(torch.randn(SHAPE))
-    assert packed_entries(model) == 4
+    assert packed_entries(model) == expected_entries(model)
     assert out.is_inference()
     assert_fresh(model)
 
 
 def test_a_cache_is_reused_while_nothing_changes(model):
-    entry = model.blocks[0]._packed._entry
+    block = model.blocks[0]
+    entries = (block._packed._entry, block._halves._entry)
     with torch.no_grad():
         model(torch.randn(SHAPE))
-    assert model.blocks[0]._packed._entry is entry
+    assert (block._packed._entry, block._halves._entry) == entries
 
 
 def test_gradient_mode_does_not_use_copies_that_cut_the_graph(model):

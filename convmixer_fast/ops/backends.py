@@ -80,15 +80,25 @@ def available_backends() -> dict[str, str]:
 _NOT_IN_RELEASE = "this release has no GPU kernels: PyTorch's own operators serve the GPU"
 
 
-def _why_not_cpu(device: torch.device, dtype: torch.dtype) -> str:
+#: Whole blocks convert half precision at their edges, two passes for a stack; for one half of a
+#: block that would cost what the kernel gains.
+_CPU_DTYPES = {
+    "mixer_stack": (torch.float32, torch.bfloat16, torch.float16),
+    "depthwise_mix": (torch.float32,),
+    "pointwise_mix": (torch.float32,),
+}
+
+
+def _why_not_cpu(op: str, device: torch.device, dtype: torch.dtype) -> str:
     if device.type != "cpu":
         return f"the tensors are on {device.type}"
-    if dtype != torch.float32:
+    if dtype not in _CPU_DTYPES[op]:
         return f"the C++ kernels compute in float32, not {str(dtype).removeprefix('torch.')}"
     return "" if _native.load() else _native.why_unavailable()
 
 
 _CPU_KERNELS = {
+    "mixer_stack": "whole blocks in one C++ call",
     "depthwise_mix": "one C++ kernel",
     "pointwise_mix": "PyTorch's convolution, then one C++ pass for the rest",
 }
@@ -103,7 +113,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
     asked = requested_backend()
     if asked == "reference":
         return Choice("reference", "asked for by name")
-    why_not_cpu = _why_not_cpu(device, dtype)
+    why_not_cpu = _why_not_cpu(op, device, dtype)
     if asked == "auto":
         if why_not_cpu:
             return Choice("reference", f"cpu: {why_not_cpu}")
@@ -115,6 +125,14 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
             f"Use backend 'auto', or unset {ENVIRONMENT}"
         )
     return Choice(asked, f"asked for by name: {_CPU_KERNELS[op]}")
+
+
+def whole_blocks_run(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `mixer_stack` serves activations of that device and dtype.
+
+    Never raises: where it does not, each half of a block asks for itself.
+    """
+    return requested_backend() in ("auto", "cpu") and not _why_not_cpu("mixer_stack", device, dtype)
 
 
 class Record(NamedTuple):

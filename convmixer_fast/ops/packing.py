@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,20 @@ def batch_norm_affine(bn: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def sources_of(conv: Any, bn: Any) -> tuple[Tensor, ...]:
     """Every tensor that a packed copy depends on."""
-    candidates = (conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var)
+    try:
+        # Straight from the dictionaries: this runs at every forward, and an attribute of a module
+        # costs ten times as much.
+        kept, norm, statistics = conv._parameters, bn._parameters, bn._buffers
+        candidates = (
+            kept["weight"],
+            kept["bias"],
+            norm["weight"],
+            norm["bias"],
+            statistics["running_mean"],
+            statistics["running_var"],
+        )
+    except KeyError:  # a plain tensor was set in the place of a parameter
+        candidates = (conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var)
     return tuple(t for t in candidates if t is not None)
 
 
@@ -83,11 +96,14 @@ class _Entry(NamedTuple):
     stamps: tuple[_Stamp, ...]
     spans: list[tuple[int, int]]
     fingerprint: int
-    packed: Packed
+    packed: Any
 
 
-class PackedCache:
-    """One packed copy of one convolution and BatchNorm; see the module's docstring.
+T = TypeVar("T")
+
+
+class PackedCache(Generic[T]):
+    """One packed copy of some parameters; see the module's docstring.
 
     Copies and pickles of a module start empty. Safe under several threads: the entry is replaced
     as a whole, and two threads that both find it stale build equal ones.
@@ -98,7 +114,25 @@ class PackedCache:
     def __init__(self) -> None:
         self._entry: _Entry | None = None
 
-    def get(self, key: Any, sources: tuple[Tensor, ...], pack: Callable[[], Packed]) -> Packed:
+    def fresh(self, key: Any, sources: tuple[Tensor, ...]) -> T | None:
+        """The packed copy for ``key`` and ``sources`` if there is one that is still true."""
+        entry = self._entry
+        if entry is None or entry.key != key or len(entry.stamps) != len(sources):
+            return None
+        for stamp, tensor in zip(entry.stamps, sources, strict=True):
+            if (
+                stamp.tensor() is not tensor
+                or stamp.version != tensor._version
+                or stamp.address != tensor.data_ptr()
+                or stamp.dtype != tensor.dtype
+            ):
+                return None
+        if entry.fingerprint != _native.fingerprint(entry.spans):
+            return None
+        packed: T = entry.packed
+        return packed
+
+    def get(self, key: Any, sources: tuple[Tensor, ...], pack: Callable[[], T]) -> T:
         """The packed copy for ``key`` (settings such as eps and layout), made anew if stale.
 
         Args:
@@ -106,19 +140,9 @@ class PackedCache:
             sources: what `sources_of` names; must be `cacheable`.
             pack: makes the copy; called without autograd.
         """
-        entry = self._entry
-        if entry is not None and entry.key == key and len(entry.stamps) == len(sources):
-            for stamp, tensor in zip(entry.stamps, sources, strict=True):
-                if (
-                    stamp.tensor() is not tensor
-                    or stamp.version != tensor._version
-                    or stamp.address != tensor.data_ptr()
-                    or stamp.dtype != tensor.dtype
-                ):
-                    break
-            else:
-                if entry.fingerprint == _native.fingerprint(entry.spans):
-                    return entry.packed
+        known = self.fresh(key, sources)
+        if known is not None:
+            return known
         stamps = tuple(_Stamp(weakref.ref(t), t._version, t.data_ptr(), t.dtype) for t in sources)
         spans = [(t.data_ptr(), t.numel() * t.element_size()) for t in sources]
         # Stamps and fingerprint before the copy: a write in between makes the entry stale, where
@@ -132,5 +156,5 @@ class PackedCache:
     def clear(self) -> None:
         self._entry = None
 
-    def __reduce__(self) -> tuple[type[PackedCache], tuple[()]]:
+    def __reduce__(self) -> tuple[type[PackedCache[T]], tuple[()]]:
         return (PackedCache, ())

@@ -1,25 +1,11 @@
 #include "depthwise.h"
 
-#include <cstdlib>
-#include <memory>
-#include <new>
-
 #include "isa.h"
+#include "memory.h"
 #include "threads.h"
 
 namespace convmixer_fast {
 namespace {
-
-struct Free {
-  void operator()(float* p) const { std::free(p); }
-};
-
-std::unique_ptr<float, Free> aligned_floats(int64_t count) {
-  const std::size_t bytes = (static_cast<std::size_t>(count) * sizeof(float) + 63) / 64 * 64;
-  std::unique_ptr<float, Free> p(static_cast<float*>(std::aligned_alloc(64, bytes)));
-  if (!p) throw std::bad_alloc();
-  return p;
-}
 
 // A region of several threads costs a few microseconds to open: about what one core computes in
 // 2^17 multiply-adds. Below that one thread is faster.

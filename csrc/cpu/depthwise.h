@@ -6,8 +6,9 @@
 // with zeros outside the image: (k-1)/2 before and k/2 after each axis ("same", odd or even k).
 // scale and shift are BatchNorm's in eval mode: gamma / sqrt(var + eps) and beta - mean * scale.
 //
-// Each output value is bias, then the taps in row-major order added one multiply-add each, then
-// the epilogue: neither the thread count, nor the batch, nor the strides change a bit of it.
+// Each output value is bias, then the taps in row-major order, one multiply-add each (for k other
+// than 3, 5, 7 and 9 each kernel row in a sum of its own), then the epilogue: neither the thread
+// count, nor the batch, nor the strides change a bit of it.
 #pragma once
 
 #include <cstdint>

@@ -38,11 +38,6 @@ constexpr int64_t kPlanarScratchFloats = 6144;     // 24 KB: with the output row
 constexpr int64_t kChannelsLastCols = 32;
 constexpr int64_t kChannelsLastScratchFloats = 16384;  // 64 KB: L2; a window of k rows fits in L1
 
-// The length of equal pieces of at most `most`, rounded up to `unit`.
-int64_t even_pieces(int64_t length, int64_t most, int64_t unit) {
-  return min(length, round_up(ceil_div(length, ceil_div(length, max(most, 1))), unit));
-}
-
 // Floats from one scratch row to the next: an odd number of cache lines, so that the rows of a
 // window spread over all sets of L1 instead of meeting in a few.
 int64_t planar_stride(int64_t cols, int64_t k) {
@@ -176,18 +171,25 @@ CMF_INLINE void planar_tile(const PlanarBlock& b, int64_t row, int64_t col) {
       }
     });
   } else {
+    // Each kernel row is summed by itself first: of k * k terms in one sum, 961 at k = 31, the
+    // rounding errors would be twice PyTorch's.
     const float* tap = b.weight;
     CMF_ROLLED
     for (int64_t i = 0; i < k; ++i) {
+      Float line[R * V] = {};
       CMF_ROLLED
       for (int64_t j = 0; j < k; ++j, ++tap) {
         const Float w = S::broadcast(*tap);
         static_for<R * V>([&](auto n) __attribute__((always_inline)) {
           constexpr int N = decltype(n)::value;
           const float* at = in + (i + N / V) * b.stride + j + N % V * L;
-          acc[N] = S::load(at) * w + acc[N];
+          line[N] = S::load(at) * w + line[N];
         });
       }
+      static_for<R * V>([&](auto n) __attribute__((always_inline)) {
+        constexpr int N = decltype(n)::value;
+        acc[N] = acc[N] + line[N];
+      });
     }
   }
 
@@ -331,14 +333,20 @@ CMF_INLINE void channels_last_tile(const ChannelsLastBlock& b, int64_t row, int6
       });
       tap += K * kLanes;
     } else {
+      // A sum of its own for each kernel row, as in planar_tile.
+      Float line[T] = {};
       CMF_ROLLED
       for (int64_t j = 0; j < k; ++j, tap += kLanes) {
         const Float w = S::load(tap);
         static_for<T>([&](auto t) __attribute__((always_inline)) {
           constexpr int P = decltype(t)::value;
-          acc[P] = S::load(pixels + (j + P) * kLanes) * w + acc[P];
+          line[P] = S::load(pixels + (j + P) * kLanes) * w + line[P];
         });
       }
+      static_for<T>([&](auto t) __attribute__((always_inline)) {
+        constexpr int P = decltype(t)::value;
+        acc[P] = acc[P] + line[P];
+      });
     }
   }
 

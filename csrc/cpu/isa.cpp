@@ -11,17 +11,23 @@ namespace convmixer_fast {
 namespace baseline {
 extern const DepthwiseKernels depthwise_kernels;
 extern const EpilogueKernels epilogue_kernels;
+extern const PointwiseKernels pointwise_kernels;
+extern const PeakKernel peak_kernels;
 }
 #ifdef CONVMIXER_FAST_HAVE_AVX2
 namespace avx2 {
 extern const DepthwiseKernels depthwise_kernels;
 extern const EpilogueKernels epilogue_kernels;
+extern const PointwiseKernels pointwise_kernels;
+extern const PeakKernel peak_kernels;
 }
 #endif
 #ifdef CONVMIXER_FAST_HAVE_AVX512
 namespace avx512 {
 extern const DepthwiseKernels depthwise_kernels;
 extern const EpilogueKernels epilogue_kernels;
+extern const PointwiseKernels pointwise_kernels;
+extern const PeakKernel peak_kernels;
 }
 #endif
 
@@ -35,11 +41,13 @@ const std::vector<Isa>& built_isas() {
   __builtin_cpu_init();
 #endif
   static const std::vector<Isa> isas = {
-      {"baseline", [] { return true; }, baseline::depthwise_kernels, baseline::epilogue_kernels},
+      {"baseline", [] { return true; }, baseline::depthwise_kernels, baseline::epilogue_kernels,
+       baseline::pointwise_kernels, baseline::peak_kernels},
 #ifdef CONVMIXER_FAST_HAVE_AVX2
       {"avx2",
        [] { return __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0; },
-       avx2::depthwise_kernels, avx2::epilogue_kernels},
+       avx2::depthwise_kernels, avx2::epilogue_kernels,
+       avx2::pointwise_kernels, avx2::peak_kernels},
 #endif
 #ifdef CONVMIXER_FAST_HAVE_AVX512
       {"avx512",
@@ -48,7 +56,8 @@ const std::vector<Isa>& built_isas() {
                 __builtin_cpu_supports("avx512dq") != 0 &&
                 __builtin_cpu_supports("avx512bw") != 0 && __builtin_cpu_supports("fma") != 0;
        },
-       avx512::depthwise_kernels, avx512::epilogue_kernels},
+       avx512::depthwise_kernels, avx512::epilogue_kernels,
+       avx512::pointwise_kernels, avx512::peak_kernels},
 #endif
   };
   return isas;

@@ -8,6 +8,8 @@
 
 #include "depthwise.h"
 #include "epilogue.h"
+#include "peak.h"
+#include "pointwise.h"
 
 namespace convmixer_fast {
 
@@ -16,6 +18,8 @@ struct Isa {
   bool (*supported)();
   DepthwiseKernels depthwise;
   EpilogueKernels epilogue;
+  PointwiseKernels pointwise;
+  PeakKernel peak;
 };
 
 // The set in use. Throws std::invalid_argument, on every call until it is mended, when

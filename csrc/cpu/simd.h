@@ -111,6 +111,11 @@ static CMF_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 static CMF_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static CMF_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+// The length of equal pieces of at most `most`, rounded up to `unit`.
+static CMF_INLINE int64_t even_pieces(int64_t length, int64_t most, int64_t unit) {
+  return min(length, round_up(ceil_div(length, ceil_div(length, max(most, 1))), unit));
+}
+
 static CMF_INLINE void copy(const float* from, float* to, int64_t n) {
   using S = Simd<kLanes>;
   int64_t i = 0;

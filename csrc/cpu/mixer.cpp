@@ -1,0 +1,221 @@
+#include "mixer.h"
+
+#include <cstring>
+
+#include "depthwise.h"
+#include "isa.h"
+#include "memory.h"
+#include "pointwise.h"
+#include "threads.h"
+
+namespace convmixer_fast {
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Where the parts of a packed block begin, in floats; each on a cache line.
+struct Offsets {
+  int64_t taps, bias1, scale1, shift1, weight, bias2, scale2, shift2, end;
+
+  Offsets(int64_t c, int64_t k) {
+    const int64_t rows = active_isa().pointwise.packed_channels(c);
+    int64_t at = 0;
+    auto next = [&](int64_t floats) {
+      const int64_t begin = at;
+      at += ceil_div(floats, 16) * 16;
+      return begin;
+    };
+    taps = next(c * k * k);
+    bias1 = next(c);
+    scale1 = next(c);
+    shift1 = next(c);
+    weight = next(rows * c);
+    bias2 = next(rows);
+    scale2 = next(rows);
+    shift2 = next(rows);
+    end = at;
+  }
+};
+
+// One thread's memory: the depthwise kernel's scratch and the plane that it computes.
+struct Scratch {
+  Floats memory;
+  float* kernel;
+  float* plane;
+};
+
+// A stack cut for the machine: everything that does not change from block to block.
+class Plan {
+ public:
+  explicit Plan(const MixerStack& stack)
+      : s_(stack),
+        depthwise_(active_isa().depthwise),
+        pointwise_(active_isa().pointwise),
+        offsets_(stack.c, stack.k),
+        plane_(stack.h * stack.w) {
+    DepthwiseMix one = plane_problem(nullptr, nullptr, 0, nullptr);
+    blocks_ = depthwise_.blocks(one, Layout::planar);
+    // Two cache lines more than the values: panels of a power-of-two channel count would share a
+    // few sets of the caches.
+    panel_stride_ = stack.c * pointwise_.panel + 32;
+    groups_ = ceil_div(stack.c, pointwise_.row_groups);
+  }
+
+  int64_t panels_floats() const { return ceil_div(plane_, pointwise_.panel) * panel_stride_; }
+
+  Scratch scratch() const {
+    const int64_t kernel = ceil_div(blocks_.scratch_floats, 16) * 16;
+    Scratch scratch{aligned_floats(kernel + plane_), nullptr, nullptr};
+    scratch.kernel = scratch.memory.get();
+    scratch.plane = scratch.kernel + kernel;
+    return scratch;
+  }
+
+  // Channel c of the depthwise half of an image, into its place in the panels.
+  void spatial(const float* block, const float* image, int64_t c, const Scratch& scratch,
+               float* panels) const {
+    const DepthwiseMix one = plane_problem(block, image, c, scratch.plane);
+    depthwise_.run(one, Layout::planar, blocks_, 0, blocks_.count, scratch.kernel);
+    const int64_t panel = pointwise_.panel;
+    float* to = panels + c * panel;
+    int64_t pixel = 0;
+    for (; pixel + panel <= plane_; pixel += panel, to += panel_stride_) {
+      std::memcpy(to, scratch.plane + pixel, panel * sizeof(float));
+    }
+    if (pixel < plane_) {
+      // The rest of the last panel is computed with and thrown away; zeros are never slow numbers.
+      std::memcpy(to, scratch.plane + pixel, (plane_ - pixel) * sizeof(float));
+      std::memset(to + plane_ - pixel, 0, (panel - plane_ + pixel) * sizeof(float));
+    }
+  }
+
+  // Tiles of pixels, and shares of the output channels where the tiles are too few for the threads.
+  int64_t tiles() const { return ceil_div(plane_, pointwise_.tile); }
+  int64_t groups() const { return groups_; }
+
+  void channels(const float* block, const float* panels, float* image, int64_t tile,
+                int64_t group_begin, int64_t group_end) const {
+    Pointwise p;
+    p.panels = panels;
+    p.panel_stride = panel_stride_;
+    p.weight = block + offsets_.weight;
+    p.bias = block + offsets_.bias2;
+    p.scale = block + offsets_.scale2;
+    p.shift = block + offsets_.shift2;
+    p.z = image;
+    p.c_in = p.c_out = s_.c;
+    p.pixels = p.plane = plane_;
+    p.act = s_.act;
+    const int64_t begin = tile * pointwise_.tile;
+    const int64_t end = begin + pointwise_.tile < plane_ ? begin + pointwise_.tile : plane_;
+    pointwise_.run(p, begin, end, group_begin, group_end);
+  }
+
+  // One image through all blocks, on the calling thread.
+  void whole_image(int64_t image, const Scratch& scratch, float* panels) const {
+    const float* in = s_.x + image * s_.c * plane_;
+    float* out = s_.z + image * s_.c * plane_;
+    for (int64_t b = 0; b < s_.depth; ++b, in = out) {
+      for (int64_t c = 0; c < s_.c; ++c) spatial(s_.blocks[b], in, c, scratch, panels);
+      for (int64_t t = 0; t < tiles(); ++t) channels(s_.blocks[b], panels, out, t, 0, groups_);
+    }
+  }
+
+  // One image through all blocks, by all threads.
+  void shared_image(int64_t image, int threads, float* panels) const {
+    const float* in = s_.x + image * s_.c * plane_;
+    float* out = s_.z + image * s_.c * plane_;
+    // At least four pieces of work a thread, so that a late thread costs little.
+    const int64_t pieces = ceil_div(4 * threads, tiles());
+    const int64_t cuts = pieces < groups_ ? pieces : groups_;
+    for (int64_t b = 0; b < s_.depth; ++b, in = out) {
+      const float* block = s_.blocks[b];
+      parallel_for(s_.c, threads, [&](Share& share) {
+        const Scratch mine = scratch();
+        for (Range r; share.next(r);) {
+          for (int64_t c = r.begin; c < r.end; ++c) spatial(block, in, c, mine, panels);
+        }
+      });
+      parallel_for(tiles() * cuts, threads, [&](Share& share) {
+        for (Range r; share.next(r);) {
+          for (int64_t i = r.begin; i < r.end; ++i) {
+            const int64_t cut = i % cuts;
+            channels(block, panels, out, i / cuts, groups_ * cut / cuts,
+                     groups_ * (cut + 1) / cuts);
+          }
+        }
+      });
+    }
+  }
+
+ private:
+  DepthwiseMix plane_problem(const float* block, const float* image, int64_t c, float* y) const {
+    DepthwiseMix p;
+    p.x = image == nullptr ? nullptr : image + c * plane_;
+    p.y = y;
+    const int64_t strides[4] = {plane_, plane_, s_.w, 1};
+    for (int axis = 0; axis < 4; ++axis) p.x_stride[axis] = p.y_stride[axis] = strides[axis];
+    p.n = p.c = 1;
+    p.h = s_.h;
+    p.w = s_.w;
+    p.k = s_.k;
+    p.weight = block == nullptr ? nullptr : block + offsets_.taps + c * s_.k * s_.k;
+    p.bias = block == nullptr ? nullptr : block + offsets_.bias1 + c;
+    p.scale = block == nullptr ? nullptr : block + offsets_.scale1 + c;
+    p.shift = block == nullptr ? nullptr : block + offsets_.shift1 + c;
+    p.act = s_.act;
+    return p;
+  }
+
+  const MixerStack& s_;
+  const DepthwiseKernels& depthwise_;
+  const PointwiseKernels& pointwise_;
+  const Offsets offsets_;
+  const int64_t plane_;
+  DepthwiseBlocks blocks_;
+  int64_t panel_stride_, groups_;
+};
+
+}  // namespace
+
+int64_t mixer_packed_floats(int64_t c, int64_t k) { return Offsets(c, k).end; }
+
+void mixer_pack(const MixerBlock& block, int64_t c, int64_t k, float* packed) {
+  const Offsets at(c, k);
+  std::memset(packed, 0, at.end * sizeof(float));
+  auto vector = [&](const float* from, int64_t offset, int64_t count) {
+    if (from != nullptr) std::memcpy(packed + offset, from, count * sizeof(float));
+  };
+  vector(block.taps, at.taps, c * k * k);
+  vector(block.bias1, at.bias1, c);
+  vector(block.scale1, at.scale1, c);
+  vector(block.shift1, at.shift1, c);
+  active_isa().pointwise.pack(block.weight, c, c, packed + at.weight);
+  vector(block.bias2, at.bias2, c);
+  vector(block.scale2, at.scale2, c);
+  vector(block.shift2, at.shift2, c);
+}
+
+void mixer_stack(const MixerStack& stack, int64_t begin, int64_t end, int threads) {
+  if (begin >= end || stack.c == 0 || stack.h == 0 || stack.w == 0) return;
+  const Plan plan(stack);
+  const int64_t images = end - begin;
+  const int64_t alone = threads > 1 ? images / threads * threads : images;
+  if (alone > 0) {
+    parallel_for(alone, threads, [&](Share& share) {
+      const Scratch scratch = plan.scratch();
+      const Floats panels = aligned_floats(plan.panels_floats());
+      for (Range r; share.next(r);) {
+        for (int64_t i = r.begin; i < r.end; ++i) {
+          plan.whole_image(begin + i, scratch, panels.get());
+        }
+      }
+    });
+  }
+  if (alone < images) {
+    const Floats panels = aligned_floats(plan.panels_floats());
+    for (int64_t i = alone; i < images; ++i) plan.shared_image(begin + i, threads, panels.get());
+  }
+}
+
+}  // namespace convmixer_fast

@@ -1,0 +1,540 @@
+// Are the kernels right, and do they stay inside their memory? Random problems for every
+// instruction set of this machine, held against plain loops in double precision.
+//
+// Tolerance, with u = 2^-24 (half a unit in the last place of 1) and t the terms of a sum: adding t
+// terms of random sign in float rounds t partial sums, whose size grows as the square root of their
+// number up to sqrt(sum of squares of the terms) = s. The errors add up as a random walk to a
+// standard deviation of at most u * sqrt(t) * s / sqrt(6). kSum = 8 is 20 of those: nothing right
+// ever fails, and at k = 9 one tap left out is 10^4 times too much. After the sum each step rounds
+// relative to its own result; kStep = 4 covers two or three roundings and the polynomials of the
+// activations (activation.h). An activation's slope is at most 1.5 (hardswish).
+#include <algorithm>
+#include <array>
+#include <numeric>
+
+#include "cpu/depthwise.h"
+#include "cpu/epilogue.h"
+#include "cpu/fingerprint.h"
+#include "cpu/isa.h"
+#include "cpu/mixer.h"
+#include "cpu/peak.h"
+#include "cpu/pointwise.h"
+#include "support.h"
+
+namespace convmixer_fast_test {
+namespace {
+
+namespace cmf = convmixer_fast;
+using cmf::Activation;
+using cmf::Layout;
+
+constexpr double kUnit = 0x1p-24;
+constexpr double kSum = 8.0;
+constexpr double kStep = 4.0;
+constexpr double kSlope = 1.5;
+
+double activate(Activation act, double x) {
+  switch (act) {
+    case Activation::gelu: return x * 0.5 * (1.0 + std::erf(x / std::sqrt(2.0)));
+    case Activation::relu: return x < 0.0 ? 0.0 : x;
+    case Activation::silu: return x / (1.0 + std::exp(-x));
+    // NaN stays NaN: std::min and std::max return their first argument where nothing is less.
+    case Activation::hardswish: return x * std::min(std::max(x + 3.0, 0.0), 6.0) / 6.0;
+    case Activation::identity: return x;
+  }
+  return x;
+}
+
+// A value and how far a float result may be from it.
+struct Expected {
+  double value = 0.0, tolerance = 0.0;
+};
+
+// A sum of products, for its value and its tolerance.
+struct Sum {
+  double value = 0.0, squares = 0.0, inherited = 0.0;
+  int64_t terms = 0;
+
+  void add(double term) {
+    value += term;
+    squares += term * term;
+    ++terms;
+  }
+  // A product with a factor that is itself only known to a tolerance.
+  void add(double weight, const Expected& factor) {
+    add(weight * factor.value);
+    inherited += weight * factor.tolerance * weight * factor.tolerance;
+  }
+  Expected expected() const {
+    return {value, kSum * kUnit * std::sqrt(static_cast<double>(terms) * squares) +
+                       std::sqrt(inherited)};
+  }
+};
+
+// base + scale * act(sum) + shift
+Expected finish(const Expected& sum, Activation act, double scale, double shift, double base) {
+  const double a = activate(act, sum.value);
+  const double rounding = std::abs(scale) * (1.0 + std::abs(sum.value)) +
+                          std::abs(scale * a) + std::abs(shift) + std::abs(base);
+  return {base + scale * a + shift,
+          std::abs(scale) * kSlope * sum.tolerance + kStep * kUnit * rounding};
+}
+
+// The largest error so far, as a part of its tolerance.
+double worst = 0.0;
+
+void check(float got, const Expected& expected, const std::string& problem, int64_t at) {
+  const double error = std::abs(got - expected.value);
+  bool right = error <= expected.tolerance;
+  if (std::isnan(expected.value)) right = std::isnan(got);
+  if (std::isinf(expected.value)) right = got == expected.value;
+  if (!right) {
+    throw Failure(text(problem, ": value ", at, " is ", got, ", expected ", expected.value,
+                       " within ", expected.tolerance));
+  }
+  if (error > 0.0) worst = std::max(worst, error / expected.tolerance);
+}
+
+void require_same(const Floats& got, const Floats& first, const std::string& problem,
+                  const std::string& what) {
+  if (same_bits(got, first)) return;
+  std::size_t at = 0;
+  while (bits_of(got[at]) == bits_of(first[at])) ++at;
+  throw Failure(text(problem, ": ", what, " changes value ", at, " from ", first[at], " to ",
+                     got[at]));
+}
+
+// Where the elements of an (n, c, h, w) tensor lie in its memory.
+struct Strides {
+  std::array<int64_t, 4> shape, stride;
+  int64_t floats;  // from the first element to the last
+
+  int64_t at(int64_t n, int64_t c, int64_t h, int64_t w) const {
+    return n * stride[0] + c * stride[1] + h * stride[2] + w * stride[3];
+  }
+};
+
+// The axis `inner` has stride 1; the others lie in any order, dense or with gaps, of which `apart`
+// says whether elements may share memory.
+Strides random_strides(Random& random, const std::array<int64_t, 4>& shape, int inner, bool apart) {
+  std::array<int, 4> order = {0, 1, 2, 3};
+  std::swap(order[0], order[inner]);
+  for (int i = 3; i > 1; --i) std::swap(order[i], order[random.integer(1, i)]);
+  const bool dense = random.chance(40);
+  Strides s{shape, {}, 1};
+  int64_t next = 1;
+  for (int axis : order) {
+    s.stride[axis] = next;
+    if (axis != inner && !dense) s.stride[axis] += random.integer(0, 5);
+    if (axis != inner && !apart && random.chance(5)) s.stride[axis] = 0;
+    // Of an axis of one element any stride is valid.
+    if (shape[axis] == 1 && random.chance(20)) s.stride[axis] = random.integer(1, 9);
+    s.floats += (shape[axis] - 1) * s.stride[axis];
+    next = std::max(next, shape[axis] * s.stride[axis]);
+  }
+  return s;
+}
+
+int64_t random_kernel_size(Random& random) {
+  return random.chance(50) ? random.one_of({3, 5, 7, 9}) : random.integer(1, 31);
+}
+
+int64_t random_channels(Random& random) {
+  return random.chance(50) ? random.one_of({1, 3, 13, 99}) : random.integer(1, 40);
+}
+
+// Heights and widths, most of them near the sizes of vectors and tiles, some smaller than k.
+int64_t random_side(Random& random) {
+  return random.chance(50) ? random.one_of({1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33})
+                           : random.integer(1, 40);
+}
+
+struct DepthwiseParameters {
+  Floats taps, bias, scale, shift;  // taps [c][k*k]; bias empty: none
+};
+
+DepthwiseParameters depthwise_parameters(Random& random, int64_t c, int64_t k) {
+  return {normals(random, c * k * k, 1.0f / static_cast<float>(k)),
+          random.chance(80) ? normals(random, c) : Floats{}, scales(random, c), normals(random, c)};
+}
+
+const float* data_or_null(const Floats& values) { return values.empty() ? nullptr : values.data(); }
+
+// The definition in depthwise.h, for one output.
+template <class At>
+Expected depthwise_at(const DepthwiseParameters& p, Activation act, int64_t k, int64_t height,
+                      int64_t width, int64_t c, int64_t h, int64_t w, At&& x) {
+  const int64_t before = (k - 1) / 2;
+  Sum sum;
+  sum.add(p.bias.empty() ? 0.0 : p.bias[c]);
+  for (int64_t i = 0; i < k; ++i) {
+    const int64_t y = h + i - before;
+    if (y < 0 || y >= height) continue;
+    for (int64_t j = 0; j < k; ++j) {
+      const int64_t z = w + j - before;
+      if (z < 0 || z >= width) continue;
+      sum.add(static_cast<double>(p.taps[(c * k + i) * k + j]) * x(y, z));
+    }
+  }
+  return finish(sum.expected(), act, p.scale[c], p.shift[c], x(h, w));
+}
+
+void test_depthwise(Random& random, const std::vector<std::string>& isas) {
+  const int64_t k = random_kernel_size(random);
+  std::array<int64_t, 4> shape = {random.integer(1, 3), random_channels(random),
+                                  random_side(random), random_side(random)};
+  // Beyond the blocks of 256 columns, or of some hundred rows.
+  if (random.chance(5)) shape[random.integer(2, 3)] = random.integer(250, 700);
+  // Small enough for the double loop; one batch, then few channels, then few rows.
+  for (int axis : {0, 1, 2, 3}) {
+    const int64_t others = shape[0] * shape[1] * shape[2] * shape[3] / shape[axis] * k * k;
+    shape[axis] = std::max<int64_t>(1, std::min(shape[axis], 1500000 / others));
+  }
+  const auto [n, c, h, w] = shape;
+  const Layout layout = random.chance(50) ? Layout::planar : Layout::channels_last;
+  const int inner = layout == Layout::planar ? 3 : 1;
+  const Strides xs = random_strides(random, shape, inner, false);
+  const Strides ys = random_strides(random, shape, inner, true);
+  const Activation act = random.activation();
+  const DepthwiseParameters p = depthwise_parameters(random, c, k);
+  const Floats x = normals(random, xs.floats);
+  Floats weight = p.taps;
+  if (layout == Layout::channels_last) {
+    for (int64_t i = 0; i < c; ++i) {
+      for (int64_t tap = 0; tap < k * k; ++tap) weight[tap * c + i] = p.taps[i * k * k + tap];
+    }
+  }
+
+  std::string problem = text("depthwise ", layout == Layout::planar ? "planar" : "channels-last",
+                             " n=", n, " c=", c, " h=", h, " w=", w, " k=", k, " act=",
+                             cmf::kActivationNames[static_cast<int>(act)],
+                             p.bias.empty() ? " no bias" : "", " x strides");
+  for (int64_t stride : xs.stride) problem += text(" ", stride);
+  problem += " y strides";
+  for (int64_t stride : ys.stride) problem += text(" ", stride);
+
+  std::vector<Expected> expected(static_cast<std::size_t>(ys.floats), Expected{0.0, -1.0});
+  for (int64_t in = 0; in < n; ++in) {
+    for (int64_t ic = 0; ic < c; ++ic) {
+      for (int64_t ih = 0; ih < h; ++ih) {
+        for (int64_t iw = 0; iw < w; ++iw) {
+          expected[ys.at(in, ic, ih, iw)] =
+              depthwise_at(p, act, k, h, w, ic, ih, iw, [&](int64_t row, int64_t col) {
+                return static_cast<double>(x[xs.at(in, ic, row, col)]);
+              });
+        }
+      }
+    }
+  }
+
+  for (const std::string& isa : isas) {
+    cmf::set_isa(isa);
+    Floats first;
+    for (int threads : {1, 2, 3}) {
+      Floats y = untouched_floats(ys.floats);
+      cmf::DepthwiseMix d;
+      d.x = x.data();
+      d.y = y.data();
+      for (int axis = 0; axis < 4; ++axis) {
+        d.x_stride[axis] = xs.stride[axis];
+        d.y_stride[axis] = ys.stride[axis];
+      }
+      d.n = n;
+      d.c = c;
+      d.h = h;
+      d.w = w;
+      d.k = k;
+      d.weight = weight.data();
+      d.bias = data_or_null(p.bias);
+      d.scale = p.scale.data();
+      d.shift = p.shift.data();
+      d.act = act;
+      cmf::depthwise_mix(d, layout, threads);
+      if (threads > 1) {
+        require_same(y, first, problem + " isa=" + isa, text(threads, " threads"));
+        continue;
+      }
+      for (int64_t i = 0; i < ys.floats; ++i) {
+        if (expected[i].tolerance >= 0.0) {
+          check(y[i], expected[i], problem + " isa=" + isa, i);
+        } else if (bits_of(y[i]) != bits_of(untouched())) {
+          throw Failure(text(problem, " isa=", isa, ": the gap at ", i, " of y was written"));
+        }
+      }
+      first = std::move(y);
+    }
+  }
+}
+
+// Values at which the arithmetic of an activation could overflow, underflow or lose a NaN.
+float extreme(Random& random) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  const float values[] = {0.0f,  -0.0f,  1e-40f, -1e-40f, 5.4f,  -5.4f, 88.8f,     -88.8f,
+                          104.f, -104.f, 1e37f,  -1e37f,  3.0f,  -3.0f, kInfinity, -kInfinity,
+                          std::numeric_limits<float>::quiet_NaN()};
+  return values[random.integer(0, std::size(values) - 1)];
+}
+
+void test_epilogue(Random& random, const std::vector<std::string>& isas) {
+  const Layout layout = random.chance(50) ? Layout::planar : Layout::channels_last;
+  const int64_t n = random.integer(1, 4), c = random_channels(random);
+  int64_t pixels = random_side(random) * random_side(random);
+  if (random.chance(10)) pixels = random.integer(4000, 9000);
+  pixels = std::min<int64_t>(pixels, 1 + 60000 / (n * c));
+  const Activation act = random.activation();
+  const Floats scale = scales(random, c), shift = normals(random, c);
+  Floats h = normals(random, n * c * pixels, 3.0f);
+  for (float& v : h) {
+    if (random.chance(3)) v = extreme(random);
+  }
+  const std::string problem =
+      text("epilogue ", layout == Layout::planar ? "planar" : "channels-last", " n=", n, " c=", c,
+           " pixels=", pixels, " act=", cmf::kActivationNames[static_cast<int>(act)]);
+  for (const std::string& isa : isas) {
+    cmf::set_isa(isa);
+    Floats first;
+    for (int threads : {1, 2, 3}) {
+      Floats out = h;
+      cmf::epilogue({out.data(), n, c, pixels, scale.data(), shift.data(), act}, layout, threads);
+      if (threads > 1) {
+        require_same(out, first, problem + " isa=" + isa, text(threads, " threads"));
+        continue;
+      }
+      for (int64_t i = 0; i < n * c * pixels; ++i) {
+        const int64_t channel = layout == Layout::planar ? i / pixels % c : i % c;
+        check(out[i], finish({h[i], 0.0}, act, scale[channel], shift[channel], 0.0),
+              problem + " isa=" + isa, i);
+      }
+      first = std::move(out);
+    }
+  }
+}
+
+void test_pointwise(Random& random, const std::vector<std::string>& isas) {
+  // Now and then longer than the pieces that the kernel cuts a sum into.
+  const int64_t c_in = random.chance(15) ? random.integer(380, 800) : random_channels(random);
+  const int64_t c_out = random_channels(random);
+  const int64_t n = random.integer(1, 5), plane = random.integer(1, random.chance(50) ? 12 : 150);
+  const int64_t pixels = n * plane;
+  const Activation act = random.activation();
+  const Floats y = normals(random, c_in * pixels);  // [c_in][pixel]
+  const Floats weight =
+      normals(random, c_out * c_in, 1.0f / std::sqrt(static_cast<float>(c_in)));
+  const Floats bias = normals(random, c_out), scale = scales(random, c_out);
+  const Floats shift = normals(random, c_out);
+  const std::string problem =
+      text("pointwise c_in=", c_in, " c_out=", c_out, " n=", n, " plane=", plane, " act=",
+           cmf::kActivationNames[static_cast<int>(act)]);
+  std::vector<Expected> expected;
+  for (int64_t image = 0; image < n; ++image) {
+    for (int64_t co = 0; co < c_out; ++co) {
+      for (int64_t at = 0; at < plane; ++at) {
+        Sum sum;
+        sum.add(bias[co]);
+        for (int64_t k = 0; k < c_in; ++k) {
+          sum.add(static_cast<double>(weight[co * c_in + k]) * y[k * pixels + image * plane + at]);
+        }
+        expected.push_back(finish(sum.expected(), act, scale[co], shift[co], 0.0));
+      }
+    }
+  }
+  const int64_t gap = random.one_of({0, 1, 32});
+  for (const std::string& isa : isas) {
+    cmf::set_isa(isa);
+    const cmf::PointwiseKernels& kernels = cmf::active_isa().pointwise;
+    const int64_t rows = kernels.packed_channels(c_out);
+    Floats packed = untouched_floats(rows * c_in);
+    kernels.pack(weight.data(), c_out, c_in, packed.data());
+    auto padded = [&](Floats values) {
+      values.resize(static_cast<std::size_t>(rows), 0.0f);
+      values.shrink_to_fit();
+      return values;
+    };
+    const Floats wide_bias = padded(bias), wide_scale = padded(scale), wide_shift = padded(shift);
+    const int64_t stride = c_in * kernels.panel + gap;
+    const int64_t panels = (pixels + kernels.panel - 1) / kernels.panel;
+    Floats panel(static_cast<std::size_t>((panels - 1) * stride + c_in * kernels.panel), 1.0f);
+    for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+      for (int64_t k = 0; k < c_in; ++k) {
+        panel[pixel / kernels.panel * stride + k * kernels.panel + pixel % kernels.panel] =
+            y[k * pixels + pixel];
+      }
+    }
+    const int64_t groups = (c_out + kernels.row_groups - 1) / kernels.row_groups;
+    Floats first;
+    // Whole tiles with all groups, then single panels with each group by itself.
+    for (const auto& [pixels_each, groups_each] :
+         {std::pair{kernels.tile, groups}, std::pair{kernels.panel, int64_t{1}}}) {
+      Floats z = untouched_floats(n * c_out * plane);
+      cmf::Pointwise p;
+      p.panels = panel.data();
+      p.panel_stride = stride;
+      p.weight = packed.data();
+      p.bias = wide_bias.data();
+      p.scale = wide_scale.data();
+      p.shift = wide_shift.data();
+      p.z = z.data();
+      p.c_in = c_in;
+      p.c_out = c_out;
+      p.pixels = pixels;
+      p.plane = plane;
+      p.act = act;
+      for (int64_t at = 0; at < pixels; at += pixels_each) {
+        for (int64_t group = 0; group < groups; group += groups_each) {
+          kernels.run(p, at, std::min(at + pixels_each, pixels), group,
+                      std::min(group + groups_each, groups));
+        }
+      }
+      if (!first.empty()) {
+        require_same(z, first, problem + " isa=" + isa, "another cut");
+        continue;
+      }
+      for (int64_t i = 0; i < n * c_out * plane; ++i) {
+        check(z[i], expected[i], problem + " isa=" + isa, i);
+      }
+      first = std::move(z);
+    }
+  }
+}
+
+struct BlockParameters {
+  DepthwiseParameters spatial;
+  Floats weight, bias, scale, shift;
+};
+
+// The definition in mixer.h of one block on contiguous maps.
+std::vector<Expected> block_expected(const BlockParameters& b, Activation act, const Floats& x,
+                                     int64_t n, int64_t c, int64_t h, int64_t w, int64_t k) {
+  std::vector<Expected> y(x.size()), z(x.size());
+  for (int64_t i = 0; i < n * c * h * w; ++i) {
+    const float* plane = x.data() + i / (h * w) * (h * w);
+    y[i] = depthwise_at(b.spatial, act, k, h, w, i / (h * w) % c, i / w % h, i % w,
+                        [&](int64_t row, int64_t col) {
+                          return static_cast<double>(plane[row * w + col]);
+                        });
+  }
+  for (int64_t i = 0; i < n * c * h * w; ++i) {
+    const int64_t image = i / (c * h * w), co = i / (h * w) % c, pixel = i % (h * w);
+    Sum sum;
+    sum.add(b.bias.empty() ? 0.0 : b.bias[co]);
+    for (int64_t ci = 0; ci < c; ++ci) {
+      sum.add(b.weight[co * c + ci], y[(image * c + ci) * h * w + pixel]);
+    }
+    z[i] = finish(sum.expected(), act, b.scale[co], b.shift[co], 0.0);
+  }
+  return z;
+}
+
+void test_mixer(Random& random, const std::vector<std::string>& isas) {
+  const int64_t k = random_kernel_size(random), depth = random.integer(1, 3);
+  int64_t c = random_channels(random), h = random_side(random), w = random_side(random);
+  const int64_t n = random.integer(1, 5);
+  h = std::max<int64_t>(1, std::min(h, 1500000 / (n * c * w * (c + k * k))));
+  w = std::max<int64_t>(1, std::min(w, 1500000 / (n * c * h * (c + k * k))));
+  const Activation act = random.activation();
+  std::vector<BlockParameters> blocks;
+  for (int64_t i = 0; i < depth; ++i) {
+    blocks.push_back({depthwise_parameters(random, c, k),
+                      normals(random, c * c, 1.0f / std::sqrt(static_cast<float>(c))),
+                      random.chance(80) ? normals(random, c) : Floats{}, scales(random, c),
+                      normals(random, c)});
+  }
+  const Floats x = normals(random, n * c * h * w);
+  const std::string named =
+      text("mixer n=", n, " c=", c, " h=", h, " w=", w, " k=", k, " depth=", depth, " act=",
+           cmf::kActivationNames[static_cast<int>(act)]);
+
+  for (const std::string& isa : isas) {
+    const std::string problem = named + " isa=" + isa;
+    cmf::set_isa(isa);
+    std::vector<Floats> packed;
+    std::vector<const float*> addresses;
+    for (const BlockParameters& b : blocks) {
+      packed.push_back(untouched_floats(cmf::mixer_packed_floats(c, k)));
+      cmf::mixer_pack({b.spatial.taps.data(), data_or_null(b.spatial.bias), b.spatial.scale.data(),
+                       b.spatial.shift.data(), b.weight.data(), data_or_null(b.bias),
+                       b.scale.data(), b.shift.data()},
+                      c, k, packed.back().data());
+      addresses.push_back(packed.back().data());
+    }
+    auto run = [&](const Floats& in, int64_t first_block, int64_t count, int threads,
+                   int64_t images) {
+      Floats z = untouched_floats(n * c * h * w);
+      cmf::MixerStack stack;
+      stack.x = in.data();
+      stack.z = z.data();
+      stack.n = n;
+      stack.c = c;
+      stack.h = h;
+      stack.w = w;
+      stack.k = k;
+      stack.blocks = addresses.data() + first_block;
+      stack.depth = count;
+      stack.act = act;
+      for (int64_t i = 0; i < n; i += images) {
+        cmf::mixer_stack(stack, i, std::min(i + images, n), threads);
+      }
+      return z;
+    };
+    // One block by the definition; the whole stack, whatever its cut, is the blocks one by one.
+    Floats chain = x;
+    for (int64_t i = 0; i < depth; ++i) {
+      const Floats in = chain;
+      chain = run(in, i, 1, 1, n);
+      if (i > 0 && random.chance(70)) continue;
+      const std::vector<Expected> z = block_expected(blocks[i], act, in, n, c, h, w, k);
+      for (int64_t at = 0; at < n * c * h * w; ++at) check(chain[at], z[at], problem, at);
+    }
+    for (int threads : {1, 2, 3}) {
+      for (int64_t images : {n, int64_t{1}, int64_t{2}}) {
+        if (images > n) continue;
+        require_same(run(x, 0, depth, threads, images), chain, problem,
+                     text(threads, " threads and ", images, " images a call"));
+      }
+    }
+  }
+}
+
+void test_fingerprint(Random& random) {
+  const int64_t size = random.chance(50) ? random.integer(0, 300) : random.integer(300, 5000);
+  const int64_t offset = random.integer(0, 7);
+  std::vector<unsigned char> memory(static_cast<std::size_t>(size + offset)), other;
+  for (unsigned char& byte : memory) byte = static_cast<unsigned char>(random.bits());
+  other.assign(memory.begin() + offset, memory.end());
+  const cmf::Piece here = {memory.data() + offset, static_cast<std::size_t>(size)};
+  const cmf::Piece copy = {other.data(), static_cast<std::size_t>(size)};
+  const std::string problem = text("fingerprint of ", size, " bytes at offset ", offset);
+  const uint64_t hash = cmf::fingerprint(&here, 1);
+  if (hash != cmf::fingerprint(&copy, 1)) throw Failure(problem + ": depends on the address");
+  if (size == 0) return;
+  for (unsigned char& byte : other) byte ^= 0x80;
+  if (hash == cmf::fingerprint(&copy, 1)) throw Failure(problem + ": does not see a write");
+}
+
+}  // namespace
+
+std::string test_kernels(const Options& options) {
+  const std::vector<std::string> isas = cmf::usable_isas();
+  Random random(options.seed);
+  for (int64_t i = 0; i < options.problems; ++i) {
+    // Each problem from a seed of its own: the stream of one never moves the next.
+    Random own(random.bits());
+    switch (i % 8) {
+      case 0: case 3: case 6: test_depthwise(own, isas); break;
+      case 1: case 4: test_mixer(own, isas); break;
+      case 2: case 5: test_pointwise(own, isas); break;
+      default: test_epilogue(own, isas); test_fingerprint(own); break;
+    }
+  }
+  std::string names;
+  for (const std::string& isa : isas) {
+    cmf::set_isa(isa);
+    float sink = 0.0f;
+    if (!(cmf::active_isa().peak(100, &sink) > 0.0)) throw Failure("peak: nothing done, isa=" + isa);
+    names += " " + isa;
+  }
+  return text(options.problems, " problems right on", names, ", largest error ",
+              static_cast<int>(100 * worst + 0.5), "% of its tolerance");
+}
+
+}  // namespace convmixer_fast_test
