@@ -1,4 +1,4 @@
-"""What the package costs besides computing: its import, and its look at packed copies."""
+"""What the package costs besides computing: its import, its look at packed copies, its memory."""
 
 from __future__ import annotations
 
@@ -29,6 +29,44 @@ def test_import(benchmark: Any, add_row: Any) -> None:
         system="import convmixer_fast, added to import torch",
         ms=f"{1e3 * (ours - plain):.0f}",
     )
+
+
+PEAK = """
+import sys
+from pathlib import Path
+import torch
+import convmixer_fast as cf
+from convmixer_fast.reference import ReferenceConvMixer
+
+def resident(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) // 1024
+
+which, name, batch = sys.argv[1], sys.argv[2], int(sys.argv[3])
+before = resident("VmRSS")
+arch = cf.arch.find_variant(name).arch
+model = (cf.create_model(name) if which == "ours" else ReferenceConvMixer(arch)).eval()
+x = torch.randn(batch, 3, 224, 224)
+with torch.inference_mode():
+    for _ in range(2):
+        model(x)
+print(resident("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("name", ["1024/20", "1536/20"])
+def test_whole_process_peak(name: str, benchmark: Any, add_row: Any) -> None:
+    """Weights, packed weights, activations and all: MiB above the imports, batch 4."""
+
+    def peak(which: str) -> int:
+        command = [sys.executable, "-c", PEAK, which, name, "4"]
+        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    peaks = benchmark.pedantic(lambda: {w: peak(w) for w in ("ours", "eager")}, rounds=1)
+    benchmark.extra_info.update(peaks)
+    for which, mib in peaks.items():
+        add_row(model=name, batch=4, system=f"whole process, {which}", MiB=mib)
 
 
 @pytest.mark.parametrize(("name", "size"), [("1024/20", 224), ("256/8", 32)])

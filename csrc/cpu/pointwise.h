@@ -2,9 +2,9 @@
 //
 //   z[n,co,p] = scale[co] * act(bias[co] + sum_k weight[co,k] * y[n,k,p]) + shift[co]
 //
-// y comes in packed panels, z goes out planar. Each sum starts with the bias and adds its products
-// in the order of k, one multiply-add each: neither the thread count, nor the batch, nor the place
-// of a pixel in its panel change a bit of it.
+// y comes in packed panels, z goes out planar. Each sum is the bias and the sums of equal blocks of
+// k, in order, each of them its products in the order of k, one multiply-add each: neither the
+// thread count, nor the batch, nor the place of a pixel in its panel change a bit of it.
 //
 // Panels: kPanel neighbouring pixels of all channels, [pixel / kPanel][k][kPanel], kPanel two
 // vectors. Pixels are counted through all images, pixel = n * plane + p; the last panel is filled
