@@ -207,18 +207,14 @@ def mixer_pack(
     bias1: Tensor | None,
     scale1: Tensor,
     shift1: Tensor,
-    weight: Tensor,
     bias2: Tensor | None,
     scale2: Tensor,
     shift2: Tensor,
 ) -> Tensor:
-    """One ConvMixer block's parameters in the order that `mixer_stack` reads them, a flat tensor.
-
-    The order depends on the instruction set in use, `isa`.
+    """What `mixer_stack` takes of a ConvMixer block besides the pointwise weight, a flat tensor.
 
     Args:
         taps: (C, 1, k, k), the depthwise convolution's weight.
-        weight: (C, C, 1, 1), the pointwise convolution's.
         bias1, scale1, shift1, bias2, scale2, shift2: (C,); the biases may be None.
 
     Raises:
@@ -229,7 +225,6 @@ def mixer_pack(
     engine = _engine()
     c, k = taps.shape[0], taps.shape[-1]
     _check("taps", taps, (c, 1, k, k))
-    _check("weight", weight, (c, c, 1, 1))
     vectors = {"bias1": bias1, "scale1": scale1, "shift1": shift1}
     vectors |= {"bias2": bias2, "scale2": scale2, "shift2": shift2}
     for name, vector in vectors.items():
@@ -237,20 +232,30 @@ def mixer_pack(
             _check(name, vector, (c,))
     parts = [
         None if t is None else t.detach().resolve_neg().contiguous()
-        for t in (taps, bias1, scale1, shift1, weight, bias2, scale2, shift2)
+        for t in (taps, bias1, scale1, shift1, bias2, scale2, shift2)
     ]
     packed = torch.empty(engine.mixer_packed_floats(c, k), dtype=torch.float32)
-    engine.advise_huge_pages(packed.data_ptr(), packed.nbytes)
     engine.mixer_pack([0 if t is None else t.data_ptr() for t in parts], c, k, packed.data_ptr())
     return packed
 
 
-def mixer_stack(x: Tensor, packed: Sequence[Tensor], kernel_size: int, act: str) -> Tensor:
+def strassen() -> bool:
+    """Whether large matrix products take one level of Strassen's algorithm.
+
+    ``CONVMIXER_FAST_STRASSEN=0`` and ``=1``, asked at every call, override the default, yes.
+    """
+    return os.environ.get("CONVMIXER_FAST_STRASSEN", "1") != "0"
+
+
+def mixer_stack(
+    x: Tensor, weights: Sequence[Tensor], packed: Sequence[Tensor], kernel_size: int, act: str
+) -> Tensor:
     """ConvMixer blocks one after the other on ``torch.get_num_threads()`` threads.
 
     Args:
         x: (N, C, H, W), float32, on the CPU, any strides.
-        packed: what `mixer_pack` made of each block for the instruction set in use.
+        weights: (C, C, 1, 1) of each block, the pointwise convolution's, read where they are.
+        packed: what `mixer_pack` made of the rest of each block.
         kernel_size: k of the depthwise convolutions.
         act: a name in `convmixer_fast.arch.ACTIVATIONS`.
 
@@ -273,7 +278,10 @@ def mixer_stack(x: Tensor, packed: Sequence[Tensor], kernel_size: int, act: str)
     floats = engine.mixer_packed_floats(c, kernel_size)
     for block in packed:
         _check("packed", block, (floats,))
+    for weight in weights:
+        _check("weights", weight, (c, c, 1, 1))
     x = x.detach().resolve_neg().contiguous()
+    matrices = [weight.detach().resolve_neg().contiguous() for weight in weights]
     out = torch.empty((n, c, h, w), dtype=torch.float32)
     engine.mixer_stack(
         x.data_ptr(),
@@ -281,7 +289,9 @@ def mixer_stack(x: Tensor, packed: Sequence[Tensor], kernel_size: int, act: str)
         (n, c, h, w),
         kernel_size,
         [block.data_ptr() for block in packed],
+        [matrix.data_ptr() for matrix in matrices],
         _activation_numbers()[act],
+        strassen(),
         torch.get_num_threads(),
     )
     return out

@@ -406,32 +406,34 @@ class MixerBlock(_FusedSequential):
         sources = sources_of(depthwise, spatial_bn) + sources_of(conv, bn)
         if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in sources)):
             return None
-        whole = _Whole(x, conv.in_channels, depthwise.kernel_size[0], name)
+        whole = _Whole(x, x, conv.in_channels, depthwise.kernel_size[0], name)
         if backends.is_recording() and is_fake(x):
             return whole
-        # Packed weights are in the order of one instruction set.
-        key = (_native.isa(), spatial_bn.eps, bn.eps)
+        key = (spatial_bn.eps, bn.eps)
         packed = self._packed.fresh(key, sources)
         if packed is None:
             if not cacheable(sources):
                 return None
 
-            def pack() -> Tensor:
+            def pack() -> tuple[Tensor, Tensor]:
                 # In float64: where the mean is many deviations away, the shift is a difference
                 # of large numbers.
                 first = batch_norm_affine(spatial_bn, torch.float64)
                 second = batch_norm_affine(bn, torch.float64)
-                given = (depthwise.weight, depthwise.bias, *first, conv.weight, conv.bias, *second)
+                given = (depthwise.weight, depthwise.bias, *first, conv.bias, *second)
                 floats: Any = [t if t is None else t.float() for t in given]
-                return _native.mixer_pack(*floats)
+                # A float32 weight is the parameter's own memory, not a copy.
+                return conv.weight.detach().float(), _native.mixer_pack(*floats)
 
             packed = self._packed.get(key, sources, pack)
-        return whole._replace(packed=packed)
+        weight, rest = packed
+        return whole._replace(weight=weight, packed=rest)
 
 
 class _Whole(NamedTuple):
     """A block packed for `mixer_stack`, and what all blocks of a stack must share."""
 
+    weight: Tensor
     packed: Tensor
     dim: int
     kernel_size: int
@@ -477,7 +479,7 @@ class MixerStack(_FusedSequential):
             if not isinstance(block, MixerBlock) or _hooked(block):
                 return super().forward(x)
             whole = block._whole(x)
-            if whole is None or (wholes and whole[1:] != wholes[0][1:]):
+            if whole is None or (wholes and whole[2:] != wholes[0][2:]):
                 return super().forward(x)
             wholes.append(whole)
         return _run_stack(list(self), wholes, x)
@@ -489,8 +491,8 @@ def _run_stack(blocks: Sequence[nn.Module], wholes: list[_Whole], x: Tensor) -> 
         choice = backends.choose("mixer_stack", x.device, x.dtype)
         for block in blocks:
             backends.record(block, "mixer_stack", choice)
-    _, _, kernel_size, act = wholes[0]
-    return mixer_stack(x, [whole.packed for whole in wholes], kernel_size, act)
+    weights, packed = [whole.weight for whole in wholes], [whole.packed for whole in wholes]
+    return mixer_stack(x, weights, packed, wholes[0].kernel_size, wholes[0].act)
 
 
 def _pointwise(

@@ -136,21 +136,22 @@ std::int64_t mixer_packed_floats(std::int64_t c, std::int64_t k) {
   return cmf::mixer_packed_floats(c, k);
 }
 
-void mixer_pack(const std::array<std::uintptr_t, 8>& parameters, std::int64_t c, std::int64_t k,
+void mixer_pack(const std::array<std::uintptr_t, 7>& parameters, std::int64_t c, std::int64_t k,
                 std::uintptr_t packed) {
   check_mixer(c, k);
   require(packed != 0, "packed_ptr: must not be null");
-  for (int i : {0, 2, 3, 4, 6, 7}) {
-    require(parameters[i] != 0, "parameter_ptrs: only the biases, 1 and 5, may be null");
+  for (int i : {0, 2, 3, 5, 6}) {
+    require(parameters[i] != 0, "parameter_ptrs: only the biases, 1 and 4, may be null");
   }
   const auto at = [&](int i) { return pointer<const float>(parameters[i]); };
-  const cmf::MixerBlock block{at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)};
+  const cmf::MixerBlock block{at(0), at(1), at(2), at(3), at(4), at(5), at(6)};
   const py::gil_scoped_release release;
   cmf::mixer_pack(block, c, k, pointer<float>(packed));
 }
 
 void mixer_stack(std::uintptr_t x, std::uintptr_t z, const Four& shape, std::int64_t k,
-                 const std::vector<std::uintptr_t>& packed, int act, int threads) {
+                 const std::vector<std::uintptr_t>& packed,
+                 const std::vector<std::uintptr_t>& weights, int act, bool strassen, int threads) {
   const auto [n, c, h, w] = shape;
   for (std::int64_t size : shape) {
     require(size >= 0, "shape: sizes must not be negative, got " + std::to_string(size));
@@ -161,10 +162,14 @@ void mixer_stack(std::uintptr_t x, std::uintptr_t z, const Four& shape, std::int
   require(!packed.empty(), "packed_ptrs: there must be at least 1 block");
   require(x != 0, "x_ptr: must not be null");
   require(z != 0 && z != x, "z_ptr: must not be null, nor x_ptr");
-  std::vector<const float*> blocks;
-  for (std::uintptr_t address : packed) {
-    require(address != 0, "packed_ptrs: must not be null");
-    blocks.push_back(pointer<const float>(address));
+  require(weights.size() == packed.size(),
+          "weight_ptrs: must be as many as packed_ptrs, " + std::to_string(packed.size()) + ", got " +
+              std::to_string(weights.size()));
+  std::vector<const float*> blocks, matrices;
+  for (std::size_t i = 0; i < packed.size(); ++i) {
+    require(packed[i] != 0 && weights[i] != 0, "packed_ptrs, weight_ptrs: must not be null");
+    blocks.push_back(pointer<const float>(packed[i]));
+    matrices.push_back(pointer<const float>(weights[i]));
   }
   cmf::MixerStack stack;
   stack.x = pointer<const float>(x);
@@ -175,6 +180,8 @@ void mixer_stack(std::uintptr_t x, std::uintptr_t z, const Four& shape, std::int
   stack.w = w;
   stack.k = k;
   stack.blocks = blocks.data();
+  stack.weights = matrices.data();
+  stack.strassen = strassen;
   stack.depth = static_cast<std::int64_t>(blocks.size());
   stack.act = static_cast<cmf::Activation>(act);
   // As many images at a time as keep all threads busy, so that Ctrl-C is heard between them.
@@ -236,11 +243,11 @@ PYBIND11_MODULE(_cpu, m) {
         "h = scale * act(h) + shift in place, float32. shape is (n, c, pixels); h is dense, "
         "[n][c][pixels] in layout 0 (planar), [n][pixels][c] in layout 1 (channels-last).");
   m.def("mixer_packed_floats", &mixer_packed_floats, py::arg("c"), py::arg("k"),
-        "Floats of one packed block of c channels for the instruction set in use.");
+        "Floats of one packed block of c channels and a k x k kernel.");
   m.def("mixer_pack", &mixer_pack, py::arg("parameter_ptrs"), py::arg("c"), py::arg("k"),
         py::arg("packed_ptr"),
-        "Packs one block for mixer_stack and the instruction set in use. parameter_ptrs: taps "
-        "[c][k*k], bias1 or 0, scale1, shift1, weight [c][c], bias2 or 0, scale2, shift2.");
+        "Packs one block for mixer_stack. parameter_ptrs: taps [c][k*k], bias1 or 0, scale1, shift1, "
+        "bias2 or 0, scale2, shift2.");
   m.def(
       "advise_huge_pages",
       [](std::uintptr_t address, std::size_t bytes) {
@@ -248,9 +255,10 @@ PYBIND11_MODULE(_cpu, m) {
       },
       py::arg("ptr"), py::arg("bytes"), "Asks for huge pages for fresh memory, where there are.");
   m.def("mixer_stack", &mixer_stack, py::arg("x_ptr"), py::arg("z_ptr"), py::arg("shape"),
-        py::arg("k"), py::arg("packed_ptrs"), py::arg("act"), py::arg("threads"),
+        py::arg("k"), py::arg("packed_ptrs"), py::arg("weight_ptrs"), py::arg("act"),
+        py::arg("strassen"), py::arg("threads"),
         "A stack of ConvMixer blocks on contiguous float32 maps (n, c, h, w); z must not overlap "
-        "x. Raises KeyboardInterrupt between images.");
+        "x. weight_ptrs: the pointwise weights [c][c]. Raises KeyboardInterrupt between images.");
   m.def("fingerprint", &fingerprint, py::arg("pieces"),
         "A 64-bit hash of 16 samples of 8 bytes of each (address, bytes) piece.");
   m.def(

@@ -262,22 +262,25 @@ def test_opcheck_and_layouts():
     _, ours = pair(8, 2, 3)
     x = torch.randn(2, 8, 5, 6)
     with torch.no_grad():
-        packed = [block._whole(x).packed for block in ours]
+        wholes = [block._whole(x) for block in ours]
+    weights, packed = [w.weight for w in wholes], [w.packed for w in wholes]
     for like in (
         x,
         x.contiguous(memory_format=torch.channels_last),
         torch.randn(2, 9, 5, 6)[:, 1:],
     ):
-        opcheck(mixer_stack.default, (like, packed, 3, "gelu"))
+        opcheck(mixer_stack.default, (like, weights, packed, 3, "gelu"))
 
 
 BAD = {
-    "x must be (N, C, H, W)": lambda x, p: (x[0], p, 3, "gelu"),
-    "x must be float32, bfloat16 or float16": lambda x, p: (x.double(), p, 3, "gelu"),
-    "at least one block": lambda x, p: (x, [], 3, "gelu"),
-    "kernel_size must be at least 1": lambda x, p: (x, p, 0, "gelu"),
-    "unknown activation": lambda x, p: (x, p, 3, "mish"),
-    "packed must have shape": lambda x, p: (x, [p[0][1:]], 3, "gelu"),
+    "x must be (N, C, H, W)": lambda x, w, p: (x[0], w, p, 3, "gelu"),
+    "x must be float32, bfloat16 or float16": lambda x, w, p: (x.double(), w, p, 3, "gelu"),
+    "at least one block": lambda x, w, p: (x, [], [], 3, "gelu"),
+    "kernel_size must be at least 1": lambda x, w, p: (x, w, p, 0, "gelu"),
+    "unknown activation": lambda x, w, p: (x, w, p, 3, "mish"),
+    "packed must have shape": lambda x, w, p: (x, w, [p[0][1:]], 3, "gelu"),
+    "weights must have shape": lambda x, w, p: (x, [w[0][1:]], p, 3, "gelu"),
+    "1 packed blocks, but 2 weights": lambda x, w, p: (x, 2 * w, p, 3, "gelu"),
 }
 
 
@@ -286,15 +289,15 @@ def test_bad_arguments_are_named(message):
     _, ours = pair(8, 1, 3)
     x = torch.randn(1, 8, 5, 5)
     with torch.no_grad():
-        packed = [ours[0]._whole(x).packed]
+        whole = ours[0]._whole(x)
     with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")) as info:
-        mixer_stack(*BAD[message](x, packed))
+        mixer_stack(*BAD[message](x, [whole.weight], [whole.packed]))
     assert "\n" not in str(info.value)
 
 
 def test_mixer_pack_names_what_does_not_fit():
     conv, vector = torch.randn(8, 1, 3, 3), torch.randn(8)
-    good = [conv, None, vector, vector, torch.randn(8, 8, 1, 1), vector, vector, vector]
+    good = [conv, None, vector, vector, vector, vector, vector]
     _native.mixer_pack(*good)
     for i, (name, wrong) in enumerate(
         {"taps": torch.randn(8, 2, 3, 3), "bias1": vector[1:], "scale1": vector.double()}.items()

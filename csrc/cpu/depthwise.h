@@ -45,12 +45,18 @@ struct DepthwiseBlocks {
   int64_t count;
 };
 
-// One instruction set's kernels. `run` computes blocks begin .. end-1 with a scratch of
-// `scratch_floats` floats, 64-byte aligned; it neither allocates nor throws.
+// One instruction set's kernels; they neither allocate nor throw.
 struct DepthwiseKernels {
   DepthwiseBlocks (*blocks)(const DepthwiseMix&, Layout);
+
+  // Blocks begin .. end-1 with a scratch of `scratch_floats` floats, 64-byte aligned.
   void (*run)(const DepthwiseMix&, Layout, const DepthwiseBlocks&, int64_t begin, int64_t end,
               float* scratch);
+
+  // Channels begin .. end-1 of one contiguous planar image into packed panels (pointwise.h), pixels
+  // from the last one on as zeros; y is not used. `sums` has room for a plane and one vector.
+  void (*run_panels)(const DepthwiseMix&, const DepthwiseBlocks&, int64_t begin, int64_t end,
+                     float* scratch, float* sums, float* panels, int64_t panel_stride);
 };
 
 // Computes the whole of it on at most `threads` threads.

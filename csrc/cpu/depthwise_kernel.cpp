@@ -3,17 +3,18 @@
 // Both layouts have the same shape. A block of output pixels is copied with its halo of k - 1 rows
 // and columns into a zero-padded scratch; from there every tile is computed alike, with no test
 // for the image's border and no mask, and only the store knows where the block ends. The copy
-// moves about one value for each value computed, against k * k multiply-adds.
+// moves about one value for each value computed, against k * k multiply-adds; where a block is a
+// whole plane, the zeros around it are written once for all channels.
 //
 // planar: a vector is L neighbouring pixels of a row; a tile is R rows x V vectors of accumulators.
-//   for each input row r of the tile's R + K - 1
-//     for each tap column j
-//       V loads of the input row, shifted by j
-//       for each output row t that has r in its window (tap row r - t)
-//         1 broadcast of tap (r - t, j), V multiply-adds
-//   One load serves up to R output rows. At R = 4, V = 2: (2 + 4) loads for 8 multiply-adds, and
-//   8 accumulators hide a latency of 4 cycles at 2 multiply-adds a cycle. Registers: R * V
-//   accumulators + V + 1.
+//   for each tap column j
+//     for each input row r of the tile's R + K - 1
+//       1 broadcast of tap (r, j), which then serves R rows; V loads of the input row, shifted by j
+//       for each output row t that has r in its window: V multiply-adds with tap (r - t, j)
+//   One load serves up to R output rows and one broadcast R * V multiply-adds. At R = 4, V = 2,
+//   K = 9: 24 loads and 9 broadcasts for 72 multiply-adds; 8 accumulators hide a latency of 4 cycles
+//   at 2 multiply-adds a cycle. Registers: R * V accumulators + R taps + V, 14 of 16.
+//   The sums of a block lie in L1 when the activation, scale, shift and residual pass over them.
 //
 // channels-last: a vector is L neighbouring channels; a tile is T neighbouring pixels.
 //   for each tap (i, j): 1 load of the tap's weights, T multiply-adds with the pixels j .. j+T-1
@@ -90,17 +91,18 @@ template <int L>
 __attribute__((noinline)) void finish(typename Simd<L>::Float* sums, int n, Activation act,
                                       const typename Simd<L>::Float& scale,
                                       const typename Simd<L>::Float& shift) {
-  using Float = typename Simd<L>::Float;
-  const Float scales[kGroup] = {scale, scale, scale, scale};
-  const Float shifts[kGroup] = {shift, shift, shift, shift};
   with_activation(act, [&](auto a) __attribute__((always_inline)) {
     CMF_ROLLED
     for (int i = 0; i < n; i += kGroup) {
-      Float group[kGroup] = {sums[i], sums[i + 1], sums[i + 2], sums[i + 3]};
-      finish_group<static_cast<Activation>(decltype(a)::value), L>(group, scales, shifts);
+      typename Simd<L>::Float group[kGroup];
       static_for<kGroup>([&](auto g) __attribute__((always_inline)) {
         constexpr int I = decltype(g)::value;
-        sums[i + I] = group[I];
+        group[I] = sums[i + I];
+      });
+      activate<static_cast<Activation>(decltype(a)::value), L, kGroup>(group);
+      static_for<kGroup>([&](auto g) __attribute__((always_inline)) {
+        constexpr int I = decltype(g)::value;
+        sums[i + I] = group[I] * scale + shift;
       });
     }
   });
@@ -123,16 +125,15 @@ CMF_INLINE void epilogue(typename Simd<L>::Float (&acc)[N], Activation act,
   });
 }
 
-// One block of one plane: its scratch, its taps, and where its results go.
+// One block of one plane: its scratch, its taps, and where its sums go.
 struct PlanarBlock {
   const float* scratch;
   int64_t stride;
   const float* weight;
   int64_t k;
-  float bias, scale, shift;
-  Activation act;
-  float* y;
-  int64_t y_row;
+  float bias;
+  float* sums;
+  int64_t sums_row;
   int64_t rows, cols;
 };
 
@@ -149,27 +150,28 @@ CMF_INLINE void planar_tile(const PlanarBlock& b, int64_t row, int64_t col) {
   });
 
   if constexpr (K > 0) {
-    static_for<R + K - 1>([&](auto r) __attribute__((always_inline)) {
-      constexpr int I = decltype(r)::value;
-      const float* line = in + I * b.stride;
-      CMF_ROLLED
-      for (int j = 0; j < K; ++j) {
+    CMF_ROLLED
+    for (int64_t j = 0; j < K; ++j) {
+      Float taps[K];
+      static_for<R + K - 1>([&](auto r) __attribute__((always_inline)) {
+        constexpr int I = decltype(r)::value;
+        if constexpr (I < K) taps[I] = S::broadcast(b.weight[I * K + j]);
+        const float* line = in + I * b.stride + j;
         Float x[V];
         static_for<V>([&](auto v) __attribute__((always_inline)) {
-          x[decltype(v)::value] = S::load(line + j + decltype(v)::value * L);
+          x[decltype(v)::value] = S::load(line + decltype(v)::value * L);
         });
         static_for<R>([&](auto t) __attribute__((always_inline)) {
           constexpr int T = decltype(t)::value;
           if constexpr (I >= T && I - T < K) {
-            const float tap = b.weight[(I - T) * K + j];
             static_for<V>([&](auto v) __attribute__((always_inline)) {
               constexpr int N = decltype(v)::value;
-              acc[T * V + N] = x[N] * tap + acc[T * V + N];
+              acc[T * V + N] = x[N] * taps[I - T] + acc[T * V + N];
             });
           }
         });
-      }
-    });
+      });
+    }
   } else {
     // Each kernel row is summed by itself first: of k * k terms in one sum, 961 at k = 31, the
     // rounding errors would be twice PyTorch's.
@@ -193,24 +195,19 @@ CMF_INLINE void planar_tile(const PlanarBlock& b, int64_t row, int64_t col) {
     }
   }
 
-  epilogue<L>(acc, b.act, S::broadcast(b.scale), S::broadcast(b.shift));
-
-  const int64_t before = (k - 1) / 2;
-  const float* centre = in + before * b.stride + before;
-  float* out = b.y + row * b.y_row + col;
+  float* out = b.sums + row * b.sums_row + col;
   const int64_t rows = b.rows - row, cols = b.cols - col;
   static_for<R>([&](auto t) __attribute__((always_inline)) {
     constexpr int T = decltype(t)::value;
     if (T >= rows) return;
     static_for<V>([&](auto v) __attribute__((always_inline)) {
       constexpr int N = decltype(v)::value;
-      const Float result = acc[T * V + N] + S::load(centre + T * b.stride + N * L);
-      float* to = out + T * b.y_row + N * L;
+      float* to = out + T * b.sums_row + N * L;
       if (cols >= (N + 1) * L) {
-        S::store(to, result);
+        S::store(to, acc[T * V + N]);
       } else if (cols > N * L) {
         float lanes[L];
-        S::store(lanes, result);
+        S::store(lanes, acc[T * V + N]);
         for (int64_t i = 0; i < cols - N * L; ++i) to[i] = lanes[i];
       }
     });
@@ -239,21 +236,87 @@ void planar_block(const PlanarBlock& b) {
   }
 }
 
-// Copies the block at (h0, w0) with its halo into the scratch, zeros outside the image.
+// Copies the block at (h0, w0) with its halo into the scratch, zeros outside the image. With
+// `zeros` those are there already: from another plane's block at the same place.
 void fill_planar(const DepthwiseMix& p, const float* plane, int64_t h0, int64_t w0, int64_t rows,
-                 int64_t cols, int64_t stride, float* scratch) {
+                 int64_t cols, int64_t stride, bool zeros, float* scratch) {
   const int64_t before = (p.k - 1) / 2;
   const Inside ys = inside(h0 - before, rows + p.k - 1, p.h);
   const Inside xs = inside(w0 - before, cols + p.k - 1, p.w);
-  zero(scratch, ys.begin * stride);
+  if (!zeros) zero(scratch, planar_scratch_rows(rows, p.k) * stride);
   for (int64_t r = ys.begin; r < ys.end; ++r) {
-    float* to = scratch + r * stride;
-    zero(to, xs.begin);
-    copy(plane + (h0 - before + r) * p.x_stride[2] + w0 - before + xs.begin, to + xs.begin,
-         xs.end - xs.begin);
-    zero(to + xs.end, stride - xs.end);
+    copy(plane + (h0 - before + r) * p.x_stride[2] + w0 - before + xs.begin,
+         scratch + r * stride + xs.begin, xs.end - xs.begin);
   }
-  zero(scratch + ys.end * stride, (planar_scratch_rows(rows, p.k) - ys.end) * stride);
+}
+
+// The sums of block i of channel c of image n, into rows of `sums_row` floats.
+void planar_sums(const DepthwiseMix& p, const DepthwiseBlocks& blocks, int64_t n, int64_t c,
+                 int64_t i, bool zeros, float* scratch, float* sums, int64_t sums_row) {
+  const int64_t across = ceil_div(p.w, blocks.cols);
+  const int64_t h0 = i / across * blocks.rows, w0 = i % across * blocks.cols;
+  PlanarBlock b;
+  b.scratch = scratch;
+  b.weight = p.weight + c * p.k * p.k;
+  b.k = p.k;
+  b.bias = p.bias != nullptr ? p.bias[c] : 0.0f;
+  b.sums = sums + h0 * sums_row + w0;
+  b.sums_row = sums_row;
+  b.rows = min(blocks.rows, p.h - h0);
+  b.cols = min(blocks.cols, p.w - w0);
+  b.stride = planar_stride(b.cols, p.k);
+  fill_planar(p, p.x + n * p.x_stride[0] + c * p.x_stride[1], h0, w0, b.rows, b.cols, b.stride,
+              zeros, scratch);
+  switch (p.k) {
+    case 3: planar_block<3>(b); break;
+    case 5: planar_block<5>(b); break;
+    case 7: planar_block<7>(b); break;
+    case 9: planar_block<9>(b); break;
+    default: planar_block<0>(b); break;
+  }
+}
+
+// y = x + scale * act(sums) + shift on G vectors.
+template <Activation A, int G>
+CMF_INLINE void finish_vectors(const float* sums, const float* x, const Simd<kLanes>::Float& scale,
+                               const Simd<kLanes>::Float& shift, Simd<kLanes>::Float (&y)[G]) {
+  using S = Simd<kLanes>;
+  static_for<G>([&](auto g) __attribute__((always_inline)) {
+    constexpr int I = decltype(g)::value;
+    y[I] = S::load(sums + I * kLanes);
+  });
+  activate<A, kLanes, G>(y);
+  static_for<G>([&](auto g) __attribute__((always_inline)) {
+    constexpr int I = decltype(g)::value;
+    y[I] = y[I] * scale + shift + S::load(x + I * kLanes);
+  });
+}
+
+// The same in the place of `count` neighbouring sums.
+template <Activation A>
+void finish_row(float* y, const float* x, int64_t count, float scale, float shift) {
+  using S = Simd<kLanes>;
+  const S::Float scales = S::broadcast(scale), shifts = S::broadcast(shift);
+  auto group = [&](float* at, const float* residual, auto g) __attribute__((always_inline)) {
+    constexpr int G = decltype(g)::value;
+    S::Float values[G];
+    finish_vectors<A, G>(at, residual, scales, shifts, values);
+    static_for<G>([&](auto v) __attribute__((always_inline)) {
+      constexpr int I = decltype(v)::value;
+      S::store(at + I * kLanes, values[I]);
+    });
+  };
+  int64_t i = 0;
+  CMF_ROLLED
+  for (; i + kGroup * kLanes <= count; i += kGroup * kLanes) group(y + i, x + i, Index<kGroup>{});
+  CMF_ROLLED
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes) group(y + i, x + i, Index<2>{});
+  if (i == count) return;
+  float last[2 * kLanes] = {}, residual[2 * kLanes] = {};
+  copy(y + i, last, count - i);
+  copy(x + i, residual, count - i);
+  group(last, residual, Index<2>{});
+  copy(last, y + i, count - i);
 }
 
 void run_planar(const DepthwiseMix& p, const DepthwiseBlocks& blocks, int64_t begin, int64_t end,
@@ -261,32 +324,73 @@ void run_planar(const DepthwiseMix& p, const DepthwiseBlocks& blocks, int64_t be
   const int64_t down = ceil_div(p.h, blocks.rows), across = ceil_div(p.w, blocks.cols);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t plane = i / (down * across), n = plane / p.c, c = plane % p.c;
-    const int64_t h0 = i / across % down * blocks.rows, w0 = i % across * blocks.cols;
-    PlanarBlock b;
-    b.scratch = scratch;
-    b.weight = p.weight + c * p.k * p.k;
-    b.k = p.k;
-    b.bias = p.bias != nullptr ? p.bias[c] : 0.0f;
-    b.scale = p.scale[c];
-    b.shift = p.shift[c];
-    b.act = p.act;
-    b.y = p.y + n * p.y_stride[0] + c * p.y_stride[1] + h0 * p.y_stride[2] + w0;
-    b.y_row = p.y_stride[2];
-    b.rows = min(blocks.rows, p.h - h0);
-    b.cols = min(blocks.cols, p.w - w0);
-    b.stride = planar_stride(b.cols, p.k);
-    fill_planar(p, p.x + n * p.x_stride[0] + c * p.x_stride[1], h0, w0, b.rows, b.cols, b.stride,
-                scratch);
-    switch (p.k) {
-      case 3: planar_block<3>(b); break;
-      case 5: planar_block<5>(b); break;
-      case 7: planar_block<7>(b); break;
-      case 9: planar_block<9>(b); break;
-      default: planar_block<0>(b); break;
+    const int64_t at = i % (down * across), h0 = at / across * blocks.rows;
+    const int64_t w0 = at % across * blocks.cols;
+    float* y = p.y + n * p.y_stride[0] + c * p.y_stride[1];
+    planar_sums(p, blocks, n, c, at, i > begin && down * across == 1, scratch, y, p.y_stride[2]);
+    const float* x = p.x + n * p.x_stride[0] + c * p.x_stride[1] + h0 * p.x_stride[2] + w0;
+    y += h0 * p.y_stride[2] + w0;
+    int64_t rows = min(blocks.rows, p.h - h0), cols = min(blocks.cols, p.w - w0);
+    if (p.x_stride[2] == cols && p.y_stride[2] == cols) {
+      cols *= rows;
+      rows = 1;
     }
+    with_activation(p.act, [&](auto a) __attribute__((always_inline)) {
+      for (int64_t r = 0; r < rows; ++r) {
+        finish_row<static_cast<Activation>(decltype(a)::value)>(
+            y + r * p.y_stride[2], x + r * p.x_stride[2], cols, p.scale[c], p.shift[c]);
+      }
+    });
   }
 }
 
+// y of one plane, from its sums and its x, into the panels of its channel.
+template <Activation A>
+void finish_panels(const float* sums, const float* x, int64_t pixels, float scale, float shift,
+                   float* panel, int64_t panel_stride) {
+  using S = Simd<kLanes>;
+  const S::Float scales = S::broadcast(scale), shifts = S::broadcast(shift);
+  auto group = [&](const float* from, const float* residual, auto g) __attribute__((always_inline)) {
+    constexpr int G = decltype(g)::value;
+    S::Float values[G];
+    finish_vectors<A, G>(from, residual, scales, shifts, values);
+    static_for<G>([&](auto v) __attribute__((always_inline)) {
+      constexpr int I = decltype(v)::value;
+      S::store(panel + I / 2 * panel_stride + I % 2 * kLanes, values[I]);
+    });
+    panel += G / 2 * panel_stride;
+  };
+  int64_t i = 0;
+  CMF_ROLLED
+  for (; i + kGroup * kLanes <= pixels; i += kGroup * kLanes) {
+    group(sums + i, x + i, Index<kGroup>{});
+  }
+  CMF_ROLLED
+  for (; i + kPanel <= pixels; i += kPanel) group(sums + i, x + i, Index<2>{});
+  if (i == pixels) return;
+  float last[kPanel] = {}, residual[kPanel] = {};
+  copy(sums + i, last, pixels - i);
+  copy(x + i, residual, pixels - i);
+  float* to = panel;
+  group(last, residual, Index<2>{});
+  // What lies past the last pixel is multiplied and thrown away; zeros are never slow numbers.
+  zero(to + pixels - i, kPanel - pixels + i);
+}
+
+void run_panels(const DepthwiseMix& p, const DepthwiseBlocks& blocks, int64_t begin, int64_t end,
+                float* scratch, float* sums, float* panels, int64_t panel_stride) {
+  const int64_t count = ceil_div(p.h, blocks.rows) * ceil_div(p.w, blocks.cols);
+  for (int64_t c = begin; c < end; ++c) {
+    for (int64_t i = 0; i < count; ++i) {
+      planar_sums(p, blocks, 0, c, i, c > begin && count == 1, scratch, sums, p.w);
+    }
+    with_activation(p.act, [&](auto a) __attribute__((always_inline)) {
+      finish_panels<static_cast<Activation>(decltype(a)::value)>(
+          sums, p.x + c * p.x_stride[1], p.h * p.w, p.scale[c], p.shift[c], panels + c * kPanel,
+          panel_stride);
+    });
+  }
+}
 
 // One block of up to kLanes channels. Scratch and taps have kLanes channels, zeros in those that
 // the image lacks; scratch rows have `cols_in` pixels.
@@ -483,6 +587,6 @@ void run(const DepthwiseMix& p, Layout layout, const DepthwiseBlocks& blocks, in
 }  // namespace
 
 extern const DepthwiseKernels depthwise_kernels;
-const DepthwiseKernels depthwise_kernels = {blocks, run};
+const DepthwiseKernels depthwise_kernels = {blocks, run, run_panels};
 
 }  // namespace convmixer_fast::CONVMIXER_FAST_ISA

@@ -1,8 +1,7 @@
 // The epilogue kernels of one instruction set: compiled once for each (simd.h).
 //
 // for each piece of at most 16 KB (half of L1)
-//   for each group of 4 vectors: 4 loads, the activation of all four in step, 4 multiply-adds,
-//   4 stores
+//   for each group of vectors: loads, the activation of all in step, multiply-adds, stores
 // planar: a piece lies within one plane and has one scale and shift; channels-last: a piece is
 // whole pixels, and scale and shift are read along with the values. Ends that fill no group go
 // through a buffer that does.
@@ -30,17 +29,15 @@ int64_t pieces(const Epilogue& p, Layout layout) {
 // kStep is kLanes where each vector has scales of its own, 0 where all share one.
 template <Activation A, int kStep>
 CMF_INLINE void group_at(float* h, const float* scale, const float* shift) {
-  Float values[kGroup], scales[kGroup], shifts[kGroup];
+  Float values[kGroup];
   static_for<kGroup>([&](auto g) __attribute__((always_inline)) {
     constexpr int I = decltype(g)::value;
     values[I] = S::load(h + I * kLanes);
-    scales[I] = S::load(scale + I * kStep);
-    shifts[I] = S::load(shift + I * kStep);
   });
-  finish_group<A, kLanes>(values, scales, shifts);
+  activate<A, kLanes, kGroup>(values);
   static_for<kGroup>([&](auto g) __attribute__((always_inline)) {
     constexpr int I = decltype(g)::value;
-    S::store(h + I * kLanes, values[I]);
+    S::store(h + I * kLanes, values[I] * S::load(scale + I * kStep) + S::load(shift + I * kStep));
   });
 }
 

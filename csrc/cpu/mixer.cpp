@@ -15,10 +15,9 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Where the parts of a packed block begin, in floats; each on a cache line.
 struct Offsets {
-  int64_t taps, bias1, scale1, shift1, weight, bias2, scale2, shift2, end;
+  int64_t taps, bias1, scale1, shift1, bias2, scale2, shift2, end;
 
   Offsets(int64_t c, int64_t k) {
-    const int64_t rows = active_isa().pointwise.packed_channels(c);
     int64_t at = 0;
     auto next = [&](int64_t floats) {
       const int64_t begin = at;
@@ -29,15 +28,14 @@ struct Offsets {
     bias1 = next(c);
     scale1 = next(c);
     shift1 = next(c);
-    weight = next(rows * c);
-    bias2 = next(rows);
-    scale2 = next(rows);
-    shift2 = next(rows);
+    bias2 = next(c);
+    scale2 = next(c);
+    shift2 = next(c);
     end = at;
   }
 };
 
-// One thread's memory: the depthwise kernel's scratch and the plane that it computes.
+// One thread's memory: one kernel's scratch at a time, and the plane that the depthwise one computes.
 struct Scratch {
   Floats memory;
   float* kernel;
@@ -53,8 +51,7 @@ class Plan {
         pointwise_(active_isa().pointwise),
         offsets_(stack.c, stack.k),
         plane_(stack.h * stack.w) {
-    DepthwiseMix one = plane_problem(nullptr, nullptr, 0, nullptr);
-    blocks_ = depthwise_.blocks(one, Layout::planar);
+    blocks_ = depthwise_.blocks(image_problem(nullptr, nullptr), Layout::planar);
     // Two cache lines more than the values: panels of a power-of-two channel count would share a
     // few sets of the caches.
     panel_stride_ = stack.c * pointwise_.panel + 32;
@@ -64,51 +61,45 @@ class Plan {
   int64_t panels_floats() const { return ceil_div(plane_, pointwise_.panel) * panel_stride_; }
 
   Scratch scratch() const {
-    const int64_t kernel = ceil_div(blocks_.scratch_floats, 16) * 16;
+    const int64_t depthwise = ceil_div(blocks_.scratch_floats, 16) * 16;
+    const int64_t pointwise = ceil_div(pointwise_.scratch_floats(s_.c, s_.c), 16) * 16;
+    const int64_t kernel = depthwise > pointwise ? depthwise : pointwise;
     Scratch scratch{aligned_floats(kernel + plane_), nullptr, nullptr};
     scratch.kernel = scratch.memory.get();
     scratch.plane = scratch.kernel + kernel;
     return scratch;
   }
 
-  // Channel c of the depthwise half of an image, into its place in the panels.
-  void spatial(const float* block, const float* image, int64_t c, const Scratch& scratch,
-               float* panels) const {
-    const DepthwiseMix one = plane_problem(block, image, c, scratch.plane);
-    depthwise_.run(one, Layout::planar, blocks_, 0, blocks_.count, scratch.kernel);
-    const int64_t panel = pointwise_.panel;
-    float* to = panels + c * panel;
-    int64_t pixel = 0;
-    for (; pixel + panel <= plane_; pixel += panel, to += panel_stride_) {
-      std::memcpy(to, scratch.plane + pixel, panel * sizeof(float));
-    }
-    if (pixel < plane_) {
-      // The rest of the last panel is computed with and thrown away; zeros are never slow numbers.
-      std::memcpy(to, scratch.plane + pixel, (plane_ - pixel) * sizeof(float));
-      std::memset(to + plane_ - pixel, 0, (panel - plane_ + pixel) * sizeof(float));
-    }
+  // Channels [begin, end) of the depthwise half of an image, into their places in the panels.
+  void spatial(const float* block, const float* image, int64_t begin, int64_t end,
+               const Scratch& scratch, float* panels) const {
+    const DepthwiseMix p = image_problem(block, image);
+    depthwise_.run_panels(p, blocks_, begin, end, scratch.kernel, scratch.plane, panels,
+                          panel_stride_);
   }
 
   // Tiles of pixels, and shares of the output channels where the tiles are too few for the threads.
   int64_t tiles() const { return ceil_div(plane_, pointwise_.tile); }
   int64_t groups() const { return groups_; }
 
-  void channels(const float* block, const float* panels, float* image, int64_t tile,
-                int64_t group_begin, int64_t group_end) const {
+  void channels(int64_t b, const float* panels, float* image, int64_t tile, int64_t group_begin,
+                int64_t group_end, const Scratch& scratch) const {
+    const float* block = s_.blocks[b];
     Pointwise p;
     p.panels = panels;
     p.panel_stride = panel_stride_;
-    p.weight = block + offsets_.weight;
+    p.weight = s_.weights[b];
     p.bias = block + offsets_.bias2;
     p.scale = block + offsets_.scale2;
     p.shift = block + offsets_.shift2;
     p.z = image;
     p.c_in = p.c_out = s_.c;
-    p.pixels = p.plane = plane_;
+    p.plane = plane_;
     p.act = s_.act;
+    p.strassen = s_.strassen;
     const int64_t begin = tile * pointwise_.tile;
     const int64_t end = begin + pointwise_.tile < plane_ ? begin + pointwise_.tile : plane_;
-    pointwise_.run(p, begin, end, group_begin, group_end);
+    pointwise_.run(p, begin, end, group_begin, group_end, scratch.kernel);
   }
 
   // One image through all blocks, on the calling thread.
@@ -116,8 +107,8 @@ class Plan {
     const float* in = s_.x + image * s_.c * plane_;
     float* out = s_.z + image * s_.c * plane_;
     for (int64_t b = 0; b < s_.depth; ++b, in = out) {
-      for (int64_t c = 0; c < s_.c; ++c) spatial(s_.blocks[b], in, c, scratch, panels);
-      for (int64_t t = 0; t < tiles(); ++t) channels(s_.blocks[b], panels, out, t, 0, groups_);
+      spatial(s_.blocks[b], in, 0, s_.c, scratch, panels);
+      for (int64_t t = 0; t < tiles(); ++t) channels(b, panels, out, t, 0, groups_, scratch);
     }
   }
 
@@ -133,15 +124,16 @@ class Plan {
       parallel_for(s_.c, threads, [&](Share& share) {
         const Scratch mine = scratch();
         for (Range r; share.next(r);) {
-          for (int64_t c = r.begin; c < r.end; ++c) spatial(block, in, c, mine, panels);
+          spatial(block, in, r.begin, r.end, mine, panels);
         }
       });
       parallel_for(tiles() * cuts, threads, [&](Share& share) {
+        const Scratch mine = scratch();
         for (Range r; share.next(r);) {
           for (int64_t i = r.begin; i < r.end; ++i) {
             const int64_t cut = i % cuts;
-            channels(block, panels, out, i / cuts, groups_ * cut / cuts,
-                     groups_ * (cut + 1) / cuts);
+            channels(b, panels, out, i / cuts, groups_ * cut / cuts, groups_ * (cut + 1) / cuts,
+                     mine);
           }
         }
       });
@@ -149,20 +141,22 @@ class Plan {
   }
 
  private:
-  DepthwiseMix plane_problem(const float* block, const float* image, int64_t c, float* y) const {
+  DepthwiseMix image_problem(const float* block, const float* image) const {
     DepthwiseMix p;
-    p.x = image == nullptr ? nullptr : image + c * plane_;
-    p.y = y;
-    const int64_t strides[4] = {plane_, plane_, s_.w, 1};
+    p.x = image;
+    p.y = nullptr;
+    const int64_t strides[4] = {s_.c * plane_, plane_, s_.w, 1};
     for (int axis = 0; axis < 4; ++axis) p.x_stride[axis] = p.y_stride[axis] = strides[axis];
-    p.n = p.c = 1;
+    p.n = 1;
+    p.c = s_.c;
     p.h = s_.h;
     p.w = s_.w;
     p.k = s_.k;
-    p.weight = block == nullptr ? nullptr : block + offsets_.taps + c * s_.k * s_.k;
-    p.bias = block == nullptr ? nullptr : block + offsets_.bias1 + c;
-    p.scale = block == nullptr ? nullptr : block + offsets_.scale1 + c;
-    p.shift = block == nullptr ? nullptr : block + offsets_.shift1 + c;
+    auto part = [&](int64_t offset) { return block == nullptr ? nullptr : block + offset; };
+    p.weight = part(offsets_.taps);
+    p.bias = part(offsets_.bias1);
+    p.scale = part(offsets_.scale1);
+    p.shift = part(offsets_.shift1);
     p.act = s_.act;
     return p;
   }
@@ -190,7 +184,6 @@ void mixer_pack(const MixerBlock& block, int64_t c, int64_t k, float* packed) {
   vector(block.bias1, at.bias1, c);
   vector(block.scale1, at.scale1, c);
   vector(block.shift1, at.shift1, c);
-  active_isa().pointwise.pack(block.weight, c, c, packed + at.weight);
   vector(block.bias2, at.bias2, c);
   vector(block.scale2, at.scale2, c);
   vector(block.shift2, at.shift2, c);

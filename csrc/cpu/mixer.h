@@ -18,10 +18,8 @@
 
 namespace convmixer_fast {
 
-// One block's parameters, in one piece of memory (mixer_packed_floats long) written by mixer_pack:
-//   taps [c][k*k], bias1 [c], scale1 [c], shift1 [c], weights packed (pointwise.h), bias2, scale2,
-//   shift2 [c, padded].
-// Its layout depends on the instruction set in use (isa.h).
+// One block's parameters but for the pointwise weights, in one piece of memory (mixer_packed_floats
+// long) written by mixer_pack: taps [c][k*k], bias1, scale1, shift1, bias2, scale2, shift2 [c].
 int64_t mixer_packed_floats(int64_t c, int64_t k);
 
 struct MixerBlock {
@@ -29,7 +27,6 @@ struct MixerBlock {
   const float* bias1;
   const float* scale1;
   const float* shift1;
-  const float* weight;  // [c][c]
   const float* bias2;
   const float* scale2;
   const float* shift2;
@@ -41,9 +38,11 @@ struct MixerStack {
   float* z;        // likewise; must not overlap x
   int64_t n, c, h, w;
   int64_t k;
-  const float* const* blocks;  // `depth` packed blocks
+  const float* const* blocks;   // `depth` packed blocks
+  const float* const* weights;  // and their pointwise weights, [c][c]
   int64_t depth;
   Activation act;
+  bool strassen;  // one level of Strassen's algorithm where it pays (pointwise.h)
 };
 
 // Images [begin, end) on at most `threads` threads; callers cut a large batch to stay

@@ -2,15 +2,15 @@
 //
 //   z[n,co,p] = scale[co] * act(bias[co] + sum_k weight[co,k] * y[n,k,p]) + shift[co]
 //
-// y comes in packed panels, z goes out planar. Each sum is the bias and the sums of equal blocks of
-// k, in order, each of them its products in the order of k, one multiply-add each: neither the
-// thread count, nor the batch, nor the place of a pixel in its panel change a bit of it.
+// y comes in packed panels, z goes out planar; the weights are read where and as PyTorch keeps
+// them, so that there is no second copy of them to fill memory or to go stale.
 //
-// Panels: kPanel neighbouring pixels of all channels, [pixel / kPanel][k][kPanel], kPanel two
-// vectors. Pixels are counted through all images, pixel = n * plane + p; the last panel is filled
-// up with anything.
-// Packed weights: groups of `rows` output channels, [co / rows][k][rows], what one tile of
-// accumulators needs for one k side by side; the last group may be one or two thirds as high.
+// Two ways to multiply (pointwise_kernel.cpp): directly, or by one level of Strassen's algorithm,
+// 7 products of half matrices in the place of 8. Either way the sums are cut by the shape alone:
+// neither the thread count nor the batch changes a bit of z.
+//
+// Panels: kPanel neighbouring pixels of one image, of all channels, [pixel / kPanel][k][kPanel],
+// kPanel two vectors; the last panel of an image is filled up with anything.
 #pragma once
 
 #include <cstdint>
@@ -20,17 +20,17 @@
 namespace convmixer_fast {
 
 struct Pointwise {
-  const float* panels;
+  const float* panels;   // of one image, aligned to 64 bytes
   int64_t panel_stride;  // floats from one panel to the next
-  const float* weight;   // packed
-  const float* bias;     // as many as packed_channels says, and scale and shift likewise
+  const float* weight;   // [c_out][c_in]
+  const float* bias;     // [c_out], or null; scale and shift [c_out]
   const float* scale;
   const float* shift;
-  float* z;              // [image][co][plane]
+  float* z;              // [c_out][plane]
   int64_t c_in, c_out;
-  int64_t pixels;        // of all images
-  int64_t plane;         // pixels of one image
+  int64_t plane;         // pixels of the image
   Activation act;
+  bool strassen;         // wanted; done where `strassen_pays`
 };
 
 // One instruction set's kernels.
@@ -39,16 +39,16 @@ struct PointwiseKernels {
   int64_t tile;        // pixels that go through all weights together: their panels stay in L2
   int64_t row_groups;  // output channels of a group
 
-  // Output channels with the padding of the last group.
-  int64_t (*packed_channels)(int64_t c_out);
+  // Whether one level of Strassen's algorithm is faster than the direct product at this size.
+  bool (*strassen_pays)(int64_t c_in, int64_t c_out, int64_t plane);
 
-  // weight [c_out][c_in] -> packed, packed_channels(c_out) * c_in floats.
-  void (*pack)(const float* weight, int64_t c_out, int64_t c_in, float* packed);
+  // Scratch of one `run`, in floats; 64-byte aligned.
+  int64_t (*scratch_floats)(int64_t c_in, int64_t c_out);
 
-  // Pixels [pixel_begin, pixel_end) of groups [group_begin, group_end); pixel_begin is a multiple
-  // of `panel`. Neither allocates nor throws.
+  // Pixels [pixel_begin, pixel_end), at most a tile, of groups [group_begin, group_end);
+  // pixel_begin is a multiple of `tile`. Neither allocates nor throws.
   void (*run)(const Pointwise&, int64_t pixel_begin, int64_t pixel_end, int64_t group_begin,
-              int64_t group_end);
+              int64_t group_end, float* scratch);
 };
 
 }  // namespace convmixer_fast

@@ -1,20 +1,32 @@
 // The pointwise matrix product of one instruction set: compiled once for each (simd.h).
 //
-// for each group of M output channels
-//   for each block of kBlock k                   its weights, M * kBlock floats, stay in L1
-//     for each panel of the tile                 kPanel * kBlock floats from L2
-//       M x 2 vectors of accumulators, from zero
-//       for each k: 2 loads of the panel, M broadcasts of a weight, 2 * M multiply-adds
-//       added to the tile's sums in L1
-//   activation, scale, shift; M rows of z
+// for each chunk of input channels                  its panels, or Strassen's sums of them, in L2
+//   for each group of 2 * M output channels         streamed from L3 or memory once a tile
+//     its weights of the chunk, or Strassen's sums of them, into [M][k] operands: L1 and L2
+//     for each product of half matrices: M output channels, half a chunk of k
+//       for each panel of the tile
+//         M x 2 vectors of accumulators, from zero
+//         for each k: 2 loads of the panel, M broadcasts of a weight, 2 * M multiply-adds
+//     added to the tile's sums; after the last chunk: bias, activation, scale, shift, rows of z
 //
 // Registers: 2 * M accumulators, 2 of the panel, 1 broadcast (none where the multiply-add takes it
-// from memory): M = 6 of 16 registers, 12 of 32. Per k an AVX2 machine issues 12 multiply-adds in
-// 6 cycles and 8 loads in 4. Bytes from L2 per k: the panel's 8 * kLanes, against 6 (24) cycles.
-// At c_in = 1536 a tile of kTile pixels is 393 KB of L2. The weights are read once a tile: 9.4 MB of
-// L3 against 64 * 1536 * 1536 multiply-adds, 3 GB/s a core; each block is prefetched into L2 while
-// the one before it is used.
-// Blocks of k are also for accuracy: in one sum of 1536 terms the rounding errors are twice
+// from memory): M = 6 of 16 registers, 12 of 32. Per k an AVX2 machine issues 12 multiply-adds and
+// 8 loads: 6 and 4 cycles, or 12 and 8 where a vector is two halves.
+//
+// Strassen's algorithm, one level, on 2 x 2 blocks: A is 2 * M channels x a chunk of weights, B the
+// chunk x two panels, each cut in the middle both ways.
+//   P0 = (A11 + A22)(B11 + B22)   P1 = (A21 + A22) B11   P2 = A11 (B12 - B22)   P3 = A22 (B21 - B11)
+//   P4 = (A11 + A12) B22   P5 = (A21 - A11)(B11 + B12)   P6 = (A12 - A22)(B21 + B22)
+//   C11 += P0 + P3 - P4 + P6   C12 += P2 + P4   C21 += P1 + P3   C22 += P0 - P1 + P2 + P5
+// 7 multiplications of 8. What the sums cost: those of B once a tile and chunk, for all c_out; those
+// of A once a tile, 5 additions against 7 * kTile / 2 multiply-adds; those of C 18 additions, loads
+// and stores against 7 * kc multiply-adds. Together 3 to 4 %, so that 1.14 becomes 1.10.
+// Winograd's form has 15 sums for these 18, but its errors grow by half as much again.
+//
+// L2: 7 * kHalf * kTile / 2 floats, 344 KB, of sums and panels of a chunk. Weights: 4 bytes a tile of
+// kTile pixels: 1.2 GB/s at 40 GMAC/s; the next group's are prefetched while this one multiplies.
+//
+// Chunks of k are also for accuracy: in one sum of 1536 terms the rounding errors are twice
 // PyTorch's, in sums of 384 they are not above it.
 #include "finish.h"
 #include "pointwise.h"
@@ -26,162 +38,351 @@ namespace {
 using S = Simd<kLanes>;
 using Float = S::Float;
 
-constexpr int kPanel = 2 * kLanes;
-constexpr int kRowsWide = kRegisters == 32 ? 12 : 6;
-constexpr int kRowStep = kRowsWide / 3;
-constexpr int kTile = 64;
-constexpr int64_t kBlock = 384;
-constexpr int64_t kPrefetch = 256;
+constexpr int kRows = kRegisters == 32 ? 12 : 6;  // M of whole groups
+constexpr int kRowStep = kRows / 3;               // M of the last group is a multiple of this
+constexpr int kTile = 256;
+constexpr int kPanels = kTile / kPanel;
+constexpr int64_t kHalf = 256;  // most k of half a chunk
+constexpr int64_t kAhead = 512;  // floats of a panel from their prefetch to their use
 
-// Rows of the group that begins at channel `first`: less than a whole one only at the end.
-CMF_INLINE int64_t group_rows(int64_t first, int64_t c_out) {
-  return min(kRowsWide, round_up(c_out - first, kRowStep));
+// What the operands of a group are, in the order of the products that use them; then what only the
+// direct product uses.
+enum Operand { kA11A22, kA21A22, kA11, kA22, kA11A12, kA21A11, kA12A22, kA12, kA21, kOperands };
+constexpr int kProducts = 7;
+// Sums of a pair of panels.
+enum PairSum { kB11B22, kB12B22, kB21B11, kB11B12, kB21B22, kPairSums };
+
+bool strassen_pays(int64_t c_in, int64_t c_out, int64_t plane) {
+  return c_in % 2 == 0 && c_in >= 256 && c_out >= 2 * kRows && plane > kPanel;
 }
 
-int64_t packed_channels(int64_t c_out) { return round_up(c_out, kRowStep); }
+// The same cut of the input channels for every tile: equal even pieces.
+int64_t chunk_length(int64_t c_in) { return even_pieces(c_in, 2 * kHalf, 2); }
 
-void pack(const float* weight, int64_t c_out, int64_t c_in, float* packed) {
-  for (int64_t first = 0; first < c_out; first += kRowsWide) {
-    const int64_t rows = group_rows(first, c_out);
-    for (int64_t r = 0; r < rows; ++r) {
-      float* to = packed + r;
-      if (first + r < c_out) {
-        const float* from = weight + (first + r) * c_in;
-        for (int64_t k = 0; k < c_in; ++k) to[k * rows] = from[k];
-      } else {
-        for (int64_t k = 0; k < c_in; ++k) to[k * rows] = 0.0f;
+// One tile's memory.
+struct Scratch {
+  float* sums;      // [kPairSums][pair][kc][kPanel]
+  float* operands;  // [kOperands][M][kHalf]
+  float* products;  // [pair][kProducts][M][kPanel]
+  float* results;   // [group][panel][2 M][kPanel], or of one group where there is one chunk
+
+  explicit Scratch(float* at)
+      : sums(at),
+        operands(sums + kPanels / 2 * kPairSums * kHalf * kPanel),
+        products(operands + kOperands * kRows * kHalf),
+        results(products + kPanels / 2 * kProducts * kRows * kPanel) {}
+};
+constexpr int64_t kGroupFloats = int64_t{2} * kRows * kTile;
+
+int64_t scratch_floats(int64_t c_in, int64_t c_out) {
+  const int64_t groups = chunk_length(c_in) < c_in ? ceil_div(c_out, 2 * kRows) : 1;
+  return Scratch(nullptr).results - static_cast<float*>(nullptr) + groups * kGroupFloats;
+}
+
+// Asks for rows of memory that are needed soon, some lines at a time, into L2.
+struct Ahead {
+  const float* row;
+  int64_t stride, rows, lines;  // of what is left
+  int64_t line;
+
+  // Lines for each of `turns` turns.
+  CMF_INLINE int64_t share(int64_t turns) const { return ceil_div(rows * lines, turns); }
+
+  CMF_INLINE void some(int64_t count) {
+    for (; count > 0 && rows > 0; --count) {
+      __builtin_prefetch(row + line * 16, 0, 2);
+      if (++line == lines) {
+        line = 0;
+        row += stride;
+        --rows;
       }
     }
-    packed += rows * c_in;
   }
-}
+};
 
-// tile[m][kPanel] = (bias given ? bias[m] : tile[m]) + sum_k weight[k][m] * panel[k][kPanel] for
-// `count` k. Each k also prefetches from `ahead` on, `step` floats further every time.
-template <int M>
-CMF_INLINE void multiply(const float* panel, const float* weight, const float* bias, int64_t count,
-                         const float* ahead, int64_t step, float* tile) {
+// out[m][kPanel] = (Add: out +) sum_k weight[m][k] * panel[k][kPanel].
+template <int M, bool Add>
+CMF_INLINE void multiply(const float* panel, const float* weight, int64_t count, float* out) {
   Float acc[M][2];
   static_for<M>([&](auto m) __attribute__((always_inline)) {
     constexpr int I = decltype(m)::value;
     acc[I][0] = acc[I][1] = Float{};
   });
+  const float* end = weight + count;
   CMF_ROLLED
-  for (int64_t k = 0; k < count; ++k) {
-    // The hardware's own prefetchers stop at the ends of pages, every 32 or 64 turns.
-    __builtin_prefetch(panel + kPrefetch);
-    if (kPanel > 16) __builtin_prefetch(panel + kPrefetch + 16);
-    __builtin_prefetch(ahead, 0, 2);
+  for (; weight != end; ++weight, panel += kPanel) {
+    // The hardware's own prefetchers begin anew in every page, 32 or 64 turns.
+    __builtin_prefetch(panel + kAhead);
+    if (kPanel > 16) __builtin_prefetch(panel + kAhead + 16);
     const Float x0 = S::load(panel), x1 = S::load(panel + kLanes);
     static_for<M>([&](auto m) __attribute__((always_inline)) {
       constexpr int I = decltype(m)::value;
-      const Float w = S::broadcast(weight[I]);
+      const Float w = S::broadcast(weight[I * kHalf]);
       acc[I][0] = w * x0 + acc[I][0];
       acc[I][1] = w * x1 + acc[I][1];
     });
-    panel += kPanel;
-    weight += M;
-    ahead += step;
   }
   static_for<M>([&](auto m) __attribute__((always_inline)) {
     constexpr int I = decltype(m)::value;
-    float* row = tile + I * kPanel;
-    const Float b = bias != nullptr ? S::broadcast(bias[I]) : Float{};
-    if (bias != nullptr) {
-      S::store(row, acc[I][0] + b);
-      S::store(row + kLanes, acc[I][1] + b);
-    } else {
-      S::store(row, acc[I][0] + S::load(row));
-      S::store(row + kLanes, acc[I][1] + S::load(row + kLanes));
+    float* row = out + I * kPanel;
+    if constexpr (Add) {
+      acc[I][0] += S::load(row);
+      acc[I][1] += S::load(row + kLanes);
     }
+    S::store(row, acc[I][0]);
+    S::store(row + kLanes, acc[I][1]);
   });
 }
 
-// Writes `count` pixels of row values, the first of them pixel `pixel` of all images.
-CMF_INLINE void store_row(const Pointwise& p, const float* values, int64_t co, int64_t pixel,
-                          int64_t count) {
-  int64_t image = pixel / p.plane, at = pixel % p.plane;
-  while (count > 0) {
-    const int64_t run = min(count, p.plane - at);
-    copy(values, p.z + (image * p.c_out + co) * p.plane + at, run);
-    values += run;
-    count -= run;
-    at = 0;
-    ++image;
+// A chunk of input channels of one tile. Where it has an odd channel more, the first half has it, and
+// all is direct.
+struct Chunk {
+  int64_t pixel, panels;  // where the tile begins, and how many panels it has
+  int64_t k0, kc, rest;   // first input channel; channels of either half
+  bool first, last;
+  bool strassen;
+};
+
+// The weights of a group and a chunk as operands; rows past c_out are zeros.
+template <int M>
+CMF_INLINE void pack_operands(const Pointwise& p, const Chunk& t, int64_t first, bool strassen,
+                              bool direct, float* to) {
+  const int64_t k0 = t.k0, kc = t.kc;
+  for (int64_t m = 0; m < M; ++m) {
+    alignas(64) float none[kHalf];
+    const bool top = first + m < p.c_out, bottom = first + M + m < p.c_out;
+    if (!top || !bottom) {
+      for (int64_t k = 0; k < kc; ++k) none[k] = 0.0f;
+    }
+    const float* a1 = p.weight + (first + m) * p.c_in + k0;
+    const float* a2 = a1 + M * p.c_in;
+    const float* a11 = top ? a1 : none;
+    const float* a12 = top ? a1 + kc : none;
+    const float* a21 = bottom ? a2 : none;
+    const float* a22 = bottom ? a2 + kc : none;
+    float* row = to + m * kHalf;
+    auto at = [&](Operand which) { return row + which * (M * kHalf); };
+    copy(a11, at(kA11), kc);
+    copy(a22, at(kA22), t.rest);
+    if (direct) {
+      copy(a12, at(kA12), t.rest);
+      copy(a21, at(kA21), kc);
+    }
+    if (strassen) {
+      int64_t k = 0;
+      for (; k + kLanes <= kc; k += kLanes) {
+        const Float w11 = S::load(a11 + k), w12 = S::load(a12 + k);
+        const Float w21 = S::load(a21 + k), w22 = S::load(a22 + k);
+        S::store(at(kA11A22) + k, w11 + w22);
+        S::store(at(kA21A22) + k, w21 + w22);
+        S::store(at(kA11A12) + k, w11 + w12);
+        S::store(at(kA21A11) + k, w21 - w11);
+        S::store(at(kA12A22) + k, w12 - w22);
+      }
+      for (; k < kc; ++k) {
+        at(kA11A22)[k] = a11[k] + a22[k];
+        at(kA21A22)[k] = a21[k] + a22[k];
+        at(kA11A12)[k] = a11[k] + a12[k];
+        at(kA21A11)[k] = a21[k] - a11[k];
+        at(kA12A22)[k] = a12[k] - a22[k];
+      }
+    }
   }
 }
 
-// scale * act(tile) + shift in place, for M rows of one panel.
+// Where a pair of panels has its blocks, for a chunk.
+struct Pair {
+  const float *b11, *b12, *b21, *b22;
+};
+CMF_INLINE Pair pair_at(const float* panel, int64_t stride, int64_t kc) {
+  return {panel, panel + stride, panel + kc * kPanel, panel + stride + kc * kPanel};
+}
+
+// To `to`, and from one kind of sum to the next `step` floats further.
+void pair_sums(const Pair& b, int64_t kc, int64_t step, float* to) {
+  const int64_t count = kc * kPanel;
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Float b11 = S::load(b.b11 + i), b12 = S::load(b.b12 + i);
+    const Float b21 = S::load(b.b21 + i), b22 = S::load(b.b22 + i);
+    S::store(to + kB11B22 * step + i, b11 + b22);
+    S::store(to + kB12B22 * step + i, b12 - b22);
+    S::store(to + kB21B11 * step + i, b21 - b11);
+    S::store(to + kB11B12 * step + i, b11 + b12);
+    S::store(to + kB21B22 * step + i, b21 + b22);
+  }
+}
+
+// The results of a pair's two panels, [2 M][kPanel] each, from its products.
 template <int M>
-CMF_INLINE void finish(const Pointwise& p, int64_t first, float* tile) {
+CMF_INLINE void combine(const float* products, bool add, float* left, float* right) {
+  constexpr int kSize = M * kPanel;
+  for (int i = 0; i < kSize; i += kLanes) {
+    Float p[kProducts];
+    static_for<kProducts>([&](auto n) __attribute__((always_inline)) {
+      constexpr int I = decltype(n)::value;
+      p[I] = S::load(products + I * kSize + i);
+    });
+    Float c11 = (p[0] - p[4]) + (p[3] + p[6]), c12 = p[2] + p[4];
+    Float c21 = p[1] + p[3], c22 = (p[0] - p[1]) + (p[2] + p[5]);
+    if (add) {
+      c11 += S::load(left + i);
+      c12 += S::load(right + i);
+      c21 += S::load(left + kSize + i);
+      c22 += S::load(right + kSize + i);
+    }
+    S::store(left + i, c11);
+    S::store(right + i, c12);
+    S::store(left + kSize + i, c21);
+    S::store(right + kSize + i, c22);
+  }
+}
+
+// Per output channel of a group; zeros past c_out.
+struct Vectors {
+  float bias[2 * kRows], scale[2 * kRows], shift[2 * kRows];
+};
+
+// scale * act(result + bias) + shift of `rows` rows of one panel, into z.
+CMF_INLINE void finish_panel(const Pointwise& p, const Vectors& v, int64_t first, int64_t rows,
+                             int64_t pixel, float* result) {
+  const int64_t pixels = min(kPanel, p.plane - pixel);
   with_activation(p.act, [&](auto act) __attribute__((always_inline)) {
     constexpr Activation A = static_cast<Activation>(decltype(act)::value);
-    // Two rows at a time: kGroup vectors in step.
-    static_assert(kGroup == 4 && M % 2 == 0, "a group of vectors is two rows");
-    for (int64_t m = 0; m < M; m += 2) {
-      Float values[kGroup], scale[kGroup], shift[kGroup];
+    // kGroup vectors in step. Rows past the last one are there, but not stored.
+    constexpr int kStep = kGroup / 2;
+    static_assert(2 * kRowStep % kStep == 0, "results have whole groups of rows");
+    for (int64_t m = 0; m < rows; m += kStep) {
+      Float values[kGroup];
       static_for<kGroup>([&](auto g) __attribute__((always_inline)) {
         constexpr int G = decltype(g)::value;
-        values[G] = S::load(tile + m * kPanel + G * kLanes);
-        scale[G] = S::broadcast(p.scale[first + m + G / 2]);
-        shift[G] = S::broadcast(p.shift[first + m + G / 2]);
+        values[G] = S::load(result + m * kPanel + G * kLanes) + S::broadcast(v.bias[m + G / 2]);
       });
-      finish_group<A, kLanes>(values, scale, shift);
-      static_for<kGroup>([&](auto g) __attribute__((always_inline)) {
-        constexpr int G = decltype(g)::value;
-        S::store(tile + m * kPanel + G * kLanes, values[G]);
+      activate<A, kLanes, kGroup>(values);
+      static_for<kStep>([&](auto r) __attribute__((always_inline)) {
+        constexpr int R = decltype(r)::value;
+        const Float scale = S::broadcast(v.scale[m + R]), shift = S::broadcast(v.shift[m + R]);
+        const Float z0 = values[2 * R] * scale + shift, z1 = values[2 * R + 1] * scale + shift;
+        if (m + R >= rows) return;
+        float* z = p.z + (first + m + R) * p.plane + pixel;
+        if (pixels == kPanel) {
+          S::store(z, z0);
+          S::store(z + kLanes, z1);
+        } else {
+          float row[kPanel];
+          S::store(row, z0);
+          S::store(row + kLanes, z1);
+          for (int64_t i = 0; i < pixels; ++i) z[i] = row[i];
+        }
       });
     }
   });
 }
 
-// One group of output channels for the pixels of one tile.
+// One group of output channels, for one chunk.
 template <int M>
-__attribute__((noinline)) void group(const Pointwise& p, int64_t first, const float* weight,
-                                     int64_t pixel_begin, int64_t pixel_end) {
-  alignas(64) float tiles[M * kTile];
-  const int64_t step = even_pieces(p.c_in, kBlock, 1);
-  const int64_t share = ceil_div(M, ceil_div(pixel_end - pixel_begin, kPanel));
-  for (int64_t k = 0; k < p.c_in; k += step) {
-    const int64_t count = min(step, p.c_in - k);
-    // While this block is used, the next one comes from L3, a share of it for each panel.
-    const float* ahead = weight + (k + count) * M;
-    float* tile = tiles;
-    for (int64_t pixel = pixel_begin; pixel < pixel_end; pixel += kPanel, tile += M * kPanel) {
-      multiply<M>(p.panels + pixel / kPanel * p.panel_stride + k * kPanel, weight + k * M,
-                  k == 0 ? p.bias + first : nullptr, count, ahead, share, tile);
-      ahead += count * share;
+__attribute__((noinline)) void group(const Pointwise& p, const Chunk& t, int64_t first,
+                                     const Scratch& scratch, float* results, Ahead ahead) {
+  constexpr int64_t kOperand = M * kHalf, kResult = int64_t{2} * M * kPanel;
+  const float* panels = p.panels + t.pixel / kPanel * p.panel_stride + t.k0 * kPanel;
+  const int64_t pairs = t.strassen ? t.panels / 2 : 0;
+  const bool direct = 2 * pairs < t.panels;
+  pack_operands<M>(p, t, first, pairs > 0, direct, scratch.operands);
+  const int64_t turns = kProducts * pairs + 4 * (t.panels - 2 * pairs);
+  const int64_t share = ahead.share(turns);
+  // The sums of the earlier chunks, for the end of this function.
+  Ahead own = {};
+  if (!t.first) own = {results, 0, 1, t.panels * kResult / 16, 0};
+  const int64_t own_share = own.share(turns);
+
+  if (pairs > 0) {
+    const int64_t sum = t.kc * kPanel, kind = kPanels / 2 * sum;
+    for (int product = 0; product < kProducts; ++product) {
+      const float* operand = scratch.operands + product * kOperand;
+      for (int64_t i = 0; i < pairs; ++i) {
+        ahead.some(share);
+        own.some(own_share);
+        const Pair b = pair_at(panels + 2 * i * p.panel_stride, p.panel_stride, t.kc);
+        const float* sums = scratch.sums + i * sum;
+        const float* factors[kProducts] = {sums + kB11B22 * kind, b.b11, sums + kB12B22 * kind,
+                                           sums + kB21B11 * kind, b.b22, sums + kB11B12 * kind,
+                                           sums + kB21B22 * kind};
+        multiply<M, false>(factors[product], operand, t.kc,
+                           scratch.products + (i * kProducts + product) * (M * kPanel));
+      }
+    }
+    for (int64_t i = 0; i < pairs; ++i) {
+      float* left = results + 2 * i * kResult;
+      combine<M>(scratch.products + i * kProducts * M * kPanel, !t.first, left, left + kResult);
     }
   }
-  const int64_t rows = min(M, p.c_out - first);
-  float* tile = tiles;
-  for (int64_t pixel = pixel_begin; pixel < pixel_end; pixel += kPanel, tile += M * kPanel) {
-    finish<M>(p, first, tile);
-    const int64_t count = min(kPanel, p.pixels - pixel);
-    const int64_t at = pixel % p.plane;
-    if (count == kPanel && at + kPanel <= p.plane) {
-      float* z = p.z + (pixel / p.plane * p.c_out + first) * p.plane + at;
-      for (int64_t m = 0; m < rows; ++m, z += p.plane) {
-        S::store(z, S::load(tile + m * kPanel));
-        S::store(z + kLanes, S::load(tile + m * kPanel + kLanes));
-      }
+  for (int64_t i = 2 * pairs; i < t.panels; ++i) {
+    ahead.some(4 * share);
+    own.some(4 * own_share);
+    const float* b = panels + i * p.panel_stride;
+    const float* a = scratch.operands;
+    float* top = results + i * kResult;
+    float* bottom = top + M * kPanel;
+    if (t.first) {
+      multiply<M, false>(b, a + kA11 * kOperand, t.kc, top);
+      multiply<M, false>(b, a + kA21 * kOperand, t.kc, bottom);
     } else {
-      for (int64_t m = 0; m < rows; ++m) {
-        store_row(p, tile + m * kPanel, first + m, pixel, count);
-      }
+      multiply<M, true>(b, a + kA11 * kOperand, t.kc, top);
+      multiply<M, true>(b, a + kA21 * kOperand, t.kc, bottom);
     }
+    b += t.kc * kPanel;
+    multiply<M, true>(b, a + kA12 * kOperand, t.rest, top);
+    multiply<M, true>(b, a + kA22 * kOperand, t.rest, bottom);
+  }
+  if (!t.last) return;
+
+  const int64_t rows = min(2 * M, p.c_out - first);
+  Vectors v = {};
+  for (int64_t m = 0; m < rows; ++m) {
+    v.bias[m] = p.bias != nullptr ? p.bias[first + m] : 0.0f;
+    v.scale[m] = p.scale[first + m];
+    v.shift[m] = p.shift[first + m];
+  }
+  for (int64_t i = 0; i < t.panels; ++i) {
+    finish_panel(p, v, first, rows, t.pixel + i * kPanel, results + i * kResult);
   }
 }
 
 void run(const Pointwise& p, int64_t pixel_begin, int64_t pixel_end, int64_t group_begin,
-         int64_t group_end) {
-  for (int64_t g = group_begin; g < group_end; ++g) {
-    const int64_t first = g * kRowsWide;
-    const float* weight = p.weight + first * p.c_in;
-    switch (group_rows(first, p.c_out) / kRowStep) {
-      case 3: group<kRowsWide>(p, first, weight, pixel_begin, pixel_end); break;
-      case 2: group<2 * kRowStep>(p, first, weight, pixel_begin, pixel_end); break;
-      default: group<kRowStep>(p, first, weight, pixel_begin, pixel_end); break;
+         int64_t group_end, float* memory) {
+  const Scratch scratch(memory);
+  const int64_t length = chunk_length(p.c_in);
+  Chunk t;
+  t.pixel = pixel_begin;
+  t.panels = ceil_div(pixel_end - pixel_begin, kPanel);
+  t.strassen = p.strassen && strassen_pays(p.c_in, p.c_out, p.plane);
+  for (t.k0 = 0; t.k0 < p.c_in; t.k0 += length) {
+    t.rest = min(length, p.c_in - t.k0) / 2;
+    t.kc = min(length, p.c_in - t.k0) - t.rest;
+    t.first = t.k0 == 0;
+    t.last = t.k0 + length >= p.c_in;
+    if (t.strassen) {
+      const float* panels = p.panels + t.pixel / kPanel * p.panel_stride + t.k0 * kPanel;
+      for (int64_t i = 0; i + 1 < t.panels; i += 2) {
+        pair_sums(pair_at(panels + i * p.panel_stride, p.panel_stride, t.kc), t.kc,
+                  kPanels / 2 * t.kc * kPanel, scratch.sums + i / 2 * t.kc * kPanel);
+      }
+    }
+    for (int64_t g = group_begin; g < group_end; ++g) {
+      const int64_t first = g * (2 * kRows);
+      float* results = scratch.results;
+      if (length < p.c_in) results += (g - group_begin) * kGroupFloats;
+      Ahead ahead = {};
+      if (g + 1 < group_end) {
+        const int64_t next = first + 2 * kRows;
+        ahead = {p.weight + next * p.c_in + t.k0, p.c_in, min(2 * kRows, p.c_out - next),
+                 ceil_div(t.kc + t.rest, 16), 0};
+      }
+      const int64_t rows = min(2 * kRows, p.c_out - first);
+      switch (ceil_div(rows, 2 * kRowStep)) {
+        case 3: group<kRows>(p, t, first, scratch, results, ahead); break;
+        case 2: group<2 * kRowStep>(p, t, first, scratch, results, ahead); break;
+        default: group<kRowStep>(p, t, first, scratch, results, ahead); break;
+      }
     }
   }
 }
@@ -189,6 +390,7 @@ void run(const Pointwise& p, int64_t pixel_begin, int64_t pixel_end, int64_t gro
 }  // namespace
 
 extern const PointwiseKernels pointwise_kernels;
-const PointwiseKernels pointwise_kernels = {kPanel, kTile, kRowsWide, packed_channels, pack, run};
+const PointwiseKernels pointwise_kernels = {kPanel,         kTile, 2 * kRows, strassen_pays,
+                                            scratch_floats, run};
 
 }  // namespace convmixer_fast::CONVMIXER_FAST_ISA

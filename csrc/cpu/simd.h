@@ -31,6 +31,7 @@
 namespace convmixer_fast::CONVMIXER_FAST_ISA {
 
 constexpr int kLanes = CONVMIXER_FAST_LANES;
+constexpr int kPanel = 2 * kLanes;  // neighbouring pixels in a packed panel (pointwise.h)
 // Registers of that width: x86 has 16 before AVX-512; AVX-512 and NEON have 32.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kRegisters = 32;

@@ -16,6 +16,7 @@
 #include "cpu/epilogue.h"
 #include "cpu/fingerprint.h"
 #include "cpu/isa.h"
+#include "cpu/memory.h"
 #include "cpu/mixer.h"
 #include "cpu/peak.h"
 #include "cpu/pointwise.h"
@@ -310,89 +311,84 @@ void test_epilogue(Random& random, const std::vector<std::string>& isas) {
   }
 }
 
+// Where Strassen's algorithm is taken, and in the directly multiplied rest of such problems.
+int64_t strassen_channels(Random& random) { return 2 * random.integer(128, 400); }
+
 void test_pointwise(Random& random, const std::vector<std::string>& isas) {
   // Now and then longer than the pieces that the kernel cuts a sum into.
-  const int64_t c_in = random.chance(15) ? random.integer(380, 800) : random_channels(random);
+  int64_t c_in = random_channels(random);
+  if (random.chance(50)) c_in = random.chance(80) ? strassen_channels(random) : random.integer(500, 1100);
   const int64_t c_out = random_channels(random);
-  const int64_t n = random.integer(1, 5), plane = random.integer(1, random.chance(50) ? 12 : 150);
-  const int64_t pixels = n * plane;
+  const int64_t plane = random.integer(1, random.chance(50) ? 12 : 400);
   const Activation act = random.activation();
-  const Floats y = normals(random, c_in * pixels);  // [c_in][pixel]
+  const Floats y = normals(random, c_in * plane);  // [c_in][pixel]
   const Floats weight =
       normals(random, c_out * c_in, 1.0f / std::sqrt(static_cast<float>(c_in)));
-  const Floats bias = normals(random, c_out), scale = scales(random, c_out);
-  const Floats shift = normals(random, c_out);
+  const Floats bias = random.chance(80) ? normals(random, c_out) : Floats{};
+  const Floats scale = scales(random, c_out), shift = normals(random, c_out);
   const std::string problem =
-      text("pointwise c_in=", c_in, " c_out=", c_out, " n=", n, " plane=", plane, " act=",
-           cmf::kActivationNames[static_cast<int>(act)]);
+      text("pointwise c_in=", c_in, " c_out=", c_out, " plane=", plane, " act=",
+           cmf::kActivationNames[static_cast<int>(act)], bias.empty() ? " no bias" : "");
   std::vector<Expected> expected;
-  for (int64_t image = 0; image < n; ++image) {
-    for (int64_t co = 0; co < c_out; ++co) {
-      for (int64_t at = 0; at < plane; ++at) {
-        Sum sum;
-        sum.add(bias[co]);
-        for (int64_t k = 0; k < c_in; ++k) {
-          sum.add(static_cast<double>(weight[co * c_in + k]) * y[k * pixels + image * plane + at]);
-        }
-        expected.push_back(finish(sum.expected(), act, scale[co], shift[co], 0.0));
+  for (int64_t co = 0; co < c_out; ++co) {
+    for (int64_t at = 0; at < plane; ++at) {
+      Sum sum;
+      sum.add(bias.empty() ? 0.0 : bias[co]);
+      for (int64_t k = 0; k < c_in; ++k) {
+        sum.add(static_cast<double>(weight[co * c_in + k]) * y[k * plane + at]);
       }
+      expected.push_back(finish(sum.expected(), act, scale[co], shift[co], 0.0));
     }
   }
   const int64_t gap = random.one_of({0, 1, 32});
   for (const std::string& isa : isas) {
     cmf::set_isa(isa);
     const cmf::PointwiseKernels& kernels = cmf::active_isa().pointwise;
-    const int64_t rows = kernels.packed_channels(c_out);
-    Floats packed = untouched_floats(rows * c_in);
-    kernels.pack(weight.data(), c_out, c_in, packed.data());
-    auto padded = [&](Floats values) {
-      values.resize(static_cast<std::size_t>(rows), 0.0f);
-      values.shrink_to_fit();
-      return values;
-    };
-    const Floats wide_bias = padded(bias), wide_scale = padded(scale), wide_shift = padded(shift);
-    const int64_t stride = c_in * kernels.panel + gap;
-    const int64_t panels = (pixels + kernels.panel - 1) / kernels.panel;
-    Floats panel(static_cast<std::size_t>((panels - 1) * stride + c_in * kernels.panel), 1.0f);
-    for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+    const int64_t stride = (c_in + gap) * kernels.panel;
+    const int64_t panels = (plane + kernels.panel - 1) / kernels.panel;
+    const cmf::Floats memory = cmf::aligned_floats(panels * stride);
+    const cmf::Floats scratch = cmf::aligned_floats(kernels.scratch_floats(c_in, c_out));
+    float* panel = memory.get();
+    for (int64_t i = 0; i < panels * stride; ++i) panel[i] = 1.0f;
+    for (int64_t pixel = 0; pixel < plane; ++pixel) {
       for (int64_t k = 0; k < c_in; ++k) {
         panel[pixel / kernels.panel * stride + k * kernels.panel + pixel % kernels.panel] =
-            y[k * pixels + pixel];
+            y[k * plane + pixel];
       }
     }
     const int64_t groups = (c_out + kernels.row_groups - 1) / kernels.row_groups;
-    Floats first;
-    // Whole tiles with all groups, then single panels with each group by itself.
-    for (const auto& [pixels_each, groups_each] :
-         {std::pair{kernels.tile, groups}, std::pair{kernels.panel, int64_t{1}}}) {
-      Floats z = untouched_floats(n * c_out * plane);
-      cmf::Pointwise p;
-      p.panels = panel.data();
-      p.panel_stride = stride;
-      p.weight = packed.data();
-      p.bias = wide_bias.data();
-      p.scale = wide_scale.data();
-      p.shift = wide_shift.data();
-      p.z = z.data();
-      p.c_in = c_in;
-      p.c_out = c_out;
-      p.pixels = pixels;
-      p.plane = plane;
-      p.act = act;
-      for (int64_t at = 0; at < pixels; at += pixels_each) {
-        for (int64_t group = 0; group < groups; group += groups_each) {
-          kernels.run(p, at, std::min(at + pixels_each, pixels), group,
-                      std::min(group + groups_each, groups));
+    for (bool strassen : {false, true}) {
+      Floats first;
+      // All groups of a tile together, then each by itself.
+      for (int64_t groups_each : {groups, int64_t{1}}) {
+        Floats z = untouched_floats(c_out * plane);
+        cmf::Pointwise p;
+        p.panels = panel;
+        p.panel_stride = stride;
+        p.weight = weight.data();
+        p.bias = data_or_null(bias);
+        p.scale = scale.data();
+        p.shift = shift.data();
+        p.z = z.data();
+        p.c_in = c_in;
+        p.c_out = c_out;
+        p.plane = plane;
+        p.act = act;
+        p.strassen = strassen;
+        for (int64_t at = 0; at < plane; at += kernels.tile) {
+          for (int64_t group = 0; group < groups; group += groups_each) {
+            kernels.run(p, at, std::min(at + kernels.tile, plane), group,
+                        std::min(group + groups_each, groups), scratch.get());
+          }
         }
+        const std::string where = problem + " isa=" + isa + (strassen ? " strassen" : "");
+        if (!first.empty()) {
+          require_same(z, first, where, "another cut");
+          continue;
+        }
+        for (int64_t i = 0; i < c_out * plane; ++i) check(z[i], expected[i], where, i);
+        first = std::move(z);
       }
-      if (!first.empty()) {
-        require_same(z, first, problem + " isa=" + isa, "another cut");
-        continue;
-      }
-      for (int64_t i = 0; i < n * c_out * plane; ++i) {
-        check(z[i], expected[i], problem + " isa=" + isa, i);
-      }
-      first = std::move(z);
     }
   }
 }
@@ -429,6 +425,7 @@ void test_mixer(Random& random, const std::vector<std::string>& isas) {
   const int64_t k = random_kernel_size(random), depth = random.integer(1, 3);
   int64_t c = random_channels(random), h = random_side(random), w = random_side(random);
   const int64_t n = random.integer(1, 5);
+  if (random.chance(15)) c = strassen_channels(random);
   h = std::max<int64_t>(1, std::min(h, 1500000 / (n * c * w * (c + k * k))));
   w = std::max<int64_t>(1, std::min(w, 1500000 / (n * c * h * (c + k * k))));
   const Activation act = random.activation();
@@ -448,14 +445,15 @@ void test_mixer(Random& random, const std::vector<std::string>& isas) {
     const std::string problem = named + " isa=" + isa;
     cmf::set_isa(isa);
     std::vector<Floats> packed;
-    std::vector<const float*> addresses;
+    std::vector<const float*> addresses, weights;
     for (const BlockParameters& b : blocks) {
       packed.push_back(untouched_floats(cmf::mixer_packed_floats(c, k)));
       cmf::mixer_pack({b.spatial.taps.data(), data_or_null(b.spatial.bias), b.spatial.scale.data(),
-                       b.spatial.shift.data(), b.weight.data(), data_or_null(b.bias),
-                       b.scale.data(), b.shift.data()},
+                       b.spatial.shift.data(), data_or_null(b.bias), b.scale.data(),
+                       b.shift.data()},
                       c, k, packed.back().data());
       addresses.push_back(packed.back().data());
+      weights.push_back(b.weight.data());
     }
     auto run = [&](const Floats& in, int64_t first_block, int64_t count, int threads,
                    int64_t images) {
@@ -469,6 +467,8 @@ void test_mixer(Random& random, const std::vector<std::string>& isas) {
       stack.w = w;
       stack.k = k;
       stack.blocks = addresses.data() + first_block;
+      stack.weights = weights.data() + first_block;
+      stack.strassen = true;
       stack.depth = count;
       stack.act = act;
       for (int64_t i = 0; i < n; i += images) {

@@ -157,14 +157,15 @@ struct Problem {
 
   Floats packed() const {
     Floats block = untouched_floats(cmf::mixer_packed_floats(c, k));
-    cmf::mixer_pack({taps.data(), bias.data(), scale.data(), shift.data(), weight.data(),
-                     bias.data(), scale.data(), shift.data()},
+    cmf::mixer_pack({taps.data(), bias.data(), scale.data(), shift.data(), bias.data(),
+                     scale.data(), shift.data()},
                     c, k, block.data());
     return block;
   }
 
   Floats mixer(const Floats& block, int threads) const {
     const std::vector<const float*> blocks(static_cast<std::size_t>(depth), block.data());
+    const std::vector<const float*> weights(static_cast<std::size_t>(depth), weight.data());
     Floats z = untouched_floats(values());
     cmf::MixerStack stack;
     stack.x = x.data();
@@ -175,6 +176,8 @@ struct Problem {
     stack.w = w;
     stack.k = k;
     stack.blocks = blocks.data();
+    stack.weights = weights.data();
+    stack.strassen = true;
     stack.depth = depth;
     stack.act = act;
     cmf::mixer_stack(stack, 0, n, threads);
