@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+#: Batch size and thread count at which a model is held against its bars.
+BATCH, THREADS = 4, 2
+
 #: Every model, from the quickest to the longest; 256/8 at its 32 pixels, the others at 224.
 VARIANTS = ("256/8", "1024/20", "768/32", "1536/20")
-
-#: The published ImageNet models: what the bars of the report are about.
-IMAGENET_VARIANTS = ("1024/20", "768/32", "1536/20")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ PRESETS = {
     "quick": Preset(
         variants=("256/8", "1024/20"),
         batches=(1, 4),
-        threads=(2,),
+        threads=(THREADS,),
         block_batches=(1,),
         memory_batches=(1, 4),
         large=(),
@@ -77,7 +77,7 @@ PRESETS = {
     "full": Preset(
         variants=VARIANTS,
         batches=(1, 4, 16),
-        threads=(2, 1),
+        threads=(THREADS, 1),
         block_batches=(1, 4),
         memory_batches=(1, 4, 16),
         large=("1024/20", "768/32"),

@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import results
+from presets import BATCH, THREADS
 from results import Report, Row
-
-#: Batch size and thread count at which a model is held against its bars.
-BATCH, THREADS = 4, 2
 
 #: Of the machine's peak, (at least, aim).
 OF_PEAK = {"1536/20": (0.90, 1.00), "768/32": (0.88, 0.95), "1024/20": (0.85, 0.92)}

@@ -9,6 +9,7 @@ from typing import Any
 import fresh_python
 import pytest
 from conftest import Record
+from presets import THREADS
 
 # Both systems import the same modules: the difference is the model's. The peak is that of the whole
 # process, so what building and the first forward need for a moment counts.
@@ -24,7 +25,7 @@ def resident(field):  # "VmRSS" now, "VmHWM" at its highest; MiB
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 which, name, batch = sys.argv[1], sys.argv[2], int(sys.argv[3])
-torch.set_num_threads(2)
+torch.set_num_threads(int(sys.argv[4]))
 before = resident("VmRSS")
 variant = cf.arch.find_variant(name)
 model = (cf.create_model(name) if which == "ours" else ReferenceConvMixer(variant.arch)).eval()
@@ -47,11 +48,11 @@ def test_peak_of_a_whole_process(
     record.wanted("memory", group)
 
     def peak(which: str) -> dict[str, float]:
-        arguments = ("-c", SCRIPT, which, variant, str(memory_batch))
+        arguments = ("-c", SCRIPT, which, variant, str(memory_batch), str(THREADS))
         result = fresh_python.run(*arguments, timeout=1800)
         assert result.returncode == 0, result.stderr
         return {name: round(mib) for name, mib in json.loads(result.stdout).items()}
 
     peaks = benchmark.pedantic(lambda: {s: peak(which) for s, which in SYSTEMS.items()}, rounds=1)
-    place = {"model": variant, "batch": memory_batch, "threads": 2}
+    place = {"model": variant, "batch": memory_batch, "threads": THREADS}
     record("memory", group, [{**place, "system": s, **columns} for s, columns in peaks.items()])

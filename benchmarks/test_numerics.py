@@ -11,9 +11,7 @@ from typing import Any
 
 import fresh_python
 from conftest import Record
-from presets import Preset
-
-BATCH = 4
+from presets import BATCH
 
 #: The variable's value, and what it asks for.
 PRODUCTS = {"0": "direct products", "1": "Strassen-Winograd, one level", "": "variable not set"}
@@ -39,9 +37,7 @@ print(json.dumps({**dataclasses.asdict(report), "ok": report.ok, "digest": diges
 """
 
 
-def test_error_of_whole_models(
-    variant: str, benchmark: Any, preset: Preset, record: Record
-) -> None:
+def test_error_of_whole_models(variant: str, benchmark: Any, record: Record) -> None:
     record.wanted("numerics", variant)
 
     def errors(strassen: str) -> dict[str, Any]:

@@ -8,13 +8,13 @@ import torch
 from cases import Case, case
 from conftest import Record
 from measuring import measure, peak_rows
-from presets import LARGE_SIDE, Preset
+from presets import BATCH, LARGE_SIDE, THREADS, Preset
 from torch import Tensor
 
 from convmixer_fast.testing import assert_numerics
 
 #: (batch, threads): the first is what the others are held against.
-POINTS = ((4, 2), (1, 2), (4, 1), (1, 1))
+POINTS = ((BATCH, THREADS), (1, THREADS), (BATCH, 1), (1, 1))
 
 
 def _check(model: Case, x: Tensor, images: int) -> None:
@@ -52,16 +52,14 @@ def test_batches_and_threads(variant: str, benchmark: Any, preset: Preset, recor
     record("scaling", variant, [*rows, *({"model": variant, **r} for r in peak_rows(measured))])
 
 
-def test_large_image(
-    large_variant: str, threads: int, benchmark: Any, preset: Preset, record: Record
-) -> None:
+def test_large_image(large_variant: str, benchmark: Any, preset: Preset, record: Record) -> None:
     """One large image beside as many of the usual size as hold about the same work.
 
     Work is counted on the grid of patches that the model computes: of 2048 pixels and patches of
     14, a grid of 146 x 146, against 83 grids of 16 x 16. What the numbers of patches still differ
     by (0.3 %) is divided away: the measure is nanoseconds for a patch.
     """
-    group = f"{large_variant}, {LARGE_SIDE} pixels, threads {threads}"
+    group = f"{large_variant}, {LARGE_SIDE} pixels"
     record.wanted("scaling", group)
     model = case(large_variant)
 
@@ -71,15 +69,15 @@ def test_large_image(
 
     batches = {LARGE_SIDE: 1, model.side: round(patches(LARGE_SIDE) / patches(model.side))}
     inputs = {side: model.images(batch, side) for side, batch in batches.items()}
-    torch.set_num_threads(threads)
+    torch.set_num_threads(THREADS)
     for x in inputs.values():
         _check(model, x, min(len(x), 4))
     runs = {str(side): (lambda x=x: model.ours(x)) for side, x in inputs.items()}
     with torch.no_grad():
-        measured = measure(runs, [threads], preset, benchmark)
+        measured = measure(runs, [THREADS], preset, benchmark)
     rows = []
     for side, batch in batches.items():
-        row = measured.row(str(side), threads, batch, batch * model.arch.macs(side).total)
+        row = measured.row(str(side), THREADS, batch, batch * model.arch.macs(side).total)
         row |= {"system": "ours", "ns / patch": 1e6 * row["ms"] / (batch * patches(side))}
         rows.append({"model": large_variant, "batch": batch, "side": side, **row})
     rows += [{"model": large_variant, **row} for row in peak_rows(measured)]
