@@ -12,9 +12,7 @@ from typing import Any
 import fresh_python
 from conftest import Record
 from presets import BATCH
-
-#: The variable's value, and what it asks for.
-PRODUCTS = {"0": "direct products", "1": "Strassen-Winograd, one level", "": "variable not set"}
+from report import PRODUCTS
 
 SCRIPT = """
 import dataclasses, hashlib, json, os, sys
