@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pytest
 import report
-import results
 import torch
-from machine import this_machine, this_software
 from presets import PRESETS, Preset
+from recording import Recorder
 from systems import SYSTEMS
 
 
@@ -94,43 +93,15 @@ def _threads_as_before() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-class Record(Protocol):
-    """Takes the rows of a group that was measured; ``wanted`` skips a test whose group is there."""
-
-    def __call__(self, suite: str, group: str, rows: list[results.Row]) -> None: ...
-    def wanted(self, suite: str, group: str) -> None: ...
-
-
-class _Recorder:
-    def __init__(self, path: Path | None, resume: bool) -> None:
-        self.path, self.resume = path, resume
-        self.machine, self.software = this_machine(), this_software()
-        self.session: results.Report | None = None
-
-    def wanted(self, suite: str, group: str) -> None:
-        if self.resume and self.path is not None:
-            there = results.groups(results.load(self.path), self.software["engine"])
-            if (suite, group) in there:
-                pytest.skip(f"{suite}, {group}: already in {self.path.name}")
-
-    def __call__(self, suite: str, group: str, rows: list[results.Row]) -> None:
-        rows = [{"suite": suite, "group": group, **row} for row in rows]
-        new = results.new_report(self.machine, self.software, rows)
-        self.session = results.merge(self.session, new)
-        if self.path is not None:
-            # At once: a long run that is cut off has lost one group.
-            results.save(results.merge(results.load(self.path), new), self.path)
-
-
-_RECORDER = pytest.StashKey[_Recorder]()
+_RECORDER = pytest.StashKey[Recorder]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_RECORDER] = _Recorder(config.getoption("--rows"), config.getoption("--resume"))
+    config.stash[_RECORDER] = Recorder(config.getoption("--rows"), config.getoption("--resume"))
 
 
 @pytest.fixture(scope="session")
-def record(pytestconfig: pytest.Config) -> Record:
+def record(pytestconfig: pytest.Config) -> Recorder:
     return pytestconfig.stash[_RECORDER]
 
 

@@ -7,7 +7,7 @@ import math
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,7 +64,7 @@ class Measured:
 
 
 def measure(
-    runs: Mapping[str, Callable[[], Any]], threads: Iterable[int], preset: Preset, benchmark: Any
+    runs: Mapping[str, Callable[[], Any]], threads: Sequence[int], preset: Preset, benchmark: Any
 ) -> Measured:
     """Time ``runs`` in interleaved rounds, beside the peak of each of those thread counts.
 
@@ -72,34 +72,35 @@ def measure(
     rounds), p20 ms, p80 ms, rounds, cores (CPU seconds a second: what a thread count comes to) and
     faults (page faults a call, median).
     """
-    engine = _native.load()
-    rates: dict[int, list[float]] = {t: [] for t in threads} if engine is not None else {}
     meters = {name: Meter(run) for name, run in runs.items()}
     first = interleaved_times(meters, rounds=1, warmup=0, pause=PAUSE_SECONDS)
     seconds = {name: times[0] for name, times in first.items()}
     repeats = {name: max(1, math.ceil(TURN_SECONDS / s)) for name, s in seconds.items()}
-    round_seconds = sum(
-        s * (r + (r > 1)) for s, r in zip(seconds.values(), repeats.values(), strict=True)
-    )
+    round_seconds = sum(s * (repeats[name] + (repeats[name] > 1)) for name, s in seconds.items())
     rounds = min(preset.most_rounds, max(preset.least_rounds, int(preset.budget / round_seconds)))
-    for meter in meters.values():
-        meter.reset()
+    # Where no call is short, the round that found it out is as good as the others.
+    counts = max(repeats.values()) == 1
+    if not counts:
+        first = {name: [] for name in first}
+        for meter in meters.values():
+            meter.reset()
     turns: dict[str, Callable[[], Any]] = dict(meters)
-    for count, found in rates.items():
-
-        def peak(count: int = count, found: list[float] = found) -> None:
-            found.append(engine.multiply_add_rate(count, PEAK_SECONDS))
-
-        turns[f"peak, {count}"] = peak
+    rates: dict[int, list[float]] = {}
+    engine = _native.load()
+    if engine is not None:
+        rate_of = engine.multiply_add_rate
+        for count in threads:
+            rates[count] = []
+            turns[f"peak, {count}"] = lambda n=count: rates[n].append(rate_of(n, PEAK_SECONDS))
     times = benchmark.pedantic(
         interleaved_times,
-        args=(turns, rounds),
+        args=(turns, rounds - counts),
         kwargs={"warmup": 0, "repeats": repeats, "pause": PAUSE_SECONDS},
         rounds=1,
     )
     columns = {}
     for name, meter in meters.items():
-        measured = spread(times[name])
+        measured = spread(first[name] + times[name])
         columns[name] = {
             "ms": 1e3 * measured["median"],
             "p20 ms": 1e3 * measured["p20"],

@@ -91,6 +91,6 @@ PRESETS = {
         ),
         least_rounds=3,
         most_rounds=15,
-        budget=180.0,
+        budget=300.0,
     ),
 }

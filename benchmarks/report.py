@@ -304,10 +304,15 @@ def cell(value: Any) -> str:
     return "" if value is None else str(value)
 
 
+def _threads(count: int) -> str:
+    return "1 thread" if count == 1 else f"{count} threads"
+
+
 def heading(report: Report) -> list[str]:
     """The machine and the software, a line for each run."""
     machine = report["machine"]
-    first = f"{machine['cpu']}, {machine['cores']} cores, {machine['isa']}, {machine['system']}."
+    cores = "1 core" if machine["cores"] == 1 else f"{machine['cores']} cores"
+    first = f"{machine['cpu']}, {cores}, {machine['isa']}, {machine['system']}."
     lines = [first]
     for run in report["runs"]:
         lines.append(", ".join(f"{k} {v}" for k, v in run.items() if v) + ".")
@@ -337,7 +342,7 @@ def text(report: Report, shown: Iterable[Table]) -> str:
 def markdown(report: Report, charts: Sequence[str] = ()) -> str:
     """Everything as Markdown, with links to the charts."""
     lines = ["# " + report["machine"]["name"], ""]
-    lines += [line for part in heading(report) for line in (part, "")]
+    lines += ["\n\n".join(heading(report))]
     for table in tables(report):
         lines += ["", f"## {table.title}", ""]
         lines += [table.about, ""] if table.about else []
@@ -389,10 +394,14 @@ def chart(report: Report, suite: str, path: Path) -> bool:
             axes.bar(places, heights, width, label=system, color=f"C{i}")
         axes.axhline(100, color="black", linewidth=0.8, linestyle="--")
         axes.set_ylabel("% of peak")
-        axes.set_title(f"{part + ', ' if part else ''}{threads} threads", fontsize="medium")
+        axes.set_title(f"{part + ', ' if part else ''}{_threads(threads)}", fontsize="medium")
     # Strassen-Winograd does fewer multiply-adds than are counted: bars may pass 100.
     axes.set_ylim(0, max(105.0, 105.0 * max(r["of peak"] for r in rows)))
-    axes.set_xticks(range(len(names)), [f"{m}\nbatch {b}" for m, b in names], fontsize="small")
+    axes.set_xticks(
+        range(len(names)),
+        [f"{m}\nbatch {b}".replace(", ", "\n") for m, b in names],
+        fontsize="small",
+    )
     figure.suptitle(f"{report['machine']['cpu']}, {report['runs'][-1]['date']}, float32")
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")

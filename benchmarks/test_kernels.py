@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Record
+from recording import Recorder
 from measuring import keep_freed_memory, measure, peak_rows
 from presets import BLOCK_SHAPES, BlockShape, Preset
 from systems import check_peer
@@ -66,7 +66,7 @@ def test_block_and_its_halves(
     threads: int,
     benchmark: Any,
     preset: Preset,
-    record: Record,
+    record: Recorder,
 ) -> None:
     if _native.load() is None:
         pytest.skip(_native.why_unavailable())

@@ -8,7 +8,7 @@ from typing import Any
 
 import fresh_python
 import pytest
-from conftest import Record
+from recording import Recorder
 from presets import THREADS
 
 # Both systems import the same modules: the difference is the model's. The peak is that of the whole
@@ -42,7 +42,7 @@ SYSTEMS = {"ours": "ours", "eager NCHW": "eager"}
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_of_a_whole_process(
-    variant: str, memory_batch: int, benchmark: Any, record: Record
+    variant: str, memory_batch: int, benchmark: Any, record: Recorder
 ) -> None:
     group = f"{variant}, batch {memory_batch}"
     record.wanted("memory", group)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from cases import case, oracle
-from conftest import Record
+from recording import Recorder
 from measuring import measure, peak_rows
 from presets import Preset
 from systems import SYSTEMS, Run, Unavailable, check_peer
@@ -27,7 +27,7 @@ from convmixer_fast.testing import ErrorReport, assert_numerics
 
 
 def test_model(
-    variant: str, batch: int, threads: int, benchmark: Any, preset: Preset, record: Record
+    variant: str, batch: int, threads: int, benchmark: Any, preset: Preset, record: Recorder
 ) -> None:
     group = f"{variant}, batch {batch}, threads {threads}"
     record.wanted("models", group)

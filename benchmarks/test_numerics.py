@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import fresh_python
-from conftest import Record
+from recording import Recorder
 from presets import BATCH
 from report import PRODUCTS
 
@@ -35,7 +35,7 @@ print(json.dumps({**dataclasses.asdict(report), "ok": report.ok, "digest": diges
 """
 
 
-def test_error_of_whole_models(variant: str, benchmark: Any, record: Record) -> None:
+def test_error_of_whole_models(variant: str, benchmark: Any, record: Recorder) -> None:
     record.wanted("numerics", variant)
 
     def errors(strassen: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import fresh_python
 import pytest
 import torch
-from conftest import Record
+from recording import Recorder
 
 from convmixer_fast import create_model
 from convmixer_fast.timing import interleaved_times, spread
@@ -17,7 +17,7 @@ def _process(code: str) -> None:
     fresh_python.run("-c", code, check=True)
 
 
-def test_import(benchmark: Any, record: Record) -> None:
+def test_import(benchmark: Any, record: Recorder) -> None:
     record.wanted("overheads", "import")
     runs = {
         "import torch": lambda: _process("import torch"),
@@ -39,7 +39,7 @@ _COLUMNS = {"ms": "median", "p20 ms": "p20", "p80 ms": "p80"}
 
 
 @pytest.mark.parametrize(("name", "size"), [("1024/20", 224), ("256/8", 32)])
-def test_cache_check(name: str, size: int, benchmark: Any, record: Record) -> None:
+def test_cache_check(name: str, size: int, benchmark: Any, record: Recorder) -> None:
     group = f"look at packed copies, {name}"
     record.wanted("overheads", group)
     model = create_model(name).eval()

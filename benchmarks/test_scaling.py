@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from cases import Case, case
-from conftest import Record
+from recording import Recorder
 from measuring import measure, peak_rows
 from presets import BATCH, LARGE_SIDE, THREADS, Preset
 from torch import Tensor
@@ -24,7 +24,9 @@ def _check(model: Case, x: Tensor, images: int) -> None:
         assert_numerics(model.ours(x)[:images], model.plain(some), model.oracle(some))
 
 
-def test_batches_and_threads(variant: str, benchmark: Any, preset: Preset, record: Record) -> None:
+def test_batches_and_threads(
+    variant: str, benchmark: Any, preset: Preset, record: Recorder
+) -> None:
     record.wanted("scaling", variant)
     model = case(variant)
     inputs = {batch: model.images(batch) for batch, _ in POINTS}
@@ -52,7 +54,7 @@ def test_batches_and_threads(variant: str, benchmark: Any, preset: Preset, recor
     record("scaling", variant, [*rows, *({"model": variant, **r} for r in peak_rows(measured))])
 
 
-def test_large_image(large_variant: str, benchmark: Any, preset: Preset, record: Record) -> None:
+def test_large_image(large_variant: str, benchmark: Any, preset: Preset, record: Recorder) -> None:
     """One large image beside as many of the usual size as hold about the same work.
 
     Work is counted on the grid of patches that the model computes: of 2048 pixels and patches of

@@ -10,6 +10,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+
+from convmixer_fast.testing import error_report
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 MACHINE = {"name": "epyc-zen1-2c", "cpu": "AMD EPYC", "cores": 2, "isa": "avx2", "system": "Linux"}
@@ -259,6 +262,21 @@ def test_the_terminal_can_leave_out_what_was_not_measured():
     assert "not measured" in whole
     assert "not measured" not in short
     assert "What it shows" in short
+
+
+# Peers
+
+
+def test_a_peer_may_be_a_little_worse_than_eager_but_not_another_model_or_dtype():
+    systems = _load("systems")
+    exact = torch.randn(64, dtype=torch.float64)
+    same = (exact + 1e-6 * torch.randn(64, dtype=torch.float64)).float()
+    worse = (exact + 3 * (same.double() - exact)).float()
+    assert not error_report(worse, same, exact).ok
+    assert systems.check_peer(worse, same, exact).max_error > 0
+    for wrong in (same.bfloat16().float(), same.flip(0), torch.zeros(64), same * float("nan")):
+        with pytest.raises(systems.Unavailable, match="does not compute this model"):
+            systems.check_peer(wrong, same, exact)
 
 
 # The machine's name
