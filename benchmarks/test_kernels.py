@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 import torch
-from recording import Recorder
 from measuring import keep_freed_memory, measure, peak_rows
 from presets import BLOCK_SHAPES, BlockShape, Preset
+from recording import Recorder
 from systems import check_peer
 from torch import Tensor, nn
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import fresh_python
 import pytest
-from recording import Recorder
 from presets import THREADS
+from recording import Recorder
 
 # Both systems import the same modules: the difference is the model's. The peak is that of the whole
 # process, so what building and the first forward need for a moment counts.

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from cases import case, oracle
-from recording import Recorder
 from measuring import measure, peak_rows
 from presets import Preset
+from recording import Recorder
 from systems import SYSTEMS, Run, Unavailable, check_peer
 
 from convmixer_fast.testing import ErrorReport, assert_numerics

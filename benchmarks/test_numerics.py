@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import fresh_python
-from recording import Recorder
 from presets import BATCH
+from recording import Recorder
 from report import PRODUCTS
 
 SCRIPT = """

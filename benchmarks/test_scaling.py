@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from cases import Case, case
-from recording import Recorder
 from measuring import measure, peak_rows
 from presets import BATCH, LARGE_SIDE, THREADS, Preset
+from recording import Recorder
 from torch import Tensor
 
 from convmixer_fast.testing import assert_numerics
