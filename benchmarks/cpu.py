@@ -1,7 +1,7 @@
 """The whole CPU suite in one command: measures, and writes tables and charts.
 
     python benchmarks/cpu.py                                # a look, in minutes
-    python benchmarks/cpu.py --preset full                  # everything, in hours
+    python benchmarks/cpu.py --preset full                  # everything: four hours on 2 cores
     python benchmarks/cpu.py --preset full --suites models --variants 768/32   # one piece of it
     python benchmarks/cpu.py --preset full --resume         # what is still missing
 

@@ -67,6 +67,4 @@ def test_model(
     rows += [
         {**place, "threads": threads, "system": name, "note": note} for name, note in notes.items()
     ]
-    for name, note in notes.items():
-        print(f"{group}: {name}: {note}")
     record("models", group, rows)
