@@ -1,89 +1,117 @@
-"""What the benchmarks share: options, the table at the end, and its rows as JSON."""
+"""What the suites share: their options, where rows go, and the tables at the end."""
 
 from __future__ import annotations
 
-import datetime
-import json
-import platform
+import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import report
 import torch
+from presets import PRESETS, Preset
+from recording import Recorder
+from systems import SYSTEMS
 
-import convmixer_fast
-from convmixer_fast import _native
-from convmixer_fast.doctor import cpu_name
 
-Row = dict[str, Any]
-_ROWS: list[Row] = []
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in _names(text))
+
+
+def _systems(text: str) -> tuple[str, ...]:
+    return tuple(SYSTEMS) if text == "all" else _names(text)
+
+
+#: Options that take the place of one of the preset's values: how their text is read.
+_OVERRIDES = {
+    "variants": (_names, "models, separated by commas"),
+    "batches": (_numbers, "batch sizes of whole models"),
+    "threads": (_numbers, "thread counts"),
+    "block-batches": (_numbers, "batch sizes of blocks and their halves"),
+    "memory-batches": (_numbers, "batch sizes of the memory suite"),
+    "large": (_names, "models that get an image of 2048 x 2048 pixels"),
+    "systems": (_systems, "peers, or 'all'"),
+    "least-rounds": (int, "interleaved rounds of each system, at least"),
+    "most-rounds": (int, "and at most"),
+    "budget": (float, "seconds for the rounds of one group of systems"),
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("convmixer_fast")
-    group.addoption("--variants", default="256/8,1024/20", help="models, separated by commas")
-    group.addoption("--batches", default="1,4", help="batch sizes, separated by commas")
-    group.addoption("--threads", default="", help="thread counts; default: what torch uses")
-    group.addoption("--peers", default="eager NCHW,eager channels-last", help="peers, or 'all'")
-    group.addoption("--rounds", default=5, type=int, help="interleaved rounds of each system")
-    group.addoption("--rows", type=Path, help="write every measured row to this JSON file")
+    group.addoption("--preset", choices=sorted(PRESETS), default="quick", help="how much of it all")
+    for name, (read, text) in _OVERRIDES.items():
+        group.addoption(f"--{name}", type=read, help=f"{text}; default: the preset's")
+    group.addoption("--rows", type=Path, help="merge every measured group into this JSON file")
+    group.addoption(
+        "--resume",
+        action="store_true",
+        help="skip groups that the file of --rows has from this build of the engine",
+    )
+
+
+def _preset(config: pytest.Config) -> Preset:
+    given = {name.replace("-", "_"): config.getoption(f"--{name}") for name in _OVERRIDES}
+    preset = PRESETS[config.getoption("--preset")]
+    return dataclasses.replace(preset, **{k: v for k, v in given.items() if v is not None})
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    option = metafunc.config.getoption
-    lists = {
-        "variant": option("--variants").split(","),
-        "batch": [int(b) for b in option("--batches").split(",")],
-        "threads": [
-            int(t) for t in (option("--threads") or str(torch.get_num_threads())).split(",")
-        ],
+    preset = _preset(metafunc.config)
+    lists: dict[str, tuple[Any, ...]] = {
+        "variant": preset.variants,
+        "large_variant": preset.large,
+        "batch": preset.batches,
+        "block_batch": preset.block_batches,
+        "memory_batch": preset.memory_batches,
+        "threads": preset.threads,
     }
     for name, values in lists.items():
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, values)
 
 
-@pytest.fixture
-def add_row() -> Any:
-    """Called with the columns of one measured line."""
-    return lambda **row: _ROWS.append(row)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The kernels want the allocator set up in a way that whole models should not be measured in.
+    items.sort(key=lambda item: item.path.name == "test_kernels.py")
 
 
-def machine() -> Row:
-    return {
-        "cpu": cpu_name(),
-        "cores": torch.get_num_threads(),
-        "isa": _native.isa() or "no engine",
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "convmixer_fast": convmixer_fast.__version__,
-        "date": datetime.date.today().isoformat(),
-    }
+@pytest.fixture(scope="session")
+def preset(pytestconfig: pytest.Config) -> Preset:
+    return _preset(pytestconfig)
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_before() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+_RECORDER = pytest.StashKey[Recorder]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_RECORDER] = Recorder(config.getoption("--rows"), config.getoption("--resume"))
+
+
+@pytest.fixture(scope="session")
+def record(pytestconfig: pytest.Config) -> Recorder:
+    return pytestconfig.stash[_RECORDER]
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    if not _ROWS:
+    recorder = config.stash[_RECORDER]
+    if recorder.session is None:
         return
-    about = machine()
     terminalreporter.section("convmixer_fast beside its peers")
     terminalreporter.write_line(
-        f"{about['cpu']} ({about['isa']}), torch {about['torch']}; medians of interleaved rounds, "
-        "outputs checked first"
+        report.text(recorder.session, report.tables(recorder.session, unmeasured=False))
     )
-    columns = list(dict.fromkeys(key for row in _ROWS for key in row))
-    table = [columns, *[[_text(row.get(c, "")) for c in columns] for row in _ROWS]]
-    widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
-    for line in table:
-        terminalreporter.write_line(
-            "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
-        )
-    path = config.getoption("--rows")
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"machine": about, "rows": _ROWS}, indent=1) + "\n")
-        terminalreporter.write_line(f"rows written to {path}")
-
-
-def _text(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    if recorder.path is not None:
+        terminalreporter.write_line(f"rows merged into {recorder.path}")

@@ -78,3 +78,14 @@ def test_calls_take_turns_and_warm_up_does_not_count():
     assert "".join(order) == "abababab"
     assert {name: len(seconds) for name, seconds in times.items()} == {"a": 3, "b": 3}
     assert spread([3.0, 1.0, 2.0, 9.0, 4.0]) == {"median": 3.0, "p20": 2.0, "p80": 4.0}
+
+
+def test_short_calls_are_repeated_within_a_turn_after_one_that_does_not_count(monkeypatch):
+    order: list[str] = []
+    clock = iter(range(100))
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock) * 3.0)
+    monkeypatch.setattr("time.sleep", lambda seconds: order.append(f"({seconds})"))
+    runs = {name: (lambda name=name: order.append(name)) for name in "ab"}
+    times = interleaved_times(runs, rounds=2, warmup=0, repeats={"b": 3}, pause=0.5)
+    assert "".join(order) == "(0.5)a(0.5)bbbb" * 2
+    assert times == {"a": [3.0, 3.0], "b": [1.0, 1.0]}

@@ -1,0 +1,93 @@
+"""The whole CPU suite in one command: measures, and writes tables and charts.
+
+    python benchmarks/cpu.py                                # a look, in minutes
+    python benchmarks/cpu.py --preset full                  # everything: four hours on 2 cores
+    python benchmarks/cpu.py --preset full --suites models --variants 768/32   # one piece of it
+    python benchmarks/cpu.py --preset full --resume         # what is still missing
+
+Writes cpu.json, cpu.md, cpu-models.svg and cpu-kernels.svg into benchmarks/results/MACHINE, where
+MACHINE is derived from the processor (see `machine.machine_name`). Rows are merged into the file
+group by group as soon as they are measured. Every suite, and in it every model, gets a process of
+its own, so that none inherits memory or an allocator's habits. Options that are not named here go
+to pytest: `pytest benchmarks --help` lists them under "convmixer_fast".
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import report
+import results
+from machine import this_machine
+from presets import PRESETS
+
+HERE = Path(__file__).resolve().parent
+#: The short ones first. True: a process for each model.
+SUITES = {
+    "overheads": False,
+    "kernels": False,
+    "numerics": True,
+    "memory": True,
+    "scaling": True,
+    "models": True,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0],
+        epilog="Any other option goes to pytest, see `pytest benchmarks --help`.",
+    )
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="quick")
+    parser.add_argument("--suites", default=",".join(SUITES), help="of %(default)s")
+    parser.add_argument("--variants", help="models, separated by commas; default: the preset's")
+    parser.add_argument(
+        "--out", type=Path, help="folder to write to; default: benchmarks/results/MACHINE"
+    )
+    parser.add_argument("--resume", action="store_true", help="measure only what is missing")
+    args, others = parser.parse_known_args()
+    suites = args.suites.split(",")
+    if unknown := set(suites) - set(SUITES):
+        parser.error(f"unknown suite {', '.join(sorted(unknown))}: use {', '.join(SUITES)}")
+    preset = PRESETS[args.preset]
+    variants = args.variants.split(",") if args.variants else list(preset.variants)
+    rows = (args.out or HERE / "results" / this_machine()["name"]).resolve() / "cpu.json"
+
+    pieces = []
+    for suite in [s for s in SUITES if s in suites]:
+        for variant in variants if SUITES[suite] else [""]:
+            chosen = [f"--variants={variant}"] if variant else []
+            if suite == "scaling":
+                chosen.append(f"--large={variant if variant in preset.large else ''}")
+            pieces.append((f"{suite} {variant}".strip(), suite, chosen))
+    failed = []
+    # `python -m pytest` looks for modules where it stands: in an empty folder it finds the package
+    # that this process would import, and not a source tree that was never built.
+    with tempfile.TemporaryDirectory() as nowhere:
+        for i, (name, suite, chosen) in enumerate(pieces, 1):
+            print(f"== {i}/{len(pieces)}: {name}", flush=True)
+            command = [sys.executable, "-m", "pytest", str(HERE / f"test_{suite}.py"), "-q"]
+            command += ["--benchmark-quiet", "-p", "no:cacheprovider", f"--preset={args.preset}"]
+            command += [f"--rows={rows}", *(["--resume"] if args.resume else []), *chosen, *others]
+            start = time.monotonic()
+            code = subprocess.run(command, cwd=nowhere, check=False).returncode
+            print(f"== {name}: {time.monotonic() - start:.0f} s", flush=True)
+            # 5: pytest found nothing to do, as where a preset has no large image.
+            if code not in (0, 5):
+                failed.append(name)
+    measured = results.load(rows)
+    if measured is not None:
+        print(report.text(measured, report.tables(measured)[:1]))
+        print("", rows, *report.write(rows), sep="\n")
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""Which machine, and which software on it, did a figure come from?"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import convmixer_fast
+from convmixer_fast import _native
+from convmixer_fast.doctor import cpu_name, usable_cores, version_of
+
+# Cloud machines often call themselves "AMD EPYC" and no more; family and model still tell the
+# generation. The table is that of Linux, arch/x86/kernel/cpu/amd.c (bsp_init_amd).
+_ZEN: dict[int, list[tuple[range, int]]] = {
+    0x17: [
+        (range(0x00, 0x30), 1),
+        (range(0x30, 0x50), 2),
+        (range(0x50, 0x60), 1),
+        (range(0x60, 0x80), 2),
+        (range(0x90, 0xB0), 2),
+    ],
+    0x19: [
+        (range(0x00, 0x10), 3),
+        (range(0x10, 0x20), 4),
+        (range(0x20, 0x60), 3),
+        (range(0x60, 0xB0), 4),
+    ],
+    0x1A: [(range(0x00, 0x30), 5), (range(0x40, 0x50), 5), (range(0x60, 0x80), 5)],
+}
+_NOISE = re.compile(
+    r"\((r|tm|c)\)|@.*|\bwith\b.*|\d+-core\b|\b(cpu|processor|amd|intel|genuine)\b", re.IGNORECASE
+)
+
+
+def zen_generation(family: int, model: int) -> int | None:
+    """The generation of an AMD Zen core, None where family and model tell none."""
+    return next((zen for models, zen in _ZEN.get(family, []) if model in models), None)
+
+
+def machine_name(cpu: str, cores: int, family: int | None = None, model: int | None = None) -> str:
+    """A folder's name for a machine, like ``epyc-zen1-2c`` or ``xeon-platinum-8375c-8c``.
+
+    Args:
+        cpu: what the system calls the processor.
+        cores: those that may be used.
+        family, model: of an x86 processor; they make an AMD name without a model number ("AMD
+            EPYC") exact.
+    """
+    words = re.findall(r"[a-z0-9]+", _NOISE.sub(" ", cpu).lower()) or ["cpu"]
+    named = any(re.search(r"\d", word) for word in words)
+    if "amd" in cpu.lower() and not named and family is not None and model is not None:
+        zen = zen_generation(family, model)
+        words.append(f"zen{zen}" if zen else f"family{family}-model{model}")
+    return "-".join([*words, f"{cores}c"])
+
+
+def _cpuinfo(text: str) -> dict[str, str]:
+    """The first processor's fields of /proc/cpuinfo."""
+    pairs = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def this_machine() -> dict[str, Any]:
+    """name, cpu, cores, isa, system: what makes figures comparable.
+
+    Where ``CONVMIXER_FAST_ISA`` asks for less than the machine's best, the name says so.
+    """
+    try:
+        fields = _cpuinfo(Path("/proc/cpuinfo").read_text(errors="replace"))
+    except OSError:
+        fields = {}
+    numbers = [int(v) if (v := fields.get(k, "")).isdigit() else None for k in _FIELDS]
+    cpu, cores, isa = cpu_name(), usable_cores(), _native.isa()
+    name = machine_name(cpu, cores, *numbers)
+    engine = _native.load()
+    if engine is not None and isa != engine.isas()[-1]:
+        name += f"-{isa}"
+    if None not in numbers:
+        cpu += f" (family {numbers[0]}, model {numbers[1]})"
+    return {
+        "name": name,
+        "cpu": cpu,
+        "cores": cores,
+        "isa": isa or "no engine",
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+    }
+
+
+_FIELDS = ("cpu family", "model")
+
+
+def this_software() -> dict[str, Any]:
+    """Date, versions, a digest of the compiled engine that tells its builds apart, and what the
+    package's environment variables ask for."""
+    engine = _native.load()
+    digest = ""
+    if engine is not None:
+        digest = hashlib.blake2b(Path(engine.__file__).read_bytes(), digest_size=4).hexdigest()
+    asked = sorted(f"{k}={v}" for k, v in os.environ.items() if k.startswith("CONVMIXER_FAST_"))
+    versions = {name: version_of(name) for name in ("torch", "onnxruntime", "openvino")}
+    return {
+        "date": datetime.date.today().isoformat(),
+        "python": platform.python_version(),
+        **{name: version for name, version in versions.items() if version},
+        "convmixer_fast": convmixer_fast.__version__,
+        "engine": digest or "none",
+        "compiler": _native.build_info().get("compiler", ""),
+        **({"environment": " ".join(asked)} if asked else {}),
+    }

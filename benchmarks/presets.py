@@ -1,0 +1,96 @@
+"""What is measured, and for how long? Every shape and every limit of the suites stands here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+#: Batch size and thread count at which a model is held against its bars.
+BATCH, THREADS = 4, 2
+
+#: Every model, from the quickest to the longest; 256/8 at its 32 pixels, the others at 224.
+VARIANTS = ("256/8", "1024/20", "768/32", "1536/20")
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """One block's input: (batch, channels, side, side)."""
+
+    channels: int
+    kernel_size: int
+    side: int
+    act: str
+
+    def __str__(self) -> str:
+        c, side = self.channels, self.side
+        return f"{c} x {side} x {side}, k={self.kernel_size}, {self.act}"
+
+
+#: The blocks of the published models at 224 pixels. 768/32 is trained with ReLU; with GELU beside
+#: it the cost of the activation shows.
+BLOCK_SHAPES = (
+    BlockShape(1536, 9, 32, "gelu"),
+    BlockShape(1024, 9, 16, "gelu"),
+    BlockShape(768, 7, 32, "relu"),
+    BlockShape(768, 7, 32, "gelu"),
+)
+
+#: Side of the large image of the scaling suite, in pixels.
+LARGE_SIDE = 2048
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How much of everything.
+
+    ``systems`` are names in `systems.SYSTEMS`; ``large`` are the variants that get an image of
+    `LARGE_SIDE`. A group of systems that take turns is given as many rounds as fit into
+    ``budget`` seconds, but at least ``least_rounds`` and at most ``most_rounds``.
+    """
+
+    variants: tuple[str, ...]
+    batches: tuple[int, ...]
+    threads: tuple[int, ...]
+    block_batches: tuple[int, ...]
+    memory_batches: tuple[int, ...]
+    large: tuple[str, ...]
+    systems: tuple[str, ...]
+    least_rounds: int
+    most_rounds: int
+    budget: float
+
+
+PRESETS = {
+    # A look in a few minutes: no compiling, no model that takes seconds an image.
+    "quick": Preset(
+        variants=("256/8", "1024/20"),
+        batches=(1, 4),
+        threads=(THREADS,),
+        block_batches=(1,),
+        memory_batches=(1, 4),
+        large=(),
+        systems=("eager NCHW", "eager channels-last", "ONNX Runtime", "OpenVINO"),
+        least_rounds=3,
+        most_rounds=9,
+        budget=10.0,
+    ),
+    # Everything that the results in this repository show.
+    "full": Preset(
+        variants=VARIANTS,
+        batches=(1, 4, 16),
+        threads=(THREADS, 1),
+        block_batches=(1, 4),
+        memory_batches=(1, 4, 16),
+        large=("1024/20", "768/32"),
+        systems=(
+            "eager NCHW",
+            "eager channels-last",
+            "torch.compile",
+            "torch.compile + freezing",
+            "ONNX Runtime",
+            "OpenVINO",
+        ),
+        least_rounds=3,
+        most_rounds=15,
+        budget=300.0,
+    ),
+}

@@ -1,0 +1,92 @@
+"""How are measured rows kept? One JSON file for a machine, filled piece by piece.
+
+    {"machine": {...}, "runs": [{date, versions, ...}, ...], "rows": [{...}, ...]}
+
+A row's ``suite`` says which suite it is of, its ``group`` which rows were measured with it, in one
+process and taking turns; ``run`` is its place in ``runs``. Groups are added and replaced as a
+whole, so that whatever is compared within one was measured together.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+Report = dict[str, Any]
+
+
+def new_report(machine: Row, run: Row, rows: Iterable[Row]) -> Report:
+    """A report of one run."""
+    return {"machine": machine, "runs": [run], "rows": [{**row, "run": 0} for row in rows]}
+
+
+def merge(old: Report | None, new: Report) -> Report:
+    """``old`` with the groups of ``new`` in the place of its own; no other row is lost.
+
+    Raises:
+        ValueError: they are of different machines.
+    """
+    if old is None:
+        return new
+    if old["machine"] != new["machine"]:
+        raise ValueError(
+            f"rows of different machines do not mix: {old['machine']} and {new['machine']}"
+        )
+    replaced = groups(new)
+    runs: list[Row] = []
+    rows = []
+    for report in (old, new):
+        for row in report["rows"]:
+            if report is old and (row["suite"], row["group"]) in replaced:
+                continue
+            run = report["runs"][row["run"]]
+            if run not in runs:
+                runs.append(run)
+            rows.append({**row, "run": runs.index(run)})
+    return {"machine": old["machine"], "runs": runs, "rows": rows}
+
+
+def groups(report: Report | None, engine: str | None = None) -> set[tuple[str, str]]:
+    """(suite, group) of every row; of the rows of that build of the engine, where it is given."""
+    if report is None:
+        return set()
+    return {
+        (row["suite"], row["group"])
+        for row in report["rows"]
+        if engine is None or report["runs"][row["run"]].get("engine") == engine
+    }
+
+
+def load(path: Path) -> Report | None:
+    """The report in a file, None where there is no file.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    if not path.exists():
+        return None
+    report: Report = json.loads(path.read_text())
+    rows = report.get("rows", []) if isinstance(report, dict) else []
+    if not {"machine", "runs"} <= set(report) or not all(
+        {"suite", "group"} <= set(r) for r in rows
+    ):
+        raise ValueError(
+            f"{path} is no report of these benchmarks: its rows name no suite and group"
+        )
+    return report
+
+
+def save(report: Report, path: Path) -> None:
+    """Write a report; an interrupted write leaves the file as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    # A line a row: a file of results is read by people, and compared.
+    rows = ",\n".join("  " + json.dumps(row) for row in report["rows"])
+    head = {key: value for key, value in report.items() if key != "rows"}
+    text = json.dumps(head, indent=1)[:-2]
+    partial.write_text(f'{text},\n "rows": [\n{rows}\n ]\n}}\n')
+    os.replace(partial, path)

@@ -1,0 +1,63 @@
+"""How far from float64 are our whole models, with and without Strassen-Winograd products?
+
+Each in a process of its own: ``CONVMIXER_FAST_STRASSEN`` may decide how weights are packed.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import fresh_python
+from presets import BATCH
+from recording import Recorder
+from report import PRODUCTS
+
+SCRIPT = """
+import dataclasses, hashlib, json, os, sys
+folder, strassen, variant, batch = *sys.argv[1:4], int(sys.argv[4])
+os.environ.pop("CONVMIXER_FAST_STRASSEN", None)
+if strassen:
+    os.environ["CONVMIXER_FAST_STRASSEN"] = strassen
+sys.path.append(folder)
+import torch
+from cases import case, oracle
+from convmixer_fast.testing import error_report
+
+model = case(variant)
+x = model.images(batch)
+with torch.no_grad():
+    out = model.ours(x)
+    report = error_report(out, model.plain(x), oracle(variant, batch))
+digest = hashlib.blake2b(out.numpy().tobytes(), digest_size=8).hexdigest()
+print(json.dumps({**dataclasses.asdict(report), "ok": report.ok, "digest": digest}))
+"""
+
+
+def test_error_of_whole_models(variant: str, benchmark: Any, record: Recorder) -> None:
+    record.wanted("numerics", variant)
+
+    def errors(strassen: str) -> dict[str, Any]:
+        arguments = ("-c", SCRIPT, str(Path(__file__).parent), strassen, variant, str(BATCH))
+        result = fresh_python.run(*arguments, timeout=1800)
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout)
+
+    found = benchmark.pedantic(lambda: {s: errors(s) for s in PRODUCTS}, rounds=1)
+    place = {"model": variant, "batch": BATCH}
+    rows = []
+    for strassen, report in found.items():
+        row = {**place, "system": f"ours, {PRODUCTS[strassen]}"}
+        for kind in ("max", "rms"):
+            error, torch_error = report[f"{kind}_error"], report[f"torch_{kind}_error"]
+            row |= {f"{kind} error": error, f"{kind} / eager's": error / torch_error}
+        row["within rule"] = report["ok"]
+        same = [
+            PRODUCTS[s] for s in "01" if s != strassen and found[s]["digest"] == report["digest"]
+        ]
+        if same:
+            row["note"] = f"the same bits as with {' and '.join(same)}"
+        rows.append(row)
+    eager = {f"{kind} error": found["0"][f"torch_{kind}_error"] for kind in ("max", "rms")}
+    record("numerics", variant, [*rows, {**place, "system": "eager NCHW", **eager}])

@@ -1,0 +1,301 @@
+"""The benchmarks' report says what the rows say; merging pieces loses none. Nothing is timed."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from convmixer_fast.testing import error_report
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+MACHINE = {"name": "epyc-zen1-2c", "cpu": "AMD EPYC", "cores": 2, "isa": "avx2", "system": "Linux"}
+RUN = {"date": "2025-01-31", "torch": "2.9.0", "engine": "aa"}
+
+
+def _load(name: str) -> ModuleType:
+    # At the end of the path: the benchmarks' names must not hide those of the tests.
+    if str(BENCHMARKS) not in sys.path:
+        sys.path.append(str(BENCHMARKS))
+    return __import__(name)
+
+
+results, report, machine = _load("results"), _load("report"), _load("machine")
+
+
+def rows(model: str = "1536/20", **ms: float) -> list[dict[str, Any]]:
+    """A group of whole models, batch 4 and 2 threads, whose work is 1 second of the peak."""
+    return [
+        {
+            "suite": "models",
+            "group": f"{model}, batch 4, threads 2",
+            "model": model,
+            "batch": 4,
+            "threads": 2,
+            "system": system,
+            "ms": value,
+            "img/s": 4e3 / value,
+            "of peak": 1e3 / value,
+        }
+        for system, value in ms.items()
+    ]
+
+
+def made_of(measured: list[dict[str, Any]], **run: Any) -> dict[str, Any]:
+    return results.new_report(MACHINE, {**RUN, **run}, measured)
+
+
+def line(measured: list[dict[str, Any]], *words: str) -> Any:
+    """The one line of the summary that holds all these words."""
+    found = [x for x in report.summary(made_of(measured)) if all(w in x.what for w in words)]
+    assert len(found) == 1, [x.what for x in found]
+    return found[0]
+
+
+# Merging
+
+
+def test_merging_adds_groups_and_replaces_them_whole():
+    old = made_of(rows("1536/20", ours=1000.0, eager=2000.0) + rows("768/32", ours=1.0))
+    before = copy.deepcopy(old)
+    new = made_of(rows("1536/20", ours=900.0) + rows("1024/20", ours=5.0), engine="bb")
+    merged = results.merge(old, new)
+    assert old == before, "the old report was changed"
+    seen = {(r["model"], r["system"]): r["ms"] for r in merged["rows"]}
+    # The old group's eager row is gone: it was not measured beside the new one of ours.
+    assert seen == {("768/32", "ours"): 1.0, ("1536/20", "ours"): 900.0, ("1024/20", "ours"): 5.0}
+    runs = {r["model"]: merged["runs"][r["run"]]["engine"] for r in merged["rows"]}
+    assert runs == {"768/32": "aa", "1536/20": "bb", "1024/20": "bb"}
+
+
+def test_runs_that_no_row_is_of_are_dropped_and_equal_ones_are_one():
+    first = made_of(rows(ours=1.0))
+    again = results.merge(first, made_of(rows("768/32", ours=2.0)))
+    assert again["runs"] == [RUN]
+    replaced = results.merge(first, made_of(rows(ours=3.0), engine="bb"))
+    assert [run["engine"] for run in replaced["runs"]] == ["bb"]
+    assert [row["run"] for row in replaced["rows"]] == [0]
+
+
+def test_many_pieces_in_any_order_give_the_same_rows():
+    pieces = [made_of(rows(m, ours=float(i))) for i, m in enumerate(("a", "b", "c", "d"), 1)]
+    forward = backward = None
+    for piece in pieces:
+        forward = results.merge(forward, piece)
+    for piece in reversed(pieces):
+        backward = results.merge(backward, piece)
+    by_model = [sorted(r["rows"], key=lambda row: row["model"]) for r in (forward, backward)]
+    assert by_model[0] == by_model[1]
+    assert len(by_model[0]) == 4
+
+
+def test_rows_of_another_machine_are_refused():
+    other = results.new_report({**MACHINE, "cores": 4}, RUN, rows(ours=1.0))
+    with pytest.raises(ValueError, match="different machines"):
+        results.merge(made_of(rows(ours=1.0)), other)
+
+
+def test_groups_of_another_build_of_the_engine_do_not_count_as_done():
+    there = made_of(rows(ours=1.0))
+    group = ("models", "1536/20, batch 4, threads 2")
+    assert results.groups(there) == {group}
+    assert results.groups(there, "aa") == {group}
+    assert results.groups(there, "bb") == set()
+    assert results.groups(None) == set()
+
+
+def test_a_saved_report_is_read_back_and_others_are_refused(tmp_path):
+    path = tmp_path / "deep" / "cpu.json"
+    assert results.load(path) is None
+    whole = made_of([*rows(ours=1.0, eager=2.0), {"suite": "s", "group": "g", "note": '"|\n'}])
+    results.save(whole, path)
+    assert results.load(path) == whole
+    assert [p.name for p in path.parent.iterdir()] == ["cpu.json"]
+    for other in ({"rows": []}, {"machine": {}, "runs": [], "rows": [{"ms": 1}]}, [1]):
+        path.write_text(json.dumps(other))
+        with pytest.raises(ValueError, match="no report of these benchmarks"):
+            results.load(path)
+
+
+# The summary
+
+
+@pytest.mark.parametrize(("ms", "met"), [(1000 / 0.89, "no"), (1000 / 0.9, "yes"), (900.0, "yes")])
+def test_share_of_peak_is_held_against_its_bar(ms, met):
+    found = line(rows(ours=ms), "1536/20", "of peak")
+    assert found.measured == pytest.approx(1000 / ms)
+    assert (found.bar, found.aim, found.met) == (0.90, 1.00, met)
+
+
+def test_speed_up_is_over_the_best_peer_and_names_the_missing():
+    group = rows(ours=1000.0, **{"eager NCHW": 2000.0, "OpenVINO": 1400.0, "peak": 1.0})
+    group.append({**group[0], "system": "ONNX Runtime", "note": "is missing"})
+    del group[-1]["ms"]
+    found = line(group, "1536/20", "best peer")
+    assert found.measured == pytest.approx(1.4)
+    assert found.met == "yes"
+    assert found.detail == "best of 2: OpenVINO; not timed: ONNX Runtime"
+
+
+def test_only_batch_4_on_2_threads_is_held_against_the_bars_of_whole_models():
+    others = [{**row, "batch": 16, "group": "16"} for row in rows(ours=1.0, eager=5.0)]
+    others += [{**row, "threads": 1, "group": "1"} for row in rows(ours=1.0, eager=5.0)]
+    assert line(others, "1536/20", "of peak").measured is None
+    assert line(others, "1536/20", "best peer").measured is None
+
+
+def test_what_was_not_measured_is_neither_met_nor_missed():
+    lines = report.summary(made_of([]))
+    assert len(lines) >= 14
+    for empty in lines:
+        assert empty.measured is None
+        assert empty.met == ""
+        assert empty.row()["measured"] == "not measured"
+
+
+def scaling(model: str, **columns: Any) -> dict[str, Any]:
+    return {"suite": "scaling", "group": model, "model": model, "system": "ours", **columns}
+
+
+def test_scaling_lines():
+    measured = [
+        scaling("768/32", batch=4, threads=2, **{"img/s": 10.0}),
+        scaling("768/32", batch=1, threads=2, **{"img/s": 8.9}),
+        scaling("768/32", batch=4, threads=1, **{"img/s": 5.2}),
+        scaling("768/32", threads=1, **{"GMAC/s": 30.0}) | {"system": "peak"},
+        scaling("768/32", threads=2, **{"GMAC/s": 59.0}) | {"system": "peak"},
+        scaling("768/32", batch=1, threads=2, side=2048, **{"ns / patch": 111.0, "img/s": 0.1}),
+        scaling("768/32", batch=83, threads=2, side=224, **{"ns / patch": 100.0, "img/s": 9.0}),
+    ]
+    small = line(measured, "768/32", "batch 1 against")
+    assert (small.measured, small.met) == (pytest.approx(0.89), "no")
+    threads = line(measured, "768/32", "2 threads against 1")
+    assert (threads.measured, threads.met) == (pytest.approx(10 / 5.2), "yes")
+    assert "1.97" in threads.detail
+    large = line(measured, "2048 px against 224 px")
+    assert (large.measured, large.met, large.at_most) == (pytest.approx(1.11), "no", True)
+    assert "against 83" in large.detail
+
+
+def test_depthwise_half_alone_is_ours_and_nobody_elses():
+    row = {"suite": "kernels", "group": "g", "model": "768 x 32 x 32, k=7, relu", "batch": 1}
+    row |= {"threads": 2, "part": "depthwise half", "of peak": 0.6, "ms": 1.0}
+    measured = [
+        row | {"system": "ours"},
+        row | {"system": "eager NCHW", "of peak": 0.1},
+        row | {"system": "ours", "part": "block", "of peak": 0.9},
+    ]
+    found = line(measured, "depthwise half")
+    assert (found.measured, found.met, found.aim) == (0.6, "yes", 0.75)
+
+
+def test_memory_is_that_of_the_worst_batch():
+    measured = [
+        {"suite": "memory", "group": str(b), "model": "256/8", "batch": b, "system": s, "MiB": mib}
+        for b, pair in {1: (90, 100), 16: (303, 300)}.items()
+        for s, mib in zip(("ours", "eager NCHW"), pair, strict=True)
+    ]
+    found = line(measured, "256/8", "peak memory")
+    assert (found.measured, found.met) == (pytest.approx(1.01), "no")
+    assert found.detail.endswith(": 16")
+
+
+def test_numerics_line_keeps_the_rules_verdict():
+    row = {
+        "suite": "numerics",
+        "group": "256/8",
+        "model": "256/8",
+        "system": "ours, direct products",
+    }
+    row |= {"max error": 3e-7, "rms error": 1e-7, "max / eager's": 2.01, "rms / eager's": 1.5}
+    # The rule allows a floor of rounding units above twice eager's error.
+    found = line([row | {"within rule": True}], "256/8", "direct products")
+    assert (found.measured, found.met) == (2.01, "yes")
+    assert line([row | {"within rule": False}], "256/8", "direct products").met == "no"
+
+
+def test_a_default_that_is_one_of_the_two_products_is_not_told_twice():
+    row = {"suite": "numerics", "group": "256/8", "model": "256/8", "within rule": True}
+    row |= {"max error": 3e-7, "rms error": 1e-7, "max / eager's": 1.1, "rms / eager's": 1.0}
+    row |= {"system": "ours, variable not set"}
+    assert line([row], "256/8", "variable not set").met == "yes"
+    lines = report.summary(made_of([row | {"note": "the same bits as with direct products"}]))
+    assert not [x for x in lines if "not set" in x.what]
+
+
+def test_rounding_does_not_hide_a_missed_bar():
+    assert report.Line("x", 0.8996, 0.90).row()["measured"] == "0.900"
+    assert report.Line("x", 0.8996, 0.90).met == "no"
+
+
+# What is written
+
+
+def test_tables_and_charts_are_written_beside_the_rows(tmp_path):
+    pytest.importorskip("matplotlib")
+    measured = rows("1536/20", ours=800.0, **{"eager NCHW": 2000.0, "peak": 1000.0})
+    measured += [{**r, "batch": 1, "group": "b1"} for r in rows("768/32", ours=1200.0)]
+    measured[1]["note"] = "a | b"
+    path = tmp_path / "cpu.json"
+    results.save(made_of(measured), path)
+    written = report.write(path)
+    assert [p.name for p in written] == ["cpu.md", "cpu-models.svg"]
+    text = written[0].read_text()
+    table = [r for r in text.splitlines() if r.startswith("|")]
+    assert "| what | bar | aim | measured | met | detail |" in table
+    assert any(r.startswith("| 1536/20 | 4 | 2 | ours |") and "| 1.25 |" in r for r in table)
+    assert any("a / b" in r for r in table)
+    assert "![cpu-models.svg](cpu-models.svg)" in text
+    # 125 % of peak: the axis goes past the tallest bar.
+    assert "<!-- 120 -->" in written[1].read_text()
+
+
+def test_the_terminal_can_leave_out_what_was_not_measured():
+    made = made_of(rows(ours=1000.0))
+    whole, short = (report.text(made, report.tables(made, unmeasured=u)) for u in (True, False))
+    assert "not measured" in whole
+    assert "not measured" not in short
+    assert "What it shows" in short
+
+
+# Peers
+
+
+def test_a_peer_may_be_a_little_worse_than_eager_but_not_another_model_or_dtype():
+    systems = _load("systems")
+    exact = torch.randn(64, dtype=torch.float64)
+    same = (exact + 1e-6 * torch.randn(64, dtype=torch.float64)).float()
+    worse = (exact + 3 * (same.double() - exact)).float()
+    assert not error_report(worse, same, exact).ok
+    assert systems.check_peer(worse, same, exact).max_error > 0
+    for wrong in (same.bfloat16().float(), same.flip(0), torch.zeros(64), same * float("nan")):
+        with pytest.raises(systems.Unavailable, match="does not compute this model"):
+            systems.check_peer(wrong, same, exact)
+
+
+# The machine's name
+
+
+@pytest.mark.parametrize(
+    ("cpu", "cores", "numbers", "name"),
+    [
+        ("AMD EPYC", 2, (23, 1), "epyc-zen1-2c"),
+        ("AMD EPYC", 2, (25, 17), "epyc-zen4-2c"),
+        ("AMD EPYC", 2, (25, 255), "epyc-family25-model255-2c"),
+        ("AMD EPYC", 2, (None, None), "epyc-2c"),
+        ("AMD EPYC 7763 64-Core Processor", 8, (25, 1), "epyc-7763-8c"),
+        ("AMD Ryzen 9 7950X 16-Core Processor", 16, (25, 97), "ryzen-9-7950x-16c"),
+        ("Intel(R) Xeon(R) Platinum 8375C CPU @ 2.90GHz", 4, (6, 106), "xeon-platinum-8375c-4c"),
+        ("Intel(R) Core(TM) i7-1185G7 @ 3.00GHz", 4, (6, 140), "core-i7-1185g7-4c"),
+        ("Apple M2", 8, (None, None), "apple-m2-8c"),
+        ("", 1, (None, None), "cpu-1c"),
+    ],
+)
+def test_machine_name(cpu, cores, numbers, name):
+    assert machine.machine_name(cpu, cores, *numbers) == name
