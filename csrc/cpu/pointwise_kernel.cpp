@@ -42,7 +42,7 @@ constexpr int kRows = kRegisters == 32 ? 12 : 6;  // M of whole groups
 constexpr int kRowStep = kRows / 3;               // M of the last group is a multiple of this
 constexpr int kTile = 256;
 constexpr int kPanels = kTile / kPanel;
-constexpr int64_t kHalf = 256;  // most k of half a chunk
+constexpr int64_t kHalf = 512;  // most k of half a chunk
 constexpr int64_t kAhead = 512;  // floats of a panel from their prefetch to their use
 
 // What the operands of a group are, in the order of the products that use them; then what only the
