@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from typing import Any
 
+import fresh_python
 import pytest
 import torch
 
@@ -14,7 +14,7 @@ from convmixer_fast.timing import interleaved_times, spread
 
 
 def _process(code: str) -> None:
-    subprocess.run([sys.executable, "-c", code], check=True)
+    fresh_python.run("-c", code, check=True)
 
 
 def test_import(benchmark: Any, add_row: Any) -> None:
@@ -60,8 +60,7 @@ def test_whole_process_peak(name: str, benchmark: Any, add_row: Any) -> None:
     """Weights, packed weights, activations and all: MiB above the imports, batch 4."""
 
     def peak(which: str) -> int:
-        command = [sys.executable, "-c", PEAK, which, name, "4"]
-        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        return int(fresh_python.run("-c", PEAK, which, name, "4", check=True, timeout=600).stdout)
 
     peaks = benchmark.pedantic(lambda: {w: peak(w) for w in ("ours", "eager")}, rounds=1)
     benchmark.extra_info.update(peaks)

@@ -313,8 +313,8 @@ class PointwiseMix(_FusedSequential):
     def forward(self, x: Tensor) -> Tensor:
         if len(self) != 3:
             return super().forward(x)
-        conv, act, bn = self
-        return _pointwise(self, self._packed, conv, act, bn, x)
+        out = _fused_pointwise(self, self._packed, *self, x)
+        return super().forward(x) if out is None else out
 
 
 class MixerBlock(_FusedSequential):
@@ -377,7 +377,14 @@ class MixerBlock(_FusedSequential):
         if whole is not None:
             return _run_stack([self], [whole], x)
         spatial, conv, act, bn = self
-        return _pointwise(self, self._halves, conv, act, bn, spatial(x))
+        x = spatial(x)
+        out = _fused_pointwise(self, self._halves, conv, act, bn, x)
+        if out is None:
+            # One name for all of them: no map outlives the module that takes it.
+            x = conv(x)
+            x = act(x)
+            out = bn(x)
+        return out
 
     def _whole(self, x: Tensor) -> _Whole | None:
         """The block as `mixer_stack` takes it, or None where its halves must run one by one on x.
@@ -493,21 +500,22 @@ def _run_stack(blocks: Sequence[nn.Module], wholes: list[_Whole], x: Tensor) -> 
     return mixer_stack(x, [whole.packed for whole in wholes], kernel_size, act)
 
 
-def _pointwise(
+def _fused_pointwise(
     owner: _Fused,
     cache: PackedCache[Packed],
     conv: nn.Module,
     act: nn.Module,
     bn: nn.Module,
     x: Tensor,
-) -> Tensor:
+) -> Tensor | None:
+    """``bn(act(conv(x)))`` as one operator, or None where the three must run one by one."""
     why = (
         _why_composed(conv, act, bn, x)
         if is_pointwise(conv)
         else "the convolution is not a plain dense 1x1 one"
     )
     if not owner._decide("pointwise_mix", why, x):
-        return bn(act(conv(x)))
+        return None
     weight, bias, scale, shift = _operands(cache, conv, bn, x, depthwise=False)
     return pointwise_mix(x, weight, bias, scale, shift, activation_name(act))
 

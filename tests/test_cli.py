@@ -8,9 +8,9 @@ import os
 import pickle
 import re
 import subprocess
-import sys
 from pathlib import Path
 
+import fresh_python
 import numpy as np
 import pytest
 import torch
@@ -503,24 +503,22 @@ def test_a_bug_is_not_hidden(monkeypatch):
         cli.main(["info"])
 
 
-def shell(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "convmixer_fast", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
-
-
 def test_from_a_shell_an_error_is_one_line_and_code_2():
-    done = shell("predict", "nowhere", "--checkpoint", "none.pth")
+    done = fresh_python.run(
+        "-m", "convmixer_fast", "predict", "nowhere", "--checkpoint", "none.pth"
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "convmixer-fast: error: nowhere: no such file or folder\n"
 
 
 def test_from_a_shell_version_and_a_reader_that_leaves():
-    done = shell("--version")
+    done = fresh_python.run("-m", "convmixer_fast", "--version")
     assert done.returncode == 0
     assert done.stdout.startswith("convmixer-fast ")
-    command = f'"{sys.executable}" -m convmixer_fast info | true'
-    piped = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
-    assert piped.stderr == ""
+    pipe = subprocess.PIPE
+    left = fresh_python.start("-m", "convmixer_fast", "info", stdout=pipe, stderr=pipe)
+    left.stdout.close()
+    assert left.communicate(timeout=120)[1] == ""
 
 
 # convert

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 
+import fresh_python
 import pytest
 import torch
 
@@ -137,4 +136,5 @@ def test_triton_is_not_imported():
         "import sys; from convmixer_fast import doctor; doctor.render(doctor.examine()); "
         "sys.exit('triton' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+    done = fresh_python.run("-c", code)
+    assert done.returncode == 0, done.stdout + done.stderr

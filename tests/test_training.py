@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import os
 import subprocess
-import sys
 import textwrap
 
+import fresh_python
 import pytest
 import timm.optim
 import timm.scheduler
@@ -289,14 +288,14 @@ DDP = """
 def test_ddp_over_gloo_with_two_processes(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(textwrap.dedent(DDP))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(tmp_path / "rendezvous")],
+        fresh_python.start(
+            script,
+            str(rank),
+            tmp_path / "rendezvous",
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
-            env=environment,
+            env={"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
         )
         for rank in range(2)
     ]

@@ -1,0 +1,78 @@
+"""How does a test start another Python that imports the very package under test?
+
+``python -c``, ``-m`` and a script look for modules in the folder they stand in before anything
+else. In a checkout whose package is installed elsewhere that is the source tree, which need not
+hold the compiled engine, while pytest itself imports the installed package. So every fresh
+interpreter starts in an empty folder, and is told where the package is if it could not find it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import site
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import convmixer_fast
+
+#: The folder from which this process imported the package.
+HOME = Path(convmixer_fast.__file__).resolve().parents[1]
+
+
+def run(
+    *arguments: str | os.PathLike[str],
+    env: Mapping[str, str] | None = None,
+    timeout: float = 120,
+    **options: Any,
+) -> subprocess.CompletedProcess[str]:
+    """`subprocess.run` of this Python with the arguments; its output is captured as text.
+
+    Args:
+        arguments: what follows ``python`` on a command line.
+        env: variables on top of this process's.
+        timeout: seconds.
+        options: for `subprocess.run`.
+    """
+    return subprocess.run(
+        [sys.executable, *arguments],
+        **{"capture_output": True, "text": True, "timeout": timeout} | _surroundings(env) | options,
+    )
+
+
+def start(
+    *arguments: str | os.PathLike[str], env: Mapping[str, str] | None = None, **options: Any
+) -> subprocess.Popen[str]:
+    """`subprocess.Popen` of this Python with the arguments, in text mode; ``env`` as for `run`."""
+    return subprocess.Popen(
+        [sys.executable, *arguments], **{"text": True} | _surroundings(env) | options
+    )
+
+
+def _surroundings(env: Mapping[str, str] | None) -> dict[str, Any]:
+    variables = {**os.environ, **(env or {})}
+    if not _is_found_anywhere():
+        paths = [str(HOME), *filter(None, [variables.get("PYTHONPATH")])]
+        variables["PYTHONPATH"] = os.pathsep.join(paths)
+    return {"cwd": _empty_folder().name, "env": variables}
+
+
+@functools.cache
+def _is_found_anywhere() -> bool:
+    """Whether the package is installed where every Python of this environment looks.
+
+    Such a folder must not be in PYTHONPATH: it would come before the standard library.
+    """
+    folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    folders += site.getsitepackages() if hasattr(site, "getsitepackages") else []
+    return HOME in {Path(f).resolve() for f in [*folders, site.getusersitepackages()]}
+
+
+@functools.cache
+def _empty_folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="convmixer_fast-", ignore_cleanup_errors=True)
