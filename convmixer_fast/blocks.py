@@ -17,6 +17,8 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 
 from . import _native
 from .arch import activation_layer, activation_name
@@ -113,6 +115,8 @@ def _why_composed(conv: Any, act: nn.Module, bn: Any, x: Tensor) -> str:
         return f"the input has {x.shape[1]} channels, the convolution takes {conv.in_channels}"
     weight = conv.weight
     device = x.device.type
+    if device == "meta":
+        return "meta tensors hold no values"
     if torch.is_autocast_enabled(device):
         if x.dtype != torch.get_autocast_dtype(device):
             return "autocast changes the input's dtype"
@@ -126,11 +130,16 @@ def _why_composed(conv: Any, act: nn.Module, bn: Any, x: Tensor) -> str:
         # The operator is opaque to the compiler; where no kernel of ours stands behind it, the
         # plain operators are the faster graph.
         return "no fused kernel for this device: the compiler gets plain operators"
-    if not torch.compiler.is_compiling() and (
+    if torch.compiler.is_compiling():
+        return ""
+    if (
         torch._C._get_tracing_state() is not None
         or torch._C._functorch.maybe_current_level() is not None
+        or forward_ad._current_level >= 0
     ):
-        return "torch.jit.trace and torch.func see plain operators"
+        return "torch.jit.trace, torch.func and forward-mode gradients see plain operators"
+    if _has_any_global_hook():
+        return "hooks are set on all modules"
     return ""
 
 
@@ -313,7 +322,8 @@ class PointwiseMix(_FusedSequential):
     def forward(self, x: Tensor) -> Tensor:
         if len(self) != 3:
             return super().forward(x)
-        out = _fused_pointwise(self, self._packed, *self, x)
+        conv, act, bn = self
+        out = _fused_pointwise(self, self._packed, conv, act, bn, x)
         return super().forward(x) if out is None else out
 
 

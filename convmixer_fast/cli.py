@@ -231,7 +231,12 @@ def _preprocessing(args: argparse.Namespace, model: ConvMixer) -> Preprocessing:
 def _device(name: str | None) -> torch.device:
     import torch
 
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: torch knows no such device, try cpu or cuda") from error
+    if device.type == "meta":
+        raise ValueError("--device meta: that device computes nothing, try cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: torch sees no CUDA device")
     return device
@@ -519,7 +524,10 @@ def _add_predict(sub: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value

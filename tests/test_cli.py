@@ -403,7 +403,8 @@ def test_bad_input_is_refused_in_one_line(capsys, tmp_path, monkeypatch, checkpo
         ((images, *good, "-j", -1), "--workers must not be negative"),
         ((images, *good, "--crop-pct", 0), "crop_pct"),
         ((images, *good, "--mean", 1, 2), "mean has 2 values for 3 channels"),
-        ((images, *good, "--device", "abacus"), "abacus"),
+        ((images, *good, "--device", "abacus"), "--device abacus: torch knows no such device"),
+        ((images, *good, "--device", "meta"), "--device meta: that device computes nothing"),
         ((images, *good, "--backend", "triton", "--device", "cpu"), "triton"),
     ]:
         assert says in refused(capsys, "predict", *arguments), arguments
