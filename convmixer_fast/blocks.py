@@ -99,8 +99,9 @@ def _hooked(module: nn.Module) -> bool:
 
 def _why_composed(conv: Any, act: nn.Module, bn: Any, x: Tensor) -> str:
     """Why these three children must run one by one on ``x``; ``""`` when fusing is the same."""
-    if isinstance(x, torch.fx.Proxy):
-        return "torch.fx sees plain modules"
+    compiling = torch.compiler.is_compiling()
+    if isinstance(x, torch.fx.Proxy) or (not compiling and torch._C._get_tracing_state()):
+        return "torch.fx and torch.jit.trace see plain modules"
     if type(bn) not in _NORMS:
         return f"the norm is a {type(bn).__name__}, not a BatchNorm2d"
     if bn.training or bn._buffers.get("running_mean") is None:
@@ -126,18 +127,14 @@ def _why_composed(conv: Any, act: nn.Module, bn: Any, x: Tensor) -> str:
         return f"the input is {x.dtype}"
     if x.device != weight.device:
         return f"the input is on {x.device}, the weights on {weight.device}"
-    if device != "cpu" and torch.compiler.is_compiling():
+    if device != "cpu" and compiling:
         # The operator is opaque to the compiler; where no kernel of ours stands behind it, the
         # plain operators are the faster graph.
         return "no fused kernel for this device: the compiler gets plain operators"
-    if torch.compiler.is_compiling():
+    if compiling:
         return ""
-    if (
-        torch._C._get_tracing_state() is not None
-        or torch._C._functorch.maybe_current_level() is not None
-        or forward_ad._current_level >= 0
-    ):
-        return "torch.jit.trace, torch.func and forward-mode gradients see plain operators"
+    if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
+        return "torch.func and forward-mode gradients see plain operators"
     if _has_any_global_hook():
         return "hooks are set on all modules"
     return ""

@@ -233,8 +233,12 @@ class ConvMixer(nn.Module):
         return block(x)
 
     def _run_stem(self, x: Tensor) -> Tensor:
-        # Neither a compiler's nor torch.fx's trace is to hold a check of one example's shape.
-        if not torch.compiler.is_compiling() and not isinstance(x, torch.fx.Proxy):
+        # No compiler's or tracer's graph is to hold a check of one example's shape.
+        if not (
+            torch.compiler.is_compiling()
+            or torch._C._get_tracing_state()
+            or isinstance(x, torch.fx.Proxy)
+        ):
             _check_image(x, self.stem[0])
         return self.stem(x)
 
