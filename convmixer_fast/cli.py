@@ -14,7 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -148,7 +148,6 @@ _ACT_UNKNOWN = (
 
 def _load_model(args: argparse.Namespace) -> ConvMixer:
     """The model with the weights that ``--checkpoint`` or ``--pretrained`` name, in eval mode."""
-    import logging
     from dataclasses import replace
 
     from .arch import find_variant
@@ -172,8 +171,11 @@ def _load_model(args: argparse.Namespace) -> ConvMixer:
     elif args.pretrained:
         variant = variant or find_variant(DEFAULT_MODEL)
         kwargs = {"act_layer": args.act} if args.act else {}
-        # Its accounts of every retry; the failure itself comes as an error.
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+        with suppress(ImportError):  # told by create_model
+            from huggingface_hub.utils import logging
+
+            # Its accounts of every retry; the failure itself comes as an error.
+            logging.set_verbosity_error()
         try:
             created = create_model(variant.name, pretrained=True, **kwargs)
         except RuntimeError as error:

@@ -418,6 +418,24 @@ def test_published_weights_that_cannot_be_had_are_one_line_with_the_mend(capsys,
     assert error.endswith("--checkpoint FILE")
 
 
+def test_retries_of_the_hub_are_not_told(capsys, monkeypatch, images):
+    logging = pytest.importorskip("huggingface_hub.utils").logging
+    before = logging.get_verbosity()
+
+    def offline(model, variant):
+        logging.get_logger("huggingface_hub.utils._http").warning("Retrying in 1s")
+        raise RuntimeError("cannot fetch")
+
+    monkeypatch.setattr("convmixer_fast.model._load_published", offline)
+    logging.set_verbosity_warning()
+    try:
+        error = refused(capsys, "predict", images, "--model", "256/8", "--pretrained")
+        assert logging.get_verbosity() >= logging.ERROR
+    finally:
+        logging.set_verbosity(before)
+    assert error == "convmixer-fast: error: cannot fetch; on the command line: --checkpoint FILE"
+
+
 def test_published_weights_come_with_their_own_preprocessing(capsys, monkeypatch, images):
     fetched = []
     monkeypatch.setattr(
