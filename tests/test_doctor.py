@@ -92,6 +92,20 @@ def test_a_backend_that_computes_wrong_numbers_is_an_illness(capsys, monkeypatch
     assert f"FAILED 6 of {3 * len(ACTIVATIONS)} checks" in text
 
 
+@pytest.mark.parametrize(
+    ("asked", "says"), [("triton", "asks for triton, which cannot run"), ("tpu", "unknown backend")]
+)
+def test_an_environment_that_asks_for_what_cannot_run_is_an_illness(
+    capsys, monkeypatch, asked, says
+):
+    monkeypatch.setenv("CONVMIXER_FAST_BACKEND", asked)
+    assert cli.main(["doctor"]) == 1
+    out, err = capsys.readouterr()
+    assert says in out.splitlines()[-1]
+    assert out.splitlines()[-1].startswith("Not well")
+    assert err == ""
+
+
 def test_a_result_of_nan_is_an_illness(monkeypatch):
     monkeypatch.setattr(doctor, "pointwise_mix", lambda x, *rest: torch.full_like(x, float("nan")))
     rows = doctor.check_backend("reference")
