@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import fresh_python
-import pytest
 
 import convmixer_fast
 
@@ -42,9 +41,8 @@ def test_a_forward_pass_does_not_import_triton():
     assert result.stdout == "False\n", result.stderr
 
 
-@pytest.mark.parametrize("folder", [ROOT, ROOT / "tests"], ids=["checkout", "tests"])
-def test_a_fresh_python_imports_the_package_under_test(folder, monkeypatch, tmp_path):
-    monkeypatch.chdir(folder)
+def test_a_fresh_python_imports_the_package_under_test(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
     code = "import convmixer_fast; print(convmixer_fast.__file__)"
     script = tmp_path / "script.py"
     script.write_text(code)

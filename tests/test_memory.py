@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 
 import fresh_python
@@ -41,6 +42,7 @@ print(resident("VmHWM") - before)
 """
 
 
+@functools.cache
 def peak_mib(which: str, layout: str, **environment: str) -> int:
     result = fresh_python.run("-c", SCRIPT, which, layout, env=environment, timeout=300)
     assert result.returncode == 0, result.stderr
