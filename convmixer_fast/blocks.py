@@ -169,13 +169,13 @@ class _Fused(nn.Module):
 
     def _decide(self, op: str, why_composed: str, x: Tensor) -> bool:
         """Whether to call the fused operator, reporting the choice to `backends.recording`."""
+        if torch.compiler.is_compiling():
+            return not why_composed
         if why_composed:
-            choice = backends.Choice("reference", why_composed)
-        elif torch.compiler.is_compiling():
-            return True
+            choice = backends.composed(why_composed)
         else:
             choice = backends.choose(op, x.device, x.dtype)
-        if not torch.compiler.is_compiling() and backends.is_recording():
+        if backends.is_recording():
             backends.record(self, op, choice)
         return choice.backend != "reference"
 

@@ -75,10 +75,18 @@ def test_without_the_extension_pytorch_serves_and_explain_says_so(model, monkeyp
         model(X)
 
 
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", ["triton", "cuda"])
-def test_a_backend_asked_for_by_name_that_cannot_run_raises(model, name):
+def test_a_backend_asked_for_by_name_that_cannot_run_raises(model, name, training):
     with use_backend(name), pytest.raises(BackendError, match=f"'{name}'.*cannot run.*auto"):
-        model.eval()(X)
+        model.train(training)(X)
+
+
+@needs_extension
+def test_a_backend_asked_for_by_name_that_is_here_lets_training_be(model):
+    with use_backend("cpu"):
+        model.train()(X).sum().backward()
+    assert model.stem[0].weight.grad is not None
 
 
 @needs_extension

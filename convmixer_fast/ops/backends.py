@@ -119,13 +119,28 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
         if why_not_cpu:
             return Choice("reference", f"cpu: {why_not_cpu}")
         return Choice("cpu", _CPU_KERNELS[op])
-    why_not = why_not_cpu if asked == "cpu" else available_backends()[asked]
+    _refuse(asked, why_not_cpu if asked == "cpu" else available_backends()[asked])
+    return Choice(asked, f"asked for by name: {_CPU_KERNELS[op]}")
+
+
+def composed(reason: str) -> Choice:
+    """PyTorch's own operators, for what no backend computes as one operator.
+
+    Raises:
+        BackendError: the backend asked for by name is not on this machine.
+    """
+    asked = requested_backend()
+    if asked not in ("auto", "reference"):
+        _refuse(asked, available_backends()[asked])
+    return Choice("reference", reason)
+
+
+def _refuse(asked: str, why_not: str) -> None:
     if why_not:
         raise BackendError(
             f"backend {asked!r} was asked for but cannot run: {why_not}. "
             f"Use backend 'auto', or unset {ENVIRONMENT}"
         )
-    return Choice(asked, f"asked for by name: {_CPU_KERNELS[op]}")
 
 
 def whole_blocks_run(device: torch.device, dtype: torch.dtype) -> bool:
