@@ -8,10 +8,11 @@ Source: Trockman and Kolter, "Patches Are All You Need?", TMLR 2022, arXiv:2201.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, SupportsIndex
 
 from torch import nn
 
@@ -52,7 +53,13 @@ def activation_layer(act: Callable[[], nn.Module] | str) -> Callable[[], nn.Modu
 
     Raises:
         ValueError: the name is not known.
+        TypeError: a module that was made already, or nothing that makes modules.
     """
+    if isinstance(act, nn.Module) or not (isinstance(act, str) or callable(act)):
+        raise TypeError(
+            "an activation is given by a module class such as torch.nn.GELU, a function that makes "
+            f"modules, or a name ({', '.join(ACTIVATIONS)}); got {act!r}"
+        )
     if not isinstance(act, str):
         return act
     name = activation_name(act)
@@ -95,12 +102,14 @@ class Arch:
     act: str | None = "gelu"
 
     def __post_init__(self) -> None:
-        for name in ("dim", "kernel_size", "patch_size", "in_chans"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("depth", "num_classes"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        least = {"dim": 1, "depth": 0, "kernel_size": 1, "patch_size": 1, "in_chans": 1}
+        for name, low in {**least, "num_classes": 0}.items():
+            value = getattr(self, name)
+            if not isinstance(value, SupportsIndex):
+                raise TypeError(f"{name} must be a whole number, got {value!r}")
+            if operator.index(value) < low:
+                bound = f"must be at least {low}" if low else "must not be negative"
+                raise ValueError(f"{name} {bound}, got {value}")
 
     @property
     def padding(self) -> tuple[int, int]:
@@ -254,8 +263,8 @@ def find_variant(name: str) -> Variant:
     Raises:
         ValueError: no variant has that name; the message lists those there are.
     """
-    wanted = name.strip().lower().removeprefix("timm/")
-    wanted = wanted.removeprefix("hf-hub:timm/").removeprefix("convmixer-")
+    wanted = name.strip().lower().removeprefix("hf-hub:").removeprefix("hf_hub:")
+    wanted = wanted.removeprefix("timm/").removeprefix("convmixer-")
     for v in _PUBLISHED:
         names = {v.name, v.paper_name, f"{v.name}.{v.tag}" if v.tag else v.name, *v.extra_names}
         if wanted in names:

@@ -17,6 +17,8 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 
 from . import _native
 from .arch import activation_layer, activation_name
@@ -97,8 +99,9 @@ def _hooked(module: nn.Module) -> bool:
 
 def _why_composed(conv: Any, act: nn.Module, bn: Any, x: Tensor) -> str:
     """Why these three children must run one by one on ``x``; ``""`` when fusing is the same."""
-    if isinstance(x, torch.fx.Proxy):
-        return "torch.fx sees plain modules"
+    compiling = torch.compiler.is_compiling()
+    if isinstance(x, torch.fx.Proxy) or (not compiling and torch._C._get_tracing_state()):
+        return "torch.fx and torch.jit.trace see plain modules"
     if type(bn) not in _NORMS:
         return f"the norm is a {type(bn).__name__}, not a BatchNorm2d"
     if bn.training or bn._buffers.get("running_mean") is None:
@@ -113,6 +116,8 @@ def _why_composed(conv: Any, act: nn.Module, bn: Any, x: Tensor) -> str:
         return f"the input has {x.shape[1]} channels, the convolution takes {conv.in_channels}"
     weight = conv.weight
     device = x.device.type
+    if device == "meta":
+        return "meta tensors hold no values"
     if torch.is_autocast_enabled(device):
         if x.dtype != torch.get_autocast_dtype(device):
             return "autocast changes the input's dtype"
@@ -122,15 +127,16 @@ def _why_composed(conv: Any, act: nn.Module, bn: Any, x: Tensor) -> str:
         return f"the input is {x.dtype}"
     if x.device != weight.device:
         return f"the input is on {x.device}, the weights on {weight.device}"
-    if device != "cpu" and torch.compiler.is_compiling():
+    if device != "cpu" and compiling:
         # The operator is opaque to the compiler; where no kernel of ours stands behind it, the
         # plain operators are the faster graph.
         return "no fused kernel for this device: the compiler gets plain operators"
-    if not torch.compiler.is_compiling() and (
-        torch._C._get_tracing_state() is not None
-        or torch._C._functorch.maybe_current_level() is not None
-    ):
-        return "torch.jit.trace and torch.func see plain operators"
+    if compiling:
+        return ""
+    if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
+        return "torch.func and forward-mode gradients see plain operators"
+    if _has_any_global_hook():
+        return "hooks are set on all modules"
     return ""
 
 
@@ -163,13 +169,13 @@ class _Fused(nn.Module):
 
     def _decide(self, op: str, why_composed: str, x: Tensor) -> bool:
         """Whether to call the fused operator, reporting the choice to `backends.recording`."""
+        if torch.compiler.is_compiling():
+            return not why_composed
         if why_composed:
-            choice = backends.Choice("reference", why_composed)
-        elif torch.compiler.is_compiling():
-            return True
+            choice = backends.composed(why_composed)
         else:
             choice = backends.choose(op, x.device, x.dtype)
-        if not torch.compiler.is_compiling() and backends.is_recording():
+        if backends.is_recording():
             backends.record(self, op, choice)
         return choice.backend != "reference"
 
@@ -314,7 +320,8 @@ class PointwiseMix(_FusedSequential):
         if len(self) != 3:
             return super().forward(x)
         conv, act, bn = self
-        return _pointwise(self, self._packed, conv, act, bn, x)
+        out = _fused_pointwise(self, self._packed, conv, act, bn, x)
+        return super().forward(x) if out is None else out
 
 
 class MixerBlock(_FusedSequential):
@@ -377,7 +384,14 @@ class MixerBlock(_FusedSequential):
         if whole is not None:
             return _run_stack([self], [whole], x)
         spatial, conv, act, bn = self
-        return _pointwise(self, self._halves, conv, act, bn, spatial(x))
+        x = spatial(x)
+        out = _fused_pointwise(self, self._halves, conv, act, bn, x)
+        if out is None:
+            # One name for all of them: no map outlives the module that takes it.
+            x = conv(x)
+            x = act(x)
+            out = bn(x)
+        return out
 
     def _whole(self, x: Tensor) -> _Whole | None:
         """The block as `mixer_stack` takes it, or None where its halves must run one by one on x.
@@ -495,21 +509,22 @@ def _run_stack(blocks: Sequence[nn.Module], wholes: list[_Whole], x: Tensor) -> 
     return mixer_stack(x, weights, packed, wholes[0].kernel_size, wholes[0].act)
 
 
-def _pointwise(
+def _fused_pointwise(
     owner: _Fused,
     cache: PackedCache[Packed],
     conv: nn.Module,
     act: nn.Module,
     bn: nn.Module,
     x: Tensor,
-) -> Tensor:
+) -> Tensor | None:
+    """``bn(act(conv(x)))`` as one operator, or None where the three must run one by one."""
     why = (
         _why_composed(conv, act, bn, x)
         if is_pointwise(conv)
         else "the convolution is not a plain dense 1x1 one"
     )
     if not owner._decide("pointwise_mix", why, x):
-        return bn(act(conv(x)))
+        return None
     weight, bias, scale, shift = _operands(cache, conv, bn, x, depthwise=False)
     return pointwise_mix(x, weight, bias, scale, shift, activation_name(act))
 

@@ -288,7 +288,8 @@ def load_checkpoint(
                 "model.to_empty(device=...) before loading"
             )
     _refuse_meta(parsed.source, {key: parsed.tensors[key] for key in wanted})
-    _warn_if_not_finite(parsed)
+    if not isinstance(source, Checkpoint):  # `read_checkpoint` has told it
+        _warn_if_not_finite(parsed)
     found = _activations(model)
     if parsed.act is not None and found and parsed.act not in found:
         warnings.warn(
@@ -760,7 +761,7 @@ def _does_not_fit(
             mend = ", ".join(f"{n}={getattr(file, n)}" for n in differ)
             mend = f"build the model with {mend}"
             if differ == ["num_classes"]:
-                mend += ", or pass strict=False to keep the model's own classifier"
+                mend += ", or keep its own classifier with load_checkpoint(..., strict=False)"
             return f"{parsed.source} does not fit the model: {table}; {mend}"
     faults = [
         f"{n} is {tuple(parsed.tensors[n].shape)} in the checkpoint and "
@@ -772,7 +773,7 @@ def _does_not_fit(
     parts += [f"the model has no {_few(unexpected)}"] if unexpected else []
     mend = "build the model that the checkpoint was made for"
     if not misfits:
-        mend = "pass strict=False to load what fits"
+        mend = "load_checkpoint(..., strict=False) takes what fits"
     return f"{parsed.source} does not fit the model: {' and '.join(parts)}; {mend}"
 
 
@@ -828,6 +829,9 @@ def _written_whole(target: Path) -> Iterator[Path]:
     try:
         if target.is_dir():
             raise IsADirectoryError("it is a folder: name a file in it")
+        if target.exists() and not target.is_file():
+            # Its place would be taken by a file: /dev/null would be gone from the machine.
+            raise OSError("it is a device or a pipe: name a file")
         # Opened here, for "no such folder" and "not allowed" as the system words them.
         unfinished.open("xb").close()
         mode = unfinished.stat().st_mode

@@ -14,7 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -148,7 +148,6 @@ _ACT_UNKNOWN = (
 
 def _load_model(args: argparse.Namespace) -> ConvMixer:
     """The model with the weights that ``--checkpoint`` or ``--pretrained`` name, in eval mode."""
-    import logging
     from dataclasses import replace
 
     from .arch import find_variant
@@ -172,8 +171,11 @@ def _load_model(args: argparse.Namespace) -> ConvMixer:
     elif args.pretrained:
         variant = variant or find_variant(DEFAULT_MODEL)
         kwargs = {"act_layer": args.act} if args.act else {}
-        # Its accounts of every retry; the failure itself comes as an error.
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+        with suppress(ImportError):  # told by create_model
+            from huggingface_hub.utils import logging
+
+            # Its accounts of every retry; the failure itself comes as an error.
+            logging.set_verbosity_error()
         try:
             created = create_model(variant.name, pretrained=True, **kwargs)
         except RuntimeError as error:
@@ -231,7 +233,12 @@ def _preprocessing(args: argparse.Namespace, model: ConvMixer) -> Preprocessing:
 def _device(name: str | None) -> torch.device:
     import torch
 
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: torch knows no such device, try cpu or cuda") from error
+    if device.type == "meta":
+        raise ValueError("--device meta: that device computes nothing, try cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: torch sees no CUDA device")
     return device
@@ -519,7 +526,10 @@ def _add_predict(sub: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value

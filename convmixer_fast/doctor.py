@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -19,8 +20,8 @@ from torch import Tensor
 from . import __version__, _native
 from .arch import ACTIVATIONS
 from .blocks import MixerBlock
-from .ops import available_backends, depthwise_mix, pointwise_mix, use_backend
-from .ops.backends import ENVIRONMENT
+from .ops import BackendError, available_backends, depthwise_mix, pointwise_mix, use_backend
+from .ops.backends import ENVIRONMENT, requested_backend
 from .reference import reference_block
 from .testing import error_report, trained_like_
 
@@ -175,6 +176,12 @@ def check_backend(name: str) -> list[dict[str, Any]]:
 def examine() -> dict[str, Any]:
     """Everything `render` shows, ready for JSON. Takes a second; changes nothing."""
     backends = available_backends()
+    with warnings.catch_warnings():
+        # PyTorch's own convolutions copy for even kernels, and say so.
+        warnings.filterwarnings("ignore", message="Using padding='same' with even kernel")
+        self_check = [
+            row for name, why in backends.items() if not why for row in check_backend(name)
+        ]
     return {
         "convmixer_fast": __version__,
         "python": platform.python_version(),
@@ -194,15 +201,27 @@ def examine() -> dict[str, Any]:
         "extension": _extension(),
         "backends": backends,
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(PREFIX)},
-        "self_check": [
-            row for name, why in backends.items() if not why for row in check_backend(name)
-        ],
+        "environment_error": _environment_error(backends),
+        "self_check": self_check,
     }
 
 
+def _environment_error(backends: dict[str, str]) -> str:
+    """Why every forward pass will raise, where the environment asks for what cannot run."""
+    try:
+        asked = requested_backend()
+    except BackendError as error:
+        return str(error)
+    why = backends.get(asked, "")
+    return f"{ENVIRONMENT} asks for {asked}, which cannot run: {why}" if why else ""
+
+
 def healthy(report: dict[str, Any]) -> bool:
-    """Whether every backend that runs computes the right numbers. Missing parts are no illness."""
-    return all(row["ok"] for row in report["self_check"])
+    """Whether the environment asks for what can run, and all that runs computes right numbers.
+
+    Missing parts are no illness.
+    """
+    return not report["environment_error"] and all(row["ok"] for row in report["self_check"])
 
 
 def _section(title: str, rows: list[tuple[str, str]]) -> str:
@@ -286,10 +305,10 @@ def render(report: dict[str, Any]) -> str:
     if failures:
         rows = [(where, f"({', '.join(acts)}) {what}") for (where, what), acts in failures.items()]
         parts.append(_section("Failed checks", rows))
-    verdict = (
-        "Not well: see the failed checks."
-        if failures
-        else "Everything that runs computes the right numbers."
-    )
-    parts.append(verdict)
+    if report["environment_error"]:
+        parts.append(f"Not well, every forward pass will fail: {report['environment_error']}.")
+    elif failures:
+        parts.append("Not well: see the failed checks.")
+    else:
+        parts.append("Everything that runs computes the right numbers.")
     return "\n\n".join(parts)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .ops import backends
+from .optimize import unwrapped
 
 
 class Row(NamedTuple):
@@ -47,21 +48,29 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
     statistics stay as they are, in training mode too.
 
     Args:
-        model: any module; only `DepthwiseMix`, `PointwiseMix` and `MixerBlock` inside it report.
+        model: any module; only `DepthwiseMix`, `PointwiseMix` and `MixerBlock` inside it report. Of
+            one wrapped in DDP, DataParallel or torch.compile, the model inside is asked.
         x: an input; only its shape, strides, dtype and device matter.
 
     Raises:
         BackendError: a backend asked for by name cannot run.
+        TypeError: not a module and a tensor.
     """
+    if not isinstance(model, nn.Module) or not isinstance(x, Tensor):
+        raise TypeError(
+            "explain takes a torch.nn.Module and an input tensor, "
+            f"got {type(model).__name__} and {type(x).__name__}"
+        )
     names: dict[nn.Module, str] = {}
     for name, module in model.named_modules():
         names.setdefault(module, name or type(module).__name__)
+    model, compiled = unwrapped(model)
     fake = FakeTensorMode()
     state: dict[str, Tensor] = {
         name: fake.from_tensor(tensor)
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]
     }
-    with fake, backends.recording() as records:
+    with fake, backends.recording(whole_blocks=not compiled) as records:
         torch.func.functional_call(model, state, (fake.from_tensor(x),))
     return Explanation(
         Row(names.get(r.module, type(r.module).__name__), r.op, r.choice.backend, r.choice.reason)

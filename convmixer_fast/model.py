@@ -82,7 +82,8 @@ class ConvMixer(nn.Module):
 
     Raises:
         ValueError: an argument is out of range, or the pooling cannot feed the classifier.
-        TypeError: an unknown argument, or both names for the classes with different values.
+        TypeError: an unknown argument, one of another type, or both names for the classes with
+            different values.
 
     Source: Trockman and Kolter, "Patches Are All You Need?", 2022, arXiv:2201.09792.
     """
@@ -110,6 +111,8 @@ class ConvMixer(nn.Module):
                 raise TypeError(f"num_classes={num_classes} and n_classes={n_classes} disagree")
             num_classes = n_classes
         act_layer = activation_layer(act_layer)
+        if not 0.0 <= drop_path_rate < 1.0:
+            raise ValueError(f"drop_path_rate must be in [0, 1), got {drop_path_rate}")
         # Arch checks the ranges, so that every way to build a model gives the same messages.
         Arch(dim, depth, kernel_size, patch_size, in_chans, num_classes, None)
         self.num_classes = num_classes
@@ -230,8 +233,12 @@ class ConvMixer(nn.Module):
         return block(x)
 
     def _run_stem(self, x: Tensor) -> Tensor:
-        # Neither a compiler's nor torch.fx's trace is to hold a check of one example's shape.
-        if not torch.compiler.is_compiling() and not isinstance(x, torch.fx.Proxy):
+        # No compiler's or tracer's graph is to hold a check of one example's shape.
+        if not (
+            torch.compiler.is_compiling()
+            or torch._C._get_tracing_state()
+            or isinstance(x, torch.fx.Proxy)
+        ):
             _check_image(x, self.stem[0])
         return self.stem(x)
 
@@ -305,32 +312,40 @@ class ConvMixer(nn.Module):
 class FeatureInfo:
     """Channels, reductions and names of the maps that `FeatureExtractor` returns, as in timm."""
 
-    def __init__(self, info: list[dict[str, Any]], out_indices: Sequence[int]) -> None:
+    def __init__(self, info: list[dict[str, Any]], out_indices: int | Sequence[int]) -> None:
         self.info = [{**row, "index": i} for i, row in enumerate(info)]
-        self.out_indices = tuple(out_indices)
+        last = range(-out_indices, 0) if isinstance(out_indices, int) else out_indices
+        self.out_indices = tuple(last)
 
-    def _column(self, key: str, idx: int | Sequence[int] | None) -> Any:
+    def from_other(self, out_indices: int | Sequence[int]) -> FeatureInfo:
+        """The same rows, and other maps put out: the last n for an int."""
+        return FeatureInfo(self.info, out_indices)
+
+    def get(self, key: str, idx: int | Sequence[int] | None = None) -> Any:
+        """The value of ``key`` of block ``idx``, of each of several, or of each map put out."""
         if isinstance(idx, int):
             return self.info[idx][key]
         return [self.info[i][key] for i in (self.out_indices if idx is None else idx)]
 
     def channels(self, idx: int | Sequence[int] | None = None) -> Any:
-        return self._column("num_chs", idx)
+        return self.get("num_chs", idx)
 
     def reduction(self, idx: int | Sequence[int] | None = None) -> Any:
-        return self._column("reduction", idx)
+        return self.get("reduction", idx)
 
     def module_name(self, idx: int | Sequence[int] | None = None) -> Any:
-        return self._column("module", idx)
+        return self.get("module", idx)
 
     def get_dicts(
-        self, keys: Sequence[str] | None = None, idx: Sequence[int] | None = None
-    ) -> list[dict[str, Any]]:
-        rows = [self.info[i] for i in (self.out_indices if idx is None else idx)]
-        return [{k: row[k] for k in (keys or row)} for row in rows]
+        self, keys: Sequence[str] | None = None, idx: int | Sequence[int] | None = None
+    ) -> Any:
+        """The rows of `get`'s ``idx``, with these keys or all; one dict for an int, else a list."""
+        if isinstance(idx, int):
+            return {k: self.info[idx][k] for k in (keys or self.info[idx])}
+        return [self.get_dicts(keys, i) for i in (self.out_indices if idx is None else idx)]
 
     def __len__(self) -> int:
-        return len(self.out_indices)
+        return len(self.info)
 
     def __getitem__(self, item: int) -> dict[str, Any]:
         return self.info[item]

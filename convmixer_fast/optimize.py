@@ -177,12 +177,19 @@ def to_reference(model: nn.Module) -> nn.Module:
 
     Of a model wrapped in DDP, DataParallel or torch.compile, the copy is of the model inside.
     """
+    return restore(copy.deepcopy(unwrapped(model)[0]))
+
+
+def unwrapped(model: nn.Module) -> tuple[nn.Module, bool]:
+    """The model inside DDP, DataParallel and torch.compile, and whether the last is among them."""
+    compiled = False
     while True:
         inner = model._modules.get("_orig_mod")
+        compiled = compiled or inner is not None
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             inner = model.module
         if inner is None:
-            return restore(copy.deepcopy(model))
+            return model, compiled
         model = inner
 
 

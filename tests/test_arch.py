@@ -66,6 +66,8 @@ def test_grid_drops_trailing_pixels():
         "convmixer_768_32",
         "convmixer_768_32.in1k",
         "timm/convmixer_768_32.in1k",
+        "hf-hub:timm/convmixer_768_32.in1k",
+        "hf_hub:timm/convmixer_768_32.in1k",
         "ConvMixer-768/32",
     ],
 )

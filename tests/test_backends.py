@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from convmixer_fast import (
     BackendError,
@@ -74,10 +75,18 @@ def test_without_the_extension_pytorch_serves_and_explain_says_so(model, monkeyp
         model(X)
 
 
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", ["triton", "cuda"])
-def test_a_backend_asked_for_by_name_that_cannot_run_raises(model, name):
+def test_a_backend_asked_for_by_name_that_cannot_run_raises(model, name, training):
     with use_backend(name), pytest.raises(BackendError, match=f"'{name}'.*cannot run.*auto"):
-        model.eval()(X)
+        model.train(training)(X)
+
+
+@needs_extension
+def test_a_backend_asked_for_by_name_that_is_here_lets_training_be(model):
+    with use_backend("cpu"):
+        model.train()(X).sum().backward()
+    assert model.stem[0].weight.grad is not None
 
 
 @needs_extension
@@ -133,6 +142,25 @@ def test_explain_without_fused_modules():
     rows = explain(torch.nn.Conv2d(3, 4, 3), X)
     assert rows == []
     assert "optimize" in str(rows)
+
+
+@torch.no_grad()
+def test_explain_looks_into_wrappers(model):
+    x = torch.randn(2, 3, 16, 16)
+    plain, wrapped = explain(model, x), explain(nn.DataParallel(model), x)
+    assert [row._replace(module=f"module.{row.module}") for row in plain] == wrapped
+    compiled = explain(torch.compile(model), x)
+    # A compiler gets the halves of the blocks.
+    assert {row.op for row in compiled} == {"depthwise_mix", "pointwise_mix"}
+    assert {row.op for row in explain(model, x)} == {"mixer_stack"}
+
+
+def test_explain_names_what_it_cannot_take(model):
+    for arguments in ((3, torch.randn(2, 3, 16, 16)), (model, [1])):
+        with pytest.raises(
+            TypeError, match=r"a torch.nn.Module and an input tensor, got (int|Con)"
+        ):
+            explain(*arguments)
 
 
 def test_explain_under_autocast(model):

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from convmixer_fast import DepthwiseMix, MixerBlock, PointwiseMix, explain, use_backend
 from convmixer_fast.blocks import DropPath, is_depthwise, is_pointwise
@@ -84,6 +85,38 @@ def test_what_cannot_be_fused_runs_composed_and_says_why(change, reason):
     assert row.backend == "reference"
     assert reason in row.reason
     torch.testing.assert_close(block(x), composed(block, x))
+
+
+def test_hooks_on_all_modules_see_every_child():
+    block, seen = trained_like_(make("block"), SHAPE), []
+    x = torch.randn(SHAPE)
+    with torch.no_grad():
+        before = block(x)
+        handle = nn.modules.module.register_module_forward_hook(
+            lambda module, args, out: seen.append(type(module).__name__)
+        )
+        try:
+            torch.testing.assert_close(block(x), before, rtol=1e-5, atol=1e-5)
+        finally:
+            handle.remove()
+        assert [name for name in seen if name in ("Conv2d", "GELU", "BatchNorm2d")] == [
+            "Conv2d", "GELU", "BatchNorm2d", "Conv2d", "GELU", "BatchNorm2d",
+        ]  # fmt: skip
+        seen.clear()
+        block(x)
+        assert seen == []
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("kind", ["depthwise", "pointwise", "block"])
+def test_forward_mode_gradients_pass_through(kind, grad):
+    module = trained_like_(make(kind), SHAPE)
+    x, direction = torch.randn(SHAPE), torch.randn(SHAPE)
+    with torch.set_grad_enabled(grad), forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, direction)
+        expected = forward_ad.unpack_dual(composed(module, dual)).tangent
+        tangent = forward_ad.unpack_dual(module(dual)).tangent
+        torch.testing.assert_close(tangent, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_other_layers_in_the_place_of_the_pointwise_convolution_still_run():

@@ -837,6 +837,25 @@ def test_weights_that_are_not_numbers_warn_and_are_named() -> None:
             call()
 
 
+def test_numbers_that_are_none_are_told_once(tmp_path: Path) -> None:
+    state = trained("timm").state_dict()
+    state["head.bias"][0] = float("nan")
+    torch.save(state, tmp_path / "nan.pth")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        ConvMixer.from_checkpoint(tmp_path / "nan.pth", act="gelu")
+    assert len(told) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_file_never_takes_the_place_of_a_device(tmp_path: Path) -> None:
+    # A pipe stands for /dev/null, which root could lose.
+    for name in ("pipe.pth", "pipe.safetensors"):
+        os.mkfifo(tmp_path / name)
+        refusal(lambda name=name: save_checkpoint(trained("timm"), tmp_path / name), "a device")
+        assert (tmp_path / name).is_fifo()
+
+
 # Files that are not what they say
 
 

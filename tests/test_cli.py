@@ -8,9 +8,9 @@ import os
 import pickle
 import re
 import subprocess
-import sys
 from pathlib import Path
 
+import fresh_python
 import numpy as np
 import pytest
 import torch
@@ -403,7 +403,8 @@ def test_bad_input_is_refused_in_one_line(capsys, tmp_path, monkeypatch, checkpo
         ((images, *good, "-j", -1), "--workers must not be negative"),
         ((images, *good, "--crop-pct", 0), "crop_pct"),
         ((images, *good, "--mean", 1, 2), "mean has 2 values for 3 channels"),
-        ((images, *good, "--device", "abacus"), "abacus"),
+        ((images, *good, "--device", "abacus"), "--device abacus: torch knows no such device"),
+        ((images, *good, "--device", "meta"), "--device meta: that device computes nothing"),
         ((images, *good, "--backend", "triton", "--device", "cpu"), "triton"),
     ]:
         assert says in refused(capsys, "predict", *arguments), arguments
@@ -415,6 +416,24 @@ def test_published_weights_that_cannot_be_had_are_one_line_with_the_mend(capsys,
     error = refused(capsys, "predict", images, "--model", "256/8", "--pretrained")
     assert "convmixer_256_8_cifar10" in error
     assert error.endswith("--checkpoint FILE")
+
+
+def test_retries_of_the_hub_are_not_told(capsys, monkeypatch, images):
+    logging = pytest.importorskip("huggingface_hub.utils").logging
+    before = logging.get_verbosity()
+
+    def offline(model, variant):
+        logging.get_logger("huggingface_hub.utils._http").warning("Retrying in 1s")
+        raise RuntimeError("cannot fetch")
+
+    monkeypatch.setattr("convmixer_fast.model._load_published", offline)
+    logging.set_verbosity_warning()
+    try:
+        error = refused(capsys, "predict", images, "--model", "256/8", "--pretrained")
+        assert logging.get_verbosity() >= logging.ERROR
+    finally:
+        logging.set_verbosity(before)
+    assert error == "convmixer-fast: error: cannot fetch; on the command line: --checkpoint FILE"
 
 
 def test_published_weights_come_with_their_own_preprocessing(capsys, monkeypatch, images):
@@ -503,24 +522,22 @@ def test_a_bug_is_not_hidden(monkeypatch):
         cli.main(["info"])
 
 
-def shell(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "convmixer_fast", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
-
-
 def test_from_a_shell_an_error_is_one_line_and_code_2():
-    done = shell("predict", "nowhere", "--checkpoint", "none.pth")
+    done = fresh_python.run(
+        "-m", "convmixer_fast", "predict", "nowhere", "--checkpoint", "none.pth"
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "convmixer-fast: error: nowhere: no such file or folder\n"
 
 
 def test_from_a_shell_version_and_a_reader_that_leaves():
-    done = shell("--version")
+    done = fresh_python.run("-m", "convmixer_fast", "--version")
     assert done.returncode == 0
     assert done.stdout.startswith("convmixer-fast ")
-    command = f'"{sys.executable}" -m convmixer_fast info | true'
-    piped = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
-    assert piped.stderr == ""
+    pipe = subprocess.PIPE
+    left = fresh_python.start("-m", "convmixer_fast", "info", stdout=pipe, stderr=pipe)
+    left.stdout.close()
+    assert left.communicate(timeout=120)[1] == ""
 
 
 # convert

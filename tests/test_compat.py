@@ -6,14 +6,13 @@ import copy
 import importlib
 import inspect
 import re
-import subprocess
 import sys
 import types
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+import fresh_python
 import peers
 import pytest
 import torch
@@ -38,10 +37,7 @@ def test_importing_compat_imports_no_other_library():
         "import sys, convmixer_fast.compat.locuslab, convmixer_fast.compat.timm;"
         "print([m for m in ('timm', 'mmpretrain', 'mmengine') if m in sys.modules])"
     )
-    root = Path(convmixer_fast.__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
-    )
+    done = fresh_python.run("-c", code, check=True)
     assert done.stdout.strip() == "[]"
 
 

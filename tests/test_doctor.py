@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 
+import fresh_python
 import pytest
 import torch
 
@@ -93,6 +92,20 @@ def test_a_backend_that_computes_wrong_numbers_is_an_illness(capsys, monkeypatch
     assert f"FAILED 6 of {3 * len(ACTIVATIONS)} checks" in text
 
 
+@pytest.mark.parametrize(
+    ("asked", "says"), [("triton", "asks for triton, which cannot run"), ("tpu", "unknown backend")]
+)
+def test_an_environment_that_asks_for_what_cannot_run_is_an_illness(
+    capsys, monkeypatch, asked, says
+):
+    monkeypatch.setenv("CONVMIXER_FAST_BACKEND", asked)
+    assert cli.main(["doctor"]) == 1
+    out, err = capsys.readouterr()
+    assert says in out.splitlines()[-1]
+    assert out.splitlines()[-1].startswith("Not well")
+    assert err == ""
+
+
 def test_a_result_of_nan_is_an_illness(monkeypatch):
     monkeypatch.setattr(doctor, "pointwise_mix", lambda x, *rest: torch.full_like(x, float("nan")))
     rows = doctor.check_backend("reference")
@@ -137,4 +150,5 @@ def test_triton_is_not_imported():
         "import sys; from convmixer_fast import doctor; doctor.render(doctor.examine()); "
         "sys.exit('triton' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+    done = fresh_python.run("-c", code)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from pathlib import Path
+
+import fresh_python
+
+import convmixer_fast
+
+ROOT = Path(__file__).parents[1]
 
 SCRIPT = """
 import sys
@@ -20,18 +25,14 @@ print("ok")
 """
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120)
-
-
 def test_import_brings_in_nothing_heavy_and_builds_nothing():
-    result = run("-c", SCRIPT)
+    result = fresh_python.run("-c", SCRIPT)
     assert result.returncode == 0, result.stderr
     assert result.stdout == "ok\n"
 
 
 def test_a_forward_pass_does_not_import_triton():
-    result = run(
+    result = fresh_python.run(
         "-c",
         "import sys, torch, convmixer_fast as cf\n"
         "with torch.no_grad(): cf.ConvMixer(8, 1, 3, 4).eval()(torch.randn(1, 3, 8, 8))\n"
@@ -40,9 +41,26 @@ def test_a_forward_pass_does_not_import_triton():
     assert result.stdout == "False\n", result.stderr
 
 
-def test_public_names_are_there():
-    import convmixer_fast
+def test_a_fresh_python_imports_the_package_under_test(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    code = "import convmixer_fast; print(convmixer_fast.__file__)"
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    module = ("-m", "inspect", "--details", "convmixer_fast")  # -m looks in the folder too
+    for arguments in (("-c", code), (script,), module):
+        done = fresh_python.run(*arguments)
+        assert convmixer_fast.__file__ in done.stdout, done.stdout + done.stderr
 
+
+def test_every_fresh_python_is_fresh_pythons():
+    # Builds run in copies of the project, which is what they are about.
+    own = {"support/fresh_python.py", "packaging/test_build.py", Path(__file__).name}
+    files = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
+    mine = {ROOT / "tests" / name for name in own}
+    assert [f for f in files if f not in mine and "sys.executable" in f.read_text()] == []
+
+
+def test_public_names_are_there():
     for name in convmixer_fast.__all__:
         assert getattr(convmixer_fast, name) is not None
     assert convmixer_fast.__version__[0].isdigit()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
 import sys
 import textwrap
 import threading
 
+import fresh_python
 import pytest
 import torch
 from hypothesis import given, settings
@@ -333,11 +332,7 @@ INTERRUPT = """
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_ctrl_c_is_heard_between_images():
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(INTERRUPT)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "2"},
+    result = fresh_python.run(
+        "-c", textwrap.dedent(INTERRUPT), timeout=300, env={"OMP_NUM_THREADS": "2"}
     )
     assert result.stdout == "interrupted\n", result.stderr

@@ -195,7 +195,8 @@ def test_features_only_equals_timms(out_indices):
     ours.eval()
     with torch.no_grad():
         got, want = ours(x), theirs(x)
-    assert len(got) == len(want) == len(ours.feature_info)
+    assert len(got) == len(want)
+    assert len(ours.feature_info) == len(theirs.feature_info)
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4)
     assert ours.feature_info.channels(0) == 16
@@ -203,6 +204,18 @@ def test_features_only_equals_timms(out_indices):
     assert ours.feature_info[0]["module"] == "blocks.0"
     ours.set_grad_checkpointing(True)
     assert ours.model.grad_checkpointing
+
+
+def test_feature_info_answers_as_timms():
+    theirs = FeatureGetterNet(TimmConvMixer(16, 4, 7, 7), (0, -2)).feature_info
+    ours = FeatureExtractor(ConvMixer(16, 4, 7, 7), (0, -2)).feature_info
+    assert ours.out_indices == tuple(theirs.out_indices)
+    for a, b in ((ours, theirs), (ours.from_other(2), theirs.from_other(2))):
+        assert len(a) == len(b)
+        for idx in (None, 1, [0, 2], -1):
+            assert a.get("module", idx) == b.get("module", idx)
+            assert a.get_dicts(["module", "index"], idx) == b.get_dicts(["module", "index"], idx)
+            assert a.get_dicts(idx=idx) == b.get_dicts(idx=idx)
 
 
 def test_arguments_that_are_not_known_are_errors():
@@ -221,13 +234,39 @@ def test_arguments_that_are_not_known_are_errors():
         ({"global_pool": ""}, "pass num_classes=0"),
         ({"dim": 0}, "dim must be at least 1"),
         ({"act_layer": "gelo"}, "unknown activation"),
-        ({"drop_path_rate": 1.0}, "drop_path"),
+        ({"drop_path_rate": 1.0}, "drop_path_rate must be in .* got 1.0"),
+        ({"drop_path_rate": -0.1}, "drop_path_rate must be in .* got -0.1"),
         ({"num_classes": -1}, "num_classes"),
     ],
 )
 def test_bad_constructor_values_are_named(kwargs, message):
     with pytest.raises(ValueError, match=message):
         ConvMixer(**(SMALL | kwargs))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"dim": 8.5}, "dim must be a whole number, got 8.5"),
+        ({"kernel_size": (3, 3)}, r"kernel_size must be a whole number, got \(3, 3\)"),
+        ({"num_classes": None}, "num_classes must be a whole number, got None"),
+        ({"act_layer": nn.ReLU()}, r"a module class such as torch.nn.GELU.* got ReLU\(\)"),
+        ({"act_layer": None}, "a module class such as torch.nn.GELU.* got None"),
+    ],
+)
+def test_constructor_values_of_another_type_are_named(kwargs, message):
+    with pytest.raises(TypeError, match=message) as info:
+        ConvMixer(**(SMALL | kwargs))
+    assert "\n" not in str(info.value)
+
+
+def test_meta_models_tell_shapes_in_both_modes():
+    model = ConvMixer(**SMALL, device="meta")
+    x = torch.empty(2, 3, 37, 42, device="meta")
+    for training in (True, False):
+        out = model.train(training)(x)
+        assert out.is_meta
+        assert out.shape == (2, model.num_classes)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +288,9 @@ def test_no_images_and_single_patches():
     theirs, ours = pair()
     with torch.no_grad():
         assert ours(torch.empty(0, 3, 37, 42)).shape == (0, 7)
-    assert_same(ours, theirs, torch.randn(1, 3, 4, 4))
+    # Many, for the errors of a few numbers are luck; each alone, for that is the odd shape.
+    patches = torch.randn(32, 3, 4, 4)
+    assert_same(ours, theirs, patches, lambda m, x: torch.cat([m(one[None]) for one in x]))
 
 
 def test_nan_weights_give_nan_not_an_error():

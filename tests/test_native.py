@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
 
+import fresh_python
 import pytest
 import torch
 import torch.nn.functional as F
@@ -474,13 +474,7 @@ def test_several_python_threads_at_once(threads: Callable[[int], None]) -> None:
 
 def run_python(script: str, **environment: str) -> str:
     """The output of a script in a fresh interpreter that must end well within two minutes."""
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = fresh_python.run("-c", textwrap.dedent(script), env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.strip()
 

@@ -861,14 +861,18 @@ def test_reference_goes_through_torchscript_compilation(name):
     torch.testing.assert_close(scripted(x), plain(x))
 
 
+@torch.no_grad()
 def test_reference_exports_to_onnx():
     pytest.importorskip("onnx", reason="onnx is not installed")
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
-    model = trained_like_(ConvMixer(16, 2, 5, 4, num_classes=7), SHAPE)
-    program = torch.onnx.export(to_reference(model), (torch.randn(SHAPE),), dynamo=True)
-    operators = {node.op_type for node in program.model_proto.graph.node}
+    model, x = trained_like_(ConvMixer(16, 2, 5, 4, num_classes=7), SHAPE), torch.randn(SHAPE)
+    program = torch.onnx.export(to_reference(model), (x,), dynamo=True).model_proto
+    operators = {node.op_type for node in program.graph.node}
     assert "Conv" in operators
     assert not [op for op in operators if "mix" in op]
+    evaluate = pytest.importorskip("onnx.reference").ReferenceEvaluator(program).run
+    (logits,) = evaluate(None, {program.graph.input[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), model(x), rtol=1e-4, atol=1e-4)
 
 
 class TestTimm:

@@ -25,6 +25,7 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 _requested: ContextVar[str] = ContextVar("convmixer_fast_backend", default="auto")
 _log: ContextVar[list[Record] | None] = ContextVar("convmixer_fast_log", default=None)
+_whole: ContextVar[bool] = ContextVar("convmixer_fast_whole", default=True)
 
 
 class BackendError(RuntimeError):
@@ -118,13 +119,28 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
         if why_not_cpu:
             return Choice("reference", f"cpu: {why_not_cpu}")
         return Choice("cpu", _CPU_KERNELS[op])
-    why_not = why_not_cpu if asked == "cpu" else available_backends()[asked]
+    _refuse(asked, why_not_cpu if asked == "cpu" else available_backends()[asked])
+    return Choice(asked, f"asked for by name: {_CPU_KERNELS[op]}")
+
+
+def composed(reason: str) -> Choice:
+    """PyTorch's own operators, for what no backend computes as one operator.
+
+    Raises:
+        BackendError: the backend asked for by name is not on this machine.
+    """
+    asked = requested_backend()
+    if asked not in ("auto", "reference"):
+        _refuse(asked, available_backends()[asked])
+    return Choice("reference", reason)
+
+
+def _refuse(asked: str, why_not: str) -> None:
     if why_not:
         raise BackendError(
             f"backend {asked!r} was asked for but cannot run: {why_not}. "
             f"Use backend 'auto', or unset {ENVIRONMENT}"
         )
-    return Choice(asked, f"asked for by name: {_CPU_KERNELS[op]}")
 
 
 def whole_blocks_run(device: torch.device, dtype: torch.dtype) -> bool:
@@ -132,6 +148,8 @@ def whole_blocks_run(device: torch.device, dtype: torch.dtype) -> bool:
 
     Never raises: where it does not, each half of a block asks for itself.
     """
+    if not _whole.get():
+        return False
     return requested_backend() in ("auto", "cpu") and not _why_not_cpu("mixer_stack", device, dtype)
 
 
@@ -144,14 +162,19 @@ class Record(NamedTuple):
 
 
 @contextmanager
-def recording() -> Iterator[list[Record]]:
-    """Collect what fused modules report inside the block."""
+def recording(whole_blocks: bool = True) -> Iterator[list[Record]]:
+    """Collect what fused modules report inside the block.
+
+    Args:
+        whole_blocks: False for what a compiler gets to see: each half of a block by itself.
+    """
     rows: list[Record] = []
-    token = _log.set(rows)
+    log, whole = _log.set(rows), _whole.set(whole_blocks)
     try:
         yield rows
     finally:
-        _log.reset(token)
+        _log.reset(log)
+        _whole.reset(whole)
 
 
 def is_recording() -> bool:
