@@ -38,6 +38,7 @@ EXTENSION = f"{PACKAGE}._cpu"
 #: Compiled once.
 SOURCES = (
     "csrc/bindings.cpp",
+    "csrc/cpu/channel_mix.cpp",
     "csrc/cpu/depthwise.cpp",
     "csrc/cpu/epilogue.cpp",
     "csrc/cpu/fingerprint.cpp",

@@ -153,6 +153,65 @@ def depthwise_mix(
     return out
 
 
+def channel_mix(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, act: str
+) -> Tensor:
+    """``scale * act(conv(x, weight, stride=p) + bias) + shift`` by the compiled engine.
+
+    A 1x1 convolution with all that follows it, or, with p > 1, the convolution of patches that do
+    not overlap. On ``torch.get_num_threads()`` threads.
+
+    Args:
+        x: (N, C, H, W), float32, on the CPU, any strides; H and W at least p.
+        weight: (D, C, p, p), any strides; read where it is if contiguous.
+        bias, scale, shift: (D,); ``bias`` may be None.
+        act: a name in `convmixer_fast.arch.ACTIVATIONS`.
+
+    Returns:
+        A new contiguous tensor (N, D, H // p, W // p). No gradient flows through it.
+
+    Raises:
+        TypeError: a tensor is not float32.
+        ValueError: a shape, a device or ``act`` does not fit.
+        RuntimeError: the engine is not available.
+    """
+    engine = _engine()
+    if x.dim() != 4:
+        raise ValueError(f"x must have shape (N, C, H, W), got {tuple(x.shape)}")
+    _check("x", x)
+    n, c, h, w = x.shape
+    d, p = (weight.shape[0], weight.shape[-1]) if weight.dim() else (0, 0)
+    if p < 1:
+        raise ValueError(f"weight must have shape (D, {c}, p, p), got {tuple(weight.shape)}")
+    _check("weight", weight, (d, c, p, p))
+    if h < p or w < p:
+        raise ValueError(f"x of {h} x {w} is smaller than a patch of {p} x {p}")
+    for name, vector in (("bias", bias), ("scale", scale), ("shift", shift)):
+        if vector is not None:
+            _check(name, vector, (d,))
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
+    x = x.detach().resolve_neg()
+    operands = [
+        None if t is None else t.detach().resolve_neg().contiguous()
+        for t in (weight, bias, scale, shift)
+    ]
+    out = torch.empty((n, d, h // p, w // p), dtype=torch.float32)
+    engine.channel_mix(
+        x.data_ptr(),
+        x.stride(),
+        out.data_ptr(),
+        (n, c, h, w),
+        p,
+        d,
+        *(0 if t is None else t.data_ptr() for t in operands),
+        _activation_numbers()[act],
+        strassen(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
 def epilogue_(h: Tensor, scale: Tensor, shift: Tensor, act: str) -> Tensor:
     """``scale * act(h) + shift`` by the compiled engine, in the place of ``h``.
 
@@ -248,25 +307,32 @@ def strassen() -> bool:
 
 
 def mixer_stack(
-    x: Tensor, weights: Sequence[Tensor], packed: Sequence[Tensor], kernel_size: int, act: str
+    x: Tensor,
+    weights: Sequence[Tensor],
+    packed: Sequence[Tensor],
+    kernel_size: int,
+    act: str,
+    out: Tensor | None = None,
 ) -> Tensor:
     """ConvMixer blocks one after the other on ``torch.get_num_threads()`` threads.
 
     Args:
         x: (N, C, H, W), float32, on the CPU, any strides.
+        out: where the result goes, contiguous, of x's shape: ``x`` itself or no part of it; a new
+            tensor by default.
         weights: (C, C, 1, 1) of each block, the pointwise convolution's, read where they are.
         packed: what `mixer_pack` made of the rest of each block.
         kernel_size: k of the depthwise convolutions.
         act: a name in `convmixer_fast.arch.ACTIVATIONS`.
 
     Returns:
-        A new contiguous tensor of x's shape. No gradient flows through it.
+        ``out``, contiguous, of x's shape. No gradient flows through it.
 
     Raises:
         TypeError: a tensor is not float32.
         ValueError: a shape, a device or ``act`` does not fit.
         RuntimeError: the engine is not available.
-        KeyboardInterrupt: between images.
+        KeyboardInterrupt: between images; ``out`` is then unspecified.
     """
     engine = _engine()
     if x.dim() != 4:
@@ -282,7 +348,11 @@ def mixer_stack(
         _check("weights", weight, (c, c, 1, 1))
     x = x.detach().resolve_neg().contiguous()
     matrices = [weight.detach().resolve_neg().contiguous() for weight in weights]
-    out = torch.empty((n, c, h, w), dtype=torch.float32)
+    if out is None:
+        out = torch.empty((n, c, h, w), dtype=torch.float32)
+    _check("out", out, (n, c, h, w))
+    if not out.is_contiguous():
+        raise ValueError(f"out must be contiguous, got strides {out.stride()}")
     engine.mixer_stack(
         x.data_ptr(),
         out.data_ptr(),

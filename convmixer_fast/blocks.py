@@ -85,6 +85,18 @@ def is_pointwise(conv: nn.Module) -> bool:
     )
 
 
+def is_patchwise(conv: nn.Module) -> bool:
+    """Whether ``conv`` is a dense convolution of square patches that do not overlap: a stem's."""
+    return (
+        type(conv) is nn.Conv2d
+        and conv.kernel_size == conv.stride
+        and conv.kernel_size[0] == conv.kernel_size[1]
+        and conv.groups == 1
+        and conv.dilation == (1, 1)
+        and conv.padding in ((0, 0), "valid")
+    )
+
+
 def _hooked(module: nn.Module) -> bool:
     """Whether a call of ``module`` runs more than its class's forward."""
     return bool(
@@ -324,6 +336,45 @@ class PointwiseMix(_FusedSequential):
         return super().forward(x) if out is None else out
 
 
+class PatchEmbed(_FusedSequential):
+    """``BN(act(conv(x)))`` of p x p patches that do not overlap: the stem of a ConvMixer.
+
+    (N, in_chans, H, W) -> (N, dim, H // p, W // p), channels-last if the input is. Children as in
+    timm: ``0`` Conv2d (p x p, stride p), ``1`` activation, ``2`` BatchNorm2d.
+
+    Args:
+        in_chans, dim: channels of the image and of the map.
+        patch_size: p.
+        act_layer: a class or factory of activation modules, or a name in `arch.ACTIVATIONS`.
+        device, dtype: as for `nn.Conv2d`.
+
+    Source: Trockman and Kolter 2022, section 2.
+    """
+
+    def __init__(
+        self,
+        in_chans: int,
+        dim: int,
+        patch_size: int,
+        act_layer: Callable[[], nn.Module] | str = nn.GELU,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            nn.Conv2d(in_chans, dim, patch_size, stride=patch_size, device=device, dtype=dtype),
+            activation_layer(act_layer)(),
+            nn.BatchNorm2d(dim, device=device, dtype=dtype),
+        )
+        self._packed = PackedCache()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(self) != 3:
+            return super().forward(x)
+        conv, act, bn = self
+        out = _fused_pointwise(self, self._packed, conv, act, bn, x, stem=True)
+        return super().forward(x) if out is None else out
+
+
 class MixerBlock(_FusedSequential):
     """One ConvMixer block: `DepthwiseMix`, then the channel half.
 
@@ -516,13 +567,15 @@ def _fused_pointwise(
     act: nn.Module,
     bn: nn.Module,
     x: Tensor,
+    stem: bool = False,
 ) -> Tensor | None:
     """``bn(act(conv(x)))`` as one operator, or None where the three must run one by one."""
-    why = (
-        _why_composed(conv, act, bn, x)
-        if is_pointwise(conv)
-        else "the convolution is not a plain dense 1x1 one"
-    )
+    if stem and not is_patchwise(conv):
+        why = "the convolution is not one of square patches that do not overlap"
+    elif not stem and not is_pointwise(conv):
+        why = "the convolution is not a plain dense 1x1 one"
+    else:
+        why = _why_composed(conv, act, bn, x)
     if not owner._decide("pointwise_mix", why, x):
         return None
     weight, bias, scale, shift = _operands(cache, conv, bn, x, depthwise=False)

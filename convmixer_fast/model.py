@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import checkpoint as checkpoints
 from .arch import VARIANTS, Arch, Variant, activation_layer, activation_name, find_variant
-from .blocks import MixerBlock, MixerStack
+from .blocks import MixerBlock, MixerStack, PatchEmbed
 
 #: Pooling before the classifier, and how many times the channels it hands on.
 _POOLS = {"": 1, "avg": 1, "max": 1, "avgmax": 1, "catavgmax": 2}
@@ -122,11 +122,7 @@ class ConvMixer(nn.Module):
         self.grad_checkpointing = False
         self.pretrained_cfg: dict[str, Any] = {}
 
-        self.stem = nn.Sequential(
-            nn.Conv2d(in_chans, dim, patch_size, stride=patch_size, device=device, dtype=dtype),
-            act_layer(),
-            nn.BatchNorm2d(dim, device=device, dtype=dtype),
-        )
+        self.stem = PatchEmbed(in_chans, dim, patch_size, act_layer, device=device, dtype=dtype)
         rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
         self.blocks = MixerStack(
             *[

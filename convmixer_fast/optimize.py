@@ -27,6 +27,7 @@ from .blocks import (
     DepthwiseMix,
     MixerBlock,
     MixerStack,
+    PatchEmbed,
     PointwiseMix,
     _Fused,
     _FusedSequential,
@@ -40,7 +41,14 @@ class SequentialDepthwiseMix(DepthwiseMix, _FusedSequential):
     """A `DepthwiseMix` in the place of a Sequential's subclass: indexed and iterated as one."""
 
 
-_FUSED_TYPES = (DepthwiseMix, SequentialDepthwiseMix, PointwiseMix, MixerBlock, MixerStack)
+_FUSED_TYPES = (
+    DepthwiseMix,
+    SequentialDepthwiseMix,
+    PointwiseMix,
+    PatchEmbed,
+    MixerBlock,
+    MixerStack,
+)
 
 #: What every module has: children, tensors, hooks, training. All else is the class's or the user's.
 _STATE = frozenset(nn.Module().__dict__)

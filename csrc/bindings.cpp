@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/channel_mix.h"
 #include "cpu/depthwise.h"
 #include "cpu/epilogue.h"
 #include "cpu/fingerprint.h"
@@ -126,6 +127,46 @@ void epilogue(std::uintptr_t h, const std::array<std::int64_t, 3>& shape, std::u
   cmf::epilogue(problem, static_cast<cmf::Layout>(layout), threads);
 }
 
+void channel_mix(std::uintptr_t x, const Four& x_strides, std::uintptr_t z, const Four& shape,
+                 std::int64_t patch, std::int64_t c_out, std::uintptr_t weight, std::uintptr_t bias,
+                 std::uintptr_t scale, std::uintptr_t shift, int act, bool strassen, int threads) {
+  for (std::int64_t size : shape) {
+    require(size >= 0, "shape: sizes must not be negative, got " + std::to_string(size));
+  }
+  require(patch >= 1, "patch: must be at least 1, got " + std::to_string(patch));
+  require(c_out >= 0, "c_out: must not be negative, got " + std::to_string(c_out));
+  check_settings(act, 0, threads);
+  if (shape[0] == 0 || c_out == 0 || shape[2] < patch || shape[3] < patch) return;
+  require(shape[1] >= 1, "shape: there must be at least 1 channel, got " + std::to_string(shape[1]));
+  const std::pair<const char*, std::uintptr_t> addresses[] = {{"x_ptr", x},
+                                                              {"z_ptr", z},
+                                                              {"weight_ptr", weight},
+                                                              {"scale_ptr", scale},
+                                                              {"shift_ptr", shift}};
+  for (const auto& [name, address] : addresses) {
+    require(address != 0, name + std::string(": must not be null"));
+  }
+  require(x != z, "z_ptr: must not be x_ptr, the operator does not work in place");
+  cmf::ChannelMix problem;
+  problem.x = pointer<const float>(x);
+  for (int axis = 0; axis < 4; ++axis) problem.x_stride[axis] = x_strides[axis];
+  problem.z = pointer<float>(z);
+  problem.n = shape[0];
+  problem.c = shape[1];
+  problem.h = shape[2];
+  problem.w = shape[3];
+  problem.patch = patch;
+  problem.c_out = c_out;
+  problem.weight = pointer<const float>(weight);
+  problem.bias = pointer<const float>(bias);
+  problem.scale = pointer<const float>(scale);
+  problem.shift = pointer<const float>(shift);
+  problem.act = static_cast<cmf::Activation>(act);
+  problem.strassen = strassen;
+  const py::gil_scoped_release release;
+  cmf::channel_mix(problem, threads);
+}
+
 void check_mixer(std::int64_t c, std::int64_t k) {
   require(c >= 1, "c: there must be at least 1 channel, got " + std::to_string(c));
   require(k >= 1, "k: the kernel size must be at least 1, got " + std::to_string(k));
@@ -161,7 +202,7 @@ void mixer_stack(std::uintptr_t x, std::uintptr_t z, const Four& shape, std::int
   check_mixer(c, k);
   require(!packed.empty(), "packed_ptrs: there must be at least 1 block");
   require(x != 0, "x_ptr: must not be null");
-  require(z != 0 && z != x, "z_ptr: must not be null, nor x_ptr");
+  require(z != 0, "z_ptr: must not be null");
   require(weights.size() == packed.size(),
           "weight_ptrs: must be as many as packed_ptrs, " + std::to_string(packed.size()) + ", got " +
               std::to_string(weights.size()));
@@ -242,6 +283,13 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("shift_ptr"), py::arg("act"), py::arg("layout"), py::arg("threads"),
         "h = scale * act(h) + shift in place, float32. shape is (n, c, pixels); h is dense, "
         "[n][c][pixels] in layout 0 (planar), [n][pixels][c] in layout 1 (channels-last).");
+  m.def("channel_mix", &channel_mix, py::arg("x_ptr"), py::arg("x_strides"), py::arg("z_ptr"),
+        py::arg("shape"), py::arg("patch"), py::arg("c_out"), py::arg("weight_ptr"),
+        py::arg("bias_ptr"), py::arg("scale_ptr"), py::arg("shift_ptr"), py::arg("act"),
+        py::arg("strassen"), py::arg("threads"),
+        "z = scale * act(conv(x, weight, stride=patch) + bias) + shift, float32. shape is x's "
+        "(n, c, h, w), x_strides in floats; weight [c_out][c][patch][patch]; z contiguous "
+        "(n, c_out, h / patch, w / patch); bias_ptr 0 means none. z must not overlap x.");
   m.def("mixer_packed_floats", &mixer_packed_floats, py::arg("c"), py::arg("k"),
         "Floats of one packed block of c channels and a k x k kernel.");
   m.def("mixer_pack", &mixer_pack, py::arg("parameter_ptrs"), py::arg("c"), py::arg("k"),
@@ -257,8 +305,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("mixer_stack", &mixer_stack, py::arg("x_ptr"), py::arg("z_ptr"), py::arg("shape"),
         py::arg("k"), py::arg("packed_ptrs"), py::arg("weight_ptrs"), py::arg("act"),
         py::arg("strassen"), py::arg("threads"),
-        "A stack of ConvMixer blocks on contiguous float32 maps (n, c, h, w); z must not overlap "
-        "x. weight_ptrs: the pointwise weights [c][c]. Raises KeyboardInterrupt between images.");
+        "A stack of ConvMixer blocks on contiguous float32 maps (n, c, h, w); z may be x, but not "
+        "overlap it otherwise. weight_ptrs: the pointwise weights [c][c]. Raises KeyboardInterrupt between images.");
   m.def("fingerprint", &fingerprint, py::arg("pieces"),
         "A 64-bit hash of 16 samples of 8 bytes of each (address, bytes) piece.");
   m.def(

@@ -42,6 +42,7 @@ def test_available_backends_lists_all_with_reasons():
 def test_auto_takes_the_cpu_kernels_for_float32(model):
     rows = explain(model, X)
     assert [(r.module, r.op) for r in rows] == [
+        ("stem", "pointwise_mix"),
         ("blocks.0.0", "depthwise_mix"),
         ("blocks.0", "pointwise_mix"),
         ("blocks.1.0", "depthwise_mix"),
@@ -152,7 +153,7 @@ def test_explain_looks_into_wrappers(model):
     compiled = explain(torch.compile(model), x)
     # A compiler gets the halves of the blocks.
     assert {row.op for row in compiled} == {"depthwise_mix", "pointwise_mix"}
-    assert {row.op for row in explain(model, x)} == {"mixer_stack"}
+    assert [row.op for row in plain] == ["pointwise_mix", *["mixer_stack"] * len(model.blocks)]
 
 
 def test_explain_names_what_it_cannot_take(model):
@@ -165,4 +166,7 @@ def test_explain_names_what_it_cannot_take(model):
 
 def test_explain_under_autocast(model):
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert all("bfloat16" in r.reason for r in explain(model, X))
+        stem, *rows = explain(model, X)
+    assert stem.reason == "autocast changes the input's dtype"
+    assert rows
+    assert all("bfloat16" in r.reason for r in rows)

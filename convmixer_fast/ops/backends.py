@@ -101,7 +101,7 @@ def _why_not_cpu(op: str, device: torch.device, dtype: torch.dtype) -> str:
 _CPU_KERNELS = {
     "mixer_stack": "whole blocks in one C++ call",
     "depthwise_mix": "one C++ kernel",
-    "pointwise_mix": "PyTorch's convolution, then one C++ pass for the rest",
+    "pointwise_mix": "one C++ kernel; channels-last, PyTorch's convolution and one C++ pass",
 }
 
 

@@ -53,7 +53,10 @@ def _kernel(
     memory_format = memory_format_of(x)
     if x.numel() == 0:
         return torch.empty_like(x, memory_format=memory_format)
-    out = _native.mixer_stack(x.float(), weights, packed, kernel_size, act)
+    # A copy that only this function knows is worked on in place.
+    wide = x.float().contiguous()
+    mine = wide.data_ptr() != x.data_ptr()
+    out = _native.mixer_stack(wide, weights, packed, kernel_size, act, wide if mine else None)
     return out.to(dtype=x.dtype, memory_format=memory_format)
 
 

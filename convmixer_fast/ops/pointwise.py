@@ -6,6 +6,9 @@ x: (N, C, H, W), contiguous, channels-last or any slice; weight: (D, C, 1, 1); b
 scale, shift: (D,) float32 (float64 for float64 x): BatchNorm's statistics as an affine map.
 Returns (N, D, H, W), channels-last if x is, else contiguous.
 
+A weight (D, C, p, p) is a 1x1 convolution of p x p patches that do not overlap, the stem of a
+ConvMixer: then H and W are at least p, and (N, D, H // p, W // p) comes back.
+
 Source: Trockman and Kolter 2022, section 2: ``BN(sigma(ConvPointwise(z)))``.
 """
 
@@ -43,19 +46,28 @@ def _check(
     x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, act: str
 ) -> None:
     check_operands(NAME, x, weight, bias, scale, shift, act)
-    if weight.dim() != 4 or weight.shape[2:] != (1, 1):
-        raise ValueError(f"{NAME}: weight must be (D, C, 1, 1), got {tuple(weight.shape)}")
+    if weight.dim() != 4 or weight.shape[2] != weight.shape[3] or weight.shape[2] < 1:
+        raise ValueError(
+            f"{NAME}: weight must be (D, C, 1, 1) or (D, C, p, p), got {tuple(weight.shape)}"
+        )
     if weight.shape[1] != x.shape[1]:
         raise ValueError(f"{NAME}: weight is for {weight.shape[1]} channels, x has {x.shape[1]}")
+    p = weight.shape[2]
+    if p > 1 and (x.shape[2] < p or x.shape[3] < p):
+        raise ValueError(
+            f"{NAME}: x of {x.shape[2]} x {x.shape[3]} is smaller than a patch of {p} x {p}"
+        )
 
 
 def _empty(x: Tensor, weight: Tensor) -> Tensor:
-    shape = (x.shape[0], weight.shape[0], x.shape[2], x.shape[3])
+    p = weight.shape[2]
+    shape = (x.shape[0], weight.shape[0], x.shape[2] // p, x.shape[3] // p)
     return x.new_empty(shape).contiguous(memory_format=memory_format_of(x))
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.conv2d(x, weight, bias).contiguous(memory_format=memory_format_of(x))
+    h = F.conv2d(x, weight, bias, stride=weight.shape[2])
+    return h.contiguous(memory_format=memory_format_of(x))
 
 
 def _kernel(
@@ -65,6 +77,8 @@ def _kernel(
     if x.numel() == 0 or weight.numel() == 0:
         return _empty(x, weight)
     backend = backends.choose(NAME, x.device, x.dtype).backend
+    if backend == "cpu" and memory_format_of(x) == torch.contiguous_format:
+        return _native.channel_mix(x, weight, bias, scale, shift, act)
     # Operands have the dtype they are to be computed in: autocast has nothing to add.
     with torch.autocast(x.device.type, enabled=False):
         h = _convolve(x, weight, bias)
@@ -94,12 +108,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     # As in depthwise.py: the activation's input is computed again rather than kept.
     x, weight, bias, scale = ctx.saved_tensors
     wide = accumulation_dtype(x.dtype)
-    h = F.conv2d(x, weight, bias)
+    p = weight.shape[2]
+    h = F.conv2d(x, weight, bias, stride=p)
     grad_a = (grad * per_channel(scale)).to(x.dtype)
     grad_h = activation_backward(grad_a, h, ctx.act)
     mask = [ctx.needs_input_grad[i] for i in range(3)]
     grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-        grad_h, x, weight, [weight.shape[0]], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, mask
+        grad_h, x, weight, [weight.shape[0]], [p, p], [0, 0], [1, 1], False, [0, 0], 1, mask
     )
     grad_scale = grad_shift = None
     if ctx.needs_input_grad[3]:

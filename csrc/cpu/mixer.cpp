@@ -86,7 +86,7 @@ class Plan {
                 int64_t group_end, const Scratch& scratch) const {
     const float* block = s_.blocks[b];
     Pointwise p;
-    p.panels = panels;
+    p.panels = panels + tile * pointwise_.tile / pointwise_.panel * panel_stride_;
     p.panel_stride = panel_stride_;
     p.weight = s_.weights[b];
     p.bias = block + offsets_.bias2;

@@ -35,7 +35,7 @@ void mixer_pack(const MixerBlock& block, int64_t c, int64_t k, float* packed);
 
 struct MixerStack {
   const float* x;  // contiguous (n, c, h, w)
-  float* z;        // likewise; must not overlap x
+  float* z;        // likewise; x itself, or no part of it
   int64_t n, c, h, w;
   int64_t k;
   const float* const* blocks;   // `depth` packed blocks

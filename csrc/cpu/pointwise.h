@@ -20,7 +20,7 @@
 namespace convmixer_fast {
 
 struct Pointwise {
-  const float* panels;   // of one image, aligned to 64 bytes
+  const float* panels;   // of one image's pixels from pixel_begin on
   int64_t panel_stride;  // floats from one panel to the next
   const float* weight;   // [c_out][c_in]
   const float* bias;     // [c_out], or null; scale and shift [c_out]

@@ -283,7 +283,7 @@ template <int M>
 __attribute__((noinline)) void group(const Pointwise& p, const Chunk& t, int64_t first,
                                      const Scratch& scratch, float* results, Ahead ahead) {
   constexpr int64_t kOperand = M * kHalf, kResult = int64_t{2} * M * kPanel;
-  const float* panels = p.panels + t.pixel / kPanel * p.panel_stride + t.k0 * kPanel;
+  const float* panels = p.panels + t.k0 * kPanel;
   const int64_t pairs = t.strassen ? t.panels / 2 : 0;
   const bool direct = 2 * pairs < t.panels;
   pack_operands<M>(p, t, first, pairs > 0, direct, scratch.operands);
@@ -361,7 +361,7 @@ void run(const Pointwise& p, int64_t pixel_begin, int64_t pixel_end, int64_t gro
     t.first = t.k0 == 0;
     t.last = t.k0 + length >= p.c_in;
     if (t.strassen) {
-      const float* panels = p.panels + t.pixel / kPanel * p.panel_stride + t.k0 * kPanel;
+      const float* panels = p.panels + t.k0 * kPanel;
       for (int64_t i = 0; i + 1 < t.panels; i += 2) {
         pair_sums(pair_at(panels + i * p.panel_stride, p.panel_stride, t.kc), t.kc,
                   kPanels / 2 * t.kc * kPanel, scratch.sums + i / 2 * t.kc * kPanel);

@@ -12,6 +12,7 @@
 #include <array>
 #include <numeric>
 
+#include "cpu/channel_mix.h"
 #include "cpu/depthwise.h"
 #include "cpu/epilogue.h"
 #include "cpu/fingerprint.h"
@@ -363,7 +364,6 @@ void test_pointwise(Random& random, const std::vector<std::string>& isas) {
       for (int64_t groups_each : {groups, int64_t{1}}) {
         Floats z = untouched_floats(c_out * plane);
         cmf::Pointwise p;
-        p.panels = panel;
         p.panel_stride = stride;
         p.weight = weight.data();
         p.bias = data_or_null(bias);
@@ -376,6 +376,7 @@ void test_pointwise(Random& random, const std::vector<std::string>& isas) {
         p.act = act;
         p.strassen = strassen;
         for (int64_t at = 0; at < plane; at += kernels.tile) {
+          p.panels = panel + at / kernels.panel * stride;
           for (int64_t group = 0; group < groups; group += groups_each) {
             kernels.run(p, at, std::min(at + kernels.tile, plane), group,
                         std::min(group + groups_each, groups), scratch.get());
@@ -389,6 +390,73 @@ void test_pointwise(Random& random, const std::vector<std::string>& isas) {
         for (int64_t i = 0; i < c_out * plane; ++i) check(z[i], expected[i], where, i);
         first = std::move(z);
       }
+    }
+  }
+}
+
+// 1x1 convolutions of maps with any strides, and patches as a stem cuts them.
+void test_channel_mix(Random& random, const std::vector<std::string>& isas) {
+  const int64_t patch = random.chance(50) ? 1 : random.integer(2, 9), n = random.integer(1, 4);
+  int64_t c = patch == 1 ? random_channels(random) : random.integer(1, 4);
+  if (patch == 1 && random.chance(20)) c = strassen_channels(random);
+  const int64_t c_out = random_channels(random);
+  // Whole patches and something left over.
+  const int64_t h = std::min<int64_t>(random_side(random), 20) * patch + random.integer(0, patch - 1);
+  const int64_t w = std::min<int64_t>(random_side(random), 20) * patch + random.integer(0, patch - 1);
+  const int64_t down = h / patch, across = w / patch, plane = down * across;
+  const int64_t c_in = c * patch * patch;
+  const Activation act = random.activation();
+  const Strides xs = random_strides(random, {n, c, h, w}, 3, false);
+  const Floats x = normals(random, xs.floats);
+  const Floats weight =
+      normals(random, c_out * c_in, 1.0f / std::sqrt(static_cast<float>(c_in)));
+  const Floats bias = random.chance(80) ? normals(random, c_out) : Floats{};
+  const Floats scale = scales(random, c_out), shift = normals(random, c_out);
+  const std::string problem =
+      text("channel_mix n=", n, " c=", c, " h=", h, " w=", w, " patch=", patch, " c_out=", c_out,
+           " act=", cmf::kActivationNames[static_cast<int>(act)], bias.empty() ? " no bias" : "");
+  std::vector<Expected> expected;
+  for (int64_t i = 0; i < n * c_out * plane; ++i) {
+    const int64_t image = i / (c_out * plane), co = i / plane % c_out, row = i % plane / across;
+    Sum sum;
+    sum.add(bias.empty() ? 0.0 : bias[co]);
+    for (int64_t k = 0; k < c_in; ++k) {
+      const int64_t dy = k / patch % patch, dx = k % patch;
+      sum.add(static_cast<double>(weight[co * c_in + k]) *
+              x[xs.at(image, k / (patch * patch), row * patch + dy, i % across * patch + dx)]);
+    }
+    expected.push_back(finish(sum.expected(), act, scale[co], shift[co], 0.0));
+  }
+  for (const std::string& isa : isas) {
+    cmf::set_isa(isa);
+    Floats first;
+    for (int threads : {1, 2, 3}) {
+      Floats z = untouched_floats(n * c_out * plane);
+      cmf::ChannelMix m;
+      m.x = x.data();
+      for (int axis = 0; axis < 4; ++axis) m.x_stride[axis] = xs.stride[axis];
+      m.z = z.data();
+      m.n = n;
+      m.c = c;
+      m.h = h;
+      m.w = w;
+      m.patch = patch;
+      m.c_out = c_out;
+      m.weight = weight.data();
+      m.bias = data_or_null(bias);
+      m.scale = scale.data();
+      m.shift = shift.data();
+      m.act = act;
+      m.strassen = true;
+      cmf::channel_mix(m, threads);
+      if (threads > 1) {
+        require_same(z, first, problem + " isa=" + isa, text(threads, " threads"));
+        continue;
+      }
+      for (int64_t i = 0; i < n * c_out * plane; ++i) {
+        check(z[i], expected[i], problem + " isa=" + isa, i);
+      }
+      first = std::move(z);
     }
   }
 }
@@ -519,8 +587,9 @@ std::string test_kernels(const Options& options) {
   for (int64_t i = 0; i < options.problems; ++i) {
     // Each problem from a seed of its own: the stream of one never moves the next.
     Random own(random.bits());
-    switch (i % 8) {
+    switch (i % 9) {
       case 0: case 3: case 6: test_depthwise(own, isas); break;
+      case 8: test_channel_mix(own, isas); break;
       case 1: case 4: test_mixer(own, isas); break;
       case 2: case 5: test_pointwise(own, isas); break;
       default: test_epilogue(own, isas); test_fingerprint(own); break;
