@@ -130,6 +130,86 @@ def test_bits_do_not_depend_on_threads_batch_or_company(isa, size):
     assert all(torch.equal(r, results[0]) for r in results)
 
 
+# Even, and beyond the size from which Strassen's algorithm is taken; an odd width never is.
+@pytest.mark.parametrize("dim", [280, 301, 1100])
+@pytest.mark.parametrize("strassen", ["0", "1"])
+def test_wide_blocks_with_and_without_strassen(isa, dim, strassen, monkeypatch):
+    monkeypatch.setenv("CONVMIXER_FAST_STRASSEN", strassen)
+    plain, ours = pair(dim, 1, 3, shape=(2, dim, 3, 3))
+    # More than a tile, whose rest is a single panel and a part of one; a part of a panel.
+    for size in ((17, 17), (5, 1)):
+        check(plain, ours, torch.randn(1, dim, *size))
+
+
+def test_strassen_is_the_default_and_can_be_switched_off(monkeypatch):
+    _, ours = pair(256, 1, 3)
+    x = torch.randn(1, 256, 16, 16)
+    results = {}
+    with torch.no_grad():
+        for value in (None, "0", "1"):
+            monkeypatch.delenv("CONVMIXER_FAST_STRASSEN", raising=False)
+            if value is not None:
+                monkeypatch.setenv("CONVMIXER_FAST_STRASSEN", value)
+            results[value] = ours(x)
+    assert torch.equal(results[None], results["1"])
+    assert not torch.equal(results["0"], results["1"])
+    torch.testing.assert_close(results["0"], results["1"], rtol=1e-4, atol=1e-4)
+
+
+def test_bits_with_strassen_do_not_depend_on_threads_or_batch(isa):
+    _, ours = pair(300, 2, 5)
+    x = torch.randn(3, 300, 19, 17)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        with torch.no_grad():
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                results.append(ours(x))
+                results.append(torch.cat([ours(image[None]) for image in x]))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(r, results[0]) for r in results)
+
+
+def test_pointwise_weights_are_not_copied():
+    _, ours = pair(64, 2, 3)
+    x = torch.randn(1, 64, 5, 5)
+    with torch.no_grad():
+        for block in ours:
+            whole = block._whole(x)
+            assert whole.weight.data_ptr() == block[1].weight.data_ptr()
+            assert whole.packed.numel() < block[1].weight.numel()
+            # So that even a write that leaves no trace is seen.
+            before = ours(x)
+            block[1].weight.data[3, 5] += 1
+            assert not torch.equal(ours(x), before)
+
+
+def test_the_input_is_left_as_it_was():
+    _, ours = pair(24, 3, 5)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(2, 24, 8, 8).to(dtype)
+        before = x.clone()
+        with torch.no_grad():
+            ours.to(dtype)(x)
+        assert torch.equal(x, before)
+
+
+def test_in_place_equals_out_of_place():
+    _, ours = pair(24, 2, 5)
+    x = torch.randn(3, 24, 9, 7)
+    with torch.no_grad():
+        wholes = [block._whole(x) for block in ours]
+        blocks = [w.weight for w in wholes], [w.packed for w in wholes]
+        want = _native.mixer_stack(x, *blocks, 5, "gelu")
+        got = _native.mixer_stack(x, *blocks, 5, "gelu", out=x)
+    assert got is x
+    assert torch.equal(got, want)
+    with pytest.raises(ValueError, match="out must be contiguous"):
+        _native.mixer_stack(x, *blocks, 5, "gelu", out=x.permute(0, 1, 3, 2).contiguous().mT)
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_converted_at_the_edges(dtype, layout):

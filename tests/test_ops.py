@@ -15,7 +15,8 @@ from convmixer_fast.ops import depthwise_mix, pointwise_mix, use_backend
 from convmixer_fast.ops.common import accumulation_dtype
 from convmixer_fast.testing import assert_numerics
 
-OPS = {"depthwise": depthwise_mix, "pointwise": pointwise_mix}
+#: "patches" is the pointwise operator of a stem.
+OPS = {"depthwise": depthwise_mix, "pointwise": pointwise_mix, "patches": pointwise_mix}
 LAYOUTS = ("contiguous", "channels_last", "sliced", "sliced_channels_last", "expanded")
 BACKENDS = ("auto", "reference")
 
@@ -35,7 +36,8 @@ def make_input(layout: str, shape: tuple[int, int, int, int], dtype=torch.float3
 
 def make_operands(op: str, channels: int, k: int, dtype=torch.float32, bias=True, grad=False):
     out = channels if op == "depthwise" else channels + 3
-    shape = (channels, 1, k, k) if op == "depthwise" else (out, channels, 1, 1)
+    side = 1 if op == "pointwise" else k
+    shape = (out, 1 if op == "depthwise" else channels, side, side)
     fan_in = shape[1] * shape[2] * shape[3]
     wide = accumulation_dtype(dtype)
     made = [
@@ -52,7 +54,7 @@ def plain(op: str, x, weight, bias, scale, shift, act: str) -> Tensor:
     if op == "depthwise":
         h = F.conv2d(x, weight, bias, padding="same", groups=weight.shape[0])
     else:
-        h = F.conv2d(x, weight, bias)
+        h = F.conv2d(x, weight, bias, stride=weight.shape[2])
     a = ACTIVATIONS[act]()(h)
     y = scale.view(1, -1, 1, 1) * a + shift.view(1, -1, 1, 1)
     return (y + x if op == "depthwise" else y).to(x.dtype)
@@ -100,8 +102,11 @@ def test_every_activation_with_and_without_bias(op, act):
 )
 def test_any_shape(op, layout, n, c, h, w, k, seed):
     torch.manual_seed(seed)
+    side = 1
+    if op == "patches":
+        side = k = min(k, h, w)
     if n > 0:  # PyTorch's own error on a few values can be nearly zero by luck
-        n = max(n, -(-256 // (c * h * w)))
+        n = max(n, -(-256 // (c * (h // side) * (w // side))))
     check(op, make_input(layout, (n, c, h, w)), make_operands(op, c, k), "gelu")
 
 

@@ -1,6 +1,8 @@
 #include "mixer.h"
 
+#include <atomic>
 #include <cstring>
+#include <vector>
 
 #include "depthwise.h"
 #include "isa.h"
@@ -113,22 +115,24 @@ class Plan {
   }
 
   // One image through all blocks, by all threads.
-  void shared_image(int64_t image, int threads, float* panels) const {
+  void shared_image(int64_t image, int threads, std::vector<Scratch>& scratches,
+                    float* panels) const {
     const float* in = s_.x + image * s_.c * plane_;
     float* out = s_.z + image * s_.c * plane_;
-    // At least four pieces of work a thread, so that a late thread costs little.
-    const int64_t pieces = ceil_div(4 * threads, tiles());
+    // At least two pieces of work a thread, so that a late thread costs little; not more, since
+    // every piece of a tile makes the sums of its panels anew.
+    const int64_t pieces = ceil_div(2 * threads, tiles());
     const int64_t cuts = pieces < groups_ ? pieces : groups_;
     for (int64_t b = 0; b < s_.depth; ++b, in = out) {
       const float* block = s_.blocks[b];
+      std::atomic<std::size_t> taken{0};
       parallel_for(s_.c, threads, [&](Share& share) {
-        const Scratch mine = scratch();
-        for (Range r; share.next(r);) {
-          spatial(block, in, r.begin, r.end, mine, panels);
-        }
+        const Scratch& mine = scratches[taken++];
+        for (Range r; share.next(r);) spatial(block, in, r.begin, r.end, mine, panels);
       });
+      taken = 0;
       parallel_for(tiles() * cuts, threads, [&](Share& share) {
-        const Scratch mine = scratch();
+        const Scratch& mine = scratches[taken++];
         for (Range r; share.next(r);) {
           for (int64_t i = r.begin; i < r.end; ++i) {
             const int64_t cut = i % cuts;
@@ -207,7 +211,11 @@ void mixer_stack(const MixerStack& stack, int64_t begin, int64_t end, int thread
   }
   if (alone < images) {
     const Floats panels = aligned_floats(plan.panels_floats());
-    for (int64_t i = alone; i < images; ++i) plan.shared_image(begin + i, threads, panels.get());
+    std::vector<Scratch> scratches;
+    for (int i = 0; i < threads; ++i) scratches.push_back(plan.scratch());
+    for (int64_t i = alone; i < images; ++i) {
+      plan.shared_image(begin + i, threads, scratches, panels.get());
+    }
   }
 }
 

@@ -1,12 +1,13 @@
 // The pointwise matrix product of one instruction set: compiled once for each (simd.h).
 //
-// for each chunk of input channels                  its panels, or Strassen's sums of them, in L2
-//   for each group of 2 * M output channels         streamed from L3 or memory once a tile
-//     its weights of the chunk, or Strassen's sums of them, into [M][k] operands: L1 and L2
-//     for each product of half matrices: M output channels, half a chunk of k
-//       for each panel of the tile
-//         M x 2 vectors of accumulators, from zero
-//         for each k: 2 loads of the panel, M broadcasts of a weight, 2 * M multiply-adds
+// for each chunk of input channels                  of Strassen's sums of its panels, made once
+//   for each band of 4 groups of 2 * M output channels
+//     its weights of the chunk, or Strassen's sums of them, into [M][k] operands: L2
+//     for each product of half matrices
+//       for each panel of the tile                  from L3 into L2, once a band
+//         for each group of the band: M output channels, half a chunk of k
+//           M x 2 vectors of accumulators, from zero
+//           for each k: 2 loads of the panel, M broadcasts of a weight, 2 * M multiply-adds
 //     added to the tile's sums; after the last chunk: bias, activation, scale, shift, rows of z
 //
 // Registers: 2 * M accumulators, 2 of the panel, 1 broadcast (none where the multiply-add takes it
@@ -19,15 +20,20 @@
 //   P4 = (A11 + A12) B22   P5 = (A21 - A11)(B11 + B12)   P6 = (A12 - A22)(B21 + B22)
 //   C11 += P0 + P3 - P4 + P6   C12 += P2 + P4   C21 += P1 + P3   C22 += P0 - P1 + P2 + P5
 // 7 multiplications of 8. What the sums cost: those of B once a tile and chunk, for all c_out; those
-// of A once a tile, 5 additions against 7 * kTile / 2 multiply-adds; those of C 18 additions, loads
-// and stores against 7 * kc multiply-adds. Together 3 to 4 %, so that 1.14 becomes 1.10.
-// Winograd's form has 15 sums for these 18, but its errors grow by half as much again.
+// of A once a tile, 5 additions and 7 stores against 7 * kTile / 2 multiply-adds; those of C 18
+// additions, loads and stores against 7 * kc multiply-adds. Together 3 to 4 %, so that 1.14 becomes
+// 1.10. Winograd's form has 15 sums for these 18, but its errors grow by half as much again. A
+// second level would make 49 multiplications of 64, but four times the rounding error of one.
 //
-// L2: 7 * kHalf * kTile / 2 floats, 344 KB, of sums and panels of a chunk. Weights: 4 bytes a tile of
-// kTile pixels: 1.2 GB/s at 40 GMAC/s; the next group's are prefetched while this one multiplies.
+// Where the data are, AVX2, c_in = 1024: a tile's panels and sums of a chunk are 7 * 512 * 128
+// floats, 1.8 MB, in L3. Read for every group alone that would be 64 bytes a k and 12 multiply-adds,
+// 13 GB/s of L3 a core, which other programs may not leave; a band reads them once for 4 groups and
+// asks for the next panel (32 KB) while its last group multiplies. A band's operands (344 KB) and
+// products (86 KB) stay in L2. The weights come from memory once a tile: 4 bytes against kTile
+// multiply-adds, 0.6 GB/s at 40 GMAC/s; the next band's are asked for while this one multiplies.
 //
-// Chunks of k are also for accuracy: in one sum of 1536 terms the rounding errors are twice
-// PyTorch's, in sums of 384 they are not above it.
+// No sum is longer than 256 terms, for accuracy: in one sum of 1536 the rounding errors of the direct
+// product are twice PyTorch's, in sums of 256 they are not above it; Strassen's are then twice them.
 #include "finish.h"
 #include "pointwise.h"
 #include "simd.h"
@@ -42,8 +48,9 @@ constexpr int kRows = kRegisters == 32 ? 12 : 6;  // M of whole groups
 constexpr int kRowStep = kRows / 3;               // M of the last group is a multiple of this
 constexpr int kTile = 256;
 constexpr int kPanels = kTile / kPanel;
+constexpr int kBand = 4;        // groups that take turns with a panel while it is in L2
 constexpr int64_t kHalf = 512;  // most k of half a chunk
-constexpr int64_t kAhead = 512;  // floats of a panel from their prefetch to their use
+constexpr int64_t kSum = 256;   // most terms of one sum
 
 // What the operands of a group are, in the order of the products that use them; then what only the
 // direct product uses.
@@ -62,20 +69,20 @@ int64_t chunk_length(int64_t c_in) { return even_pieces(c_in, 2 * kHalf, 2); }
 // One tile's memory.
 struct Scratch {
   float* sums;      // [kPairSums][pair][kc][kPanel]
-  float* operands;  // [kOperands][M][kHalf]
-  float* products;  // [pair][kProducts][M][kPanel]
-  float* results;   // [group][panel][2 M][kPanel], or of one group where there is one chunk
+  float* operands;  // [group of the band][kOperands][M][kHalf]
+  float* products;  // [group of the band][pair][kProducts][M][kPanel]
+  float* results;   // [group][panel][2 M][kPanel], of one band where there is one chunk
 
   explicit Scratch(float* at)
       : sums(at),
         operands(sums + kPanels / 2 * kPairSums * kHalf * kPanel),
-        products(operands + kOperands * kRows * kHalf),
-        results(products + kPanels / 2 * kProducts * kRows * kPanel) {}
+        products(operands + kBand * kOperands * kRows * kHalf),
+        results(products + kBand * (kPanels / 2) * kProducts * kRows * kPanel) {}
 };
 constexpr int64_t kGroupFloats = int64_t{2} * kRows * kTile;
 
 int64_t scratch_floats(int64_t c_in, int64_t c_out) {
-  const int64_t groups = chunk_length(c_in) < c_in ? ceil_div(c_out, 2 * kRows) : 1;
+  const int64_t groups = chunk_length(c_in) < c_in ? ceil_div(c_out, 2 * kRows) : kBand;
   return Scratch(nullptr).results - static_cast<float*>(nullptr) + groups * kGroupFloats;
 }
 
@@ -100,38 +107,44 @@ struct Ahead {
   }
 };
 
-// out[m][kPanel] = (Add: out +) sum_k weight[m][k] * panel[k][kPanel].
-template <int M, bool Add>
-CMF_INLINE void multiply(const float* panel, const float* weight, int64_t count, float* out) {
-  Float acc[M][2];
-  static_for<M>([&](auto m) __attribute__((always_inline)) {
-    constexpr int I = decltype(m)::value;
-    acc[I][0] = acc[I][1] = Float{};
-  });
-  const float* end = weight + count;
-  CMF_ROLLED
-  for (; weight != end; ++weight, panel += kPanel) {
-    // The hardware's own prefetchers begin anew in every page, 32 or 64 turns.
-    __builtin_prefetch(panel + kAhead);
-    if (kPanel > 16) __builtin_prefetch(panel + kAhead + 16);
-    const Float x0 = S::load(panel), x1 = S::load(panel + kLanes);
+// out[m][kPanel] = (add: out +) sum_k weight[m][k] * panel[k][kPanel]. Asks for the panel at `next`.
+template <int M>
+CMF_INLINE void multiply(const float* panel, const float* weight, int64_t count, const float* next,
+                         bool add, float* out) {
+  const int64_t pieces = max(ceil_div(count, kSum), 1), piece = ceil_div(count, pieces);
+  for (int64_t left = count; left >= 0; left -= piece, add = true) {
+    Float acc[M][2];
     static_for<M>([&](auto m) __attribute__((always_inline)) {
       constexpr int I = decltype(m)::value;
-      const Float w = S::broadcast(weight[I * kHalf]);
-      acc[I][0] = w * x0 + acc[I][0];
-      acc[I][1] = w * x1 + acc[I][1];
+      acc[I][0] = acc[I][1] = Float{};
     });
-  }
-  static_for<M>([&](auto m) __attribute__((always_inline)) {
-    constexpr int I = decltype(m)::value;
-    float* row = out + I * kPanel;
-    if constexpr (Add) {
-      acc[I][0] += S::load(row);
-      acc[I][1] += S::load(row + kLanes);
+    const float* end = weight + min(piece, left);
+    CMF_ROLLED
+    for (; weight != end; ++weight, panel += kPanel, next += kPanel) {
+      __builtin_prefetch(next, 0, 2);
+      if (kPanel > 16) __builtin_prefetch(next + 16, 0, 2);
+      const Float x0 = S::load(panel), x1 = S::load(panel + kLanes);
+      static_for<M>([&](auto m) __attribute__((always_inline)) {
+        constexpr int I = decltype(m)::value;
+        const Float w = S::broadcast(weight[I * kHalf]);
+        acc[I][0] = w * x0 + acc[I][0];
+        acc[I][1] = w * x1 + acc[I][1];
+      });
     }
-    S::store(row, acc[I][0]);
-    S::store(row + kLanes, acc[I][1]);
-  });
+    if (add) {
+      static_for<M>([&](auto m) __attribute__((always_inline)) {
+        constexpr int I = decltype(m)::value;
+        acc[I][0] += S::load(out + I * kPanel);
+        acc[I][1] += S::load(out + I * kPanel + kLanes);
+      });
+    }
+    static_for<M>([&](auto m) __attribute__((always_inline)) {
+      constexpr int I = decltype(m)::value;
+      S::store(out + I * kPanel, acc[I][0]);
+      S::store(out + I * kPanel + kLanes, acc[I][1]);
+    });
+    if (left <= piece) return;
+  }
 }
 
 // A chunk of input channels of one tile. Where it has an odd channel more, the first half has it, and
@@ -278,72 +291,96 @@ CMF_INLINE void finish_panel(const Pointwise& p, const Vectors& v, int64_t first
   });
 }
 
-// One group of output channels, for one chunk.
+// `count` groups of output channels from `first` on, for one chunk.
 template <int M>
-__attribute__((noinline)) void group(const Pointwise& p, const Chunk& t, int64_t first,
-                                     const Scratch& scratch, float* results, Ahead ahead) {
+__attribute__((noinline)) void band(const Pointwise& p, const Chunk& t, int64_t first,
+                                    int64_t count, const Scratch& scratch, float* results,
+                                    Ahead ahead) {
   constexpr int64_t kOperand = M * kHalf, kResult = int64_t{2} * M * kPanel;
+  constexpr int64_t kProduct = M * kPanel, kGroupProducts = kPanels / 2 * kProducts * kProduct;
   const float* panels = p.panels + t.k0 * kPanel;
   const int64_t pairs = t.strassen ? t.panels / 2 : 0;
   const bool direct = 2 * pairs < t.panels;
-  pack_operands<M>(p, t, first, pairs > 0, direct, scratch.operands);
-  const int64_t turns = kProducts * pairs + 4 * (t.panels - 2 * pairs);
+  for (int64_t g = 0; g < count; ++g) {
+    pack_operands<M>(p, t, first + g * (2 * M), pairs > 0, direct,
+                     scratch.operands + g * (kOperands * kOperand));
+  }
+  // What comes from L3 or memory is asked for while this band multiplies: the next band's weights,
+  // and for the end of this function the sums of the earlier chunks.
+  const int64_t turns = count * (kProducts * pairs + 4 * (t.panels - 2 * pairs));
   const int64_t share = ahead.share(turns);
-  // The sums of the earlier chunks, for the end of this function.
   Ahead own = {};
-  if (!t.first) own = {results, 0, 1, t.panels * kResult / 16, 0};
+  if (!t.first) own = {results, kGroupFloats, count, t.panels * kResult / 16, 0};
   const int64_t own_share = own.share(turns);
 
   if (pairs > 0) {
     const int64_t sum = t.kc * kPanel, kind = kPanels / 2 * sum;
-    for (int product = 0; product < kProducts; ++product) {
-      const float* operand = scratch.operands + product * kOperand;
-      for (int64_t i = 0; i < pairs; ++i) {
-        ahead.some(share);
-        own.some(own_share);
-        const Pair b = pair_at(panels + 2 * i * p.panel_stride, p.panel_stride, t.kc);
-        const float* sums = scratch.sums + i * sum;
-        const float* factors[kProducts] = {sums + kB11B22 * kind, b.b11, sums + kB12B22 * kind,
+    // The right-hand factor of a product for a pair.
+    auto factor = [&](int product, int64_t i) {
+      const Pair b = pair_at(panels + 2 * i * p.panel_stride, p.panel_stride, t.kc);
+      const float* sums = scratch.sums + i * sum;
+      const float* const all[kProducts] = {sums + kB11B22 * kind, b.b11, sums + kB12B22 * kind,
                                            sums + kB21B11 * kind, b.b22, sums + kB11B12 * kind,
                                            sums + kB21B22 * kind};
-        multiply<M, false>(factors[product], operand, t.kc,
-                           scratch.products + (i * kProducts + product) * (M * kPanel));
+      return all[product];
+    };
+    const float* b = factor(0, 0);
+    for (int product = 0; product < kProducts; ++product) {
+      for (int64_t i = 0; i < pairs; ++i) {
+        const float* next = i + 1 < pairs                 ? factor(product, i + 1)
+                            : product + 1 < kProducts ? factor(product + 1, 0)
+                                                      : factor(0, 0);
+        for (int64_t g = 0; g < count; ++g) {
+          ahead.some(share);
+          own.some(own_share);
+          multiply<M>(
+              b, scratch.operands + (g * kOperands + product) * kOperand, t.kc,
+              g + 1 == count ? next : b, false,
+              scratch.products + g * kGroupProducts + (i * kProducts + product) * kProduct);
+        }
+        b = next;
       }
     }
-    for (int64_t i = 0; i < pairs; ++i) {
-      float* left = results + 2 * i * kResult;
-      combine<M>(scratch.products + i * kProducts * M * kPanel, !t.first, left, left + kResult);
+    for (int64_t g = 0; g < count; ++g) {
+      for (int64_t i = 0; i < pairs; ++i) {
+        float* left = results + g * kGroupFloats + 2 * i * kResult;
+        combine<M>(scratch.products + g * kGroupProducts + i * (kProducts * kProduct), !t.first,
+                   left, left + kResult);
+      }
     }
   }
   for (int64_t i = 2 * pairs; i < t.panels; ++i) {
-    ahead.some(4 * share);
-    own.some(4 * own_share);
-    const float* b = panels + i * p.panel_stride;
-    const float* a = scratch.operands;
-    float* top = results + i * kResult;
-    float* bottom = top + M * kPanel;
-    if (t.first) {
-      multiply<M, false>(b, a + kA11 * kOperand, t.kc, top);
-      multiply<M, false>(b, a + kA21 * kOperand, t.kc, bottom);
-    } else {
-      multiply<M, true>(b, a + kA11 * kOperand, t.kc, top);
-      multiply<M, true>(b, a + kA21 * kOperand, t.kc, bottom);
-    }
-    b += t.kc * kPanel;
-    multiply<M, true>(b, a + kA12 * kOperand, t.rest, top);
-    multiply<M, true>(b, a + kA22 * kOperand, t.rest, bottom);
+    const float* b1 = panels + i * p.panel_stride;
+    const float* b2 = b1 + t.kc * kPanel;
+    const float* next = i + 1 < t.panels ? b1 + p.panel_stride : b1;
+    auto half = [&](const float* b, Operand top, Operand bottom, int64_t kc, const float* then,
+                    bool add) {
+      for (int64_t g = 0; g < count; ++g) {
+        ahead.some(2 * share);
+        own.some(2 * own_share);
+        const float* a = scratch.operands + g * (kOperands * kOperand);
+        float* out = results + g * kGroupFloats + i * kResult;
+        multiply<M>(b, a + top * kOperand, kc, b, add, out);
+        multiply<M>(b, a + bottom * kOperand, kc, then, add, out + kProduct);
+      }
+    };
+    half(b1, kA11, kA21, t.kc, b2, !t.first);
+    half(b2, kA12, kA22, t.rest, next, true);
   }
   if (!t.last) return;
 
-  const int64_t rows = min(2 * M, p.c_out - first);
-  Vectors v = {};
-  for (int64_t m = 0; m < rows; ++m) {
-    v.bias[m] = p.bias != nullptr ? p.bias[first + m] : 0.0f;
-    v.scale[m] = p.scale[first + m];
-    v.shift[m] = p.shift[first + m];
-  }
-  for (int64_t i = 0; i < t.panels; ++i) {
-    finish_panel(p, v, first, rows, t.pixel + i * kPanel, results + i * kResult);
+  for (int64_t g = 0; g < count; ++g) {
+    const int64_t channel = first + g * (2 * M), rows = min(2 * M, p.c_out - channel);
+    Vectors v = {};
+    for (int64_t m = 0; m < rows; ++m) {
+      v.bias[m] = p.bias != nullptr ? p.bias[channel + m] : 0.0f;
+      v.scale[m] = p.scale[channel + m];
+      v.shift[m] = p.shift[channel + m];
+    }
+    for (int64_t i = 0; i < t.panels; ++i) {
+      finish_panel(p, v, channel, rows, t.pixel + i * kPanel,
+                   results + g * kGroupFloats + i * kResult);
+    }
   }
 }
 
@@ -367,22 +404,26 @@ void run(const Pointwise& p, int64_t pixel_begin, int64_t pixel_end, int64_t gro
                   kPanels / 2 * t.kc * kPanel, scratch.sums + i / 2 * t.kc * kPanel);
       }
     }
-    for (int64_t g = group_begin; g < group_end; ++g) {
+    for (int64_t g = group_begin; g < group_end;) {
       const int64_t first = g * (2 * kRows);
+      // A last group that is not whole is a band by itself.
+      const int64_t whole = (p.c_out - first) / (2 * kRows);
+      const int64_t count = whole > 0 ? min(min(kBand, whole), group_end - g) : 1;
       float* results = scratch.results;
       if (length < p.c_in) results += (g - group_begin) * kGroupFloats;
       Ahead ahead = {};
-      if (g + 1 < group_end) {
-        const int64_t next = first + 2 * kRows;
-        ahead = {p.weight + next * p.c_in + t.k0, p.c_in, min(2 * kRows, p.c_out - next),
-                 ceil_div(t.kc + t.rest, 16), 0};
+      if (g + count < group_end) {
+        const int64_t next = first + count * (2 * kRows);
+        ahead = {p.weight + next * p.c_in + t.k0, p.c_in,
+                 min(kBand * 2 * kRows, p.c_out - next), ceil_div(t.kc + t.rest, 16), 0};
       }
       const int64_t rows = min(2 * kRows, p.c_out - first);
       switch (ceil_div(rows, 2 * kRowStep)) {
-        case 3: group<kRows>(p, t, first, scratch, results, ahead); break;
-        case 2: group<2 * kRowStep>(p, t, first, scratch, results, ahead); break;
-        default: group<kRowStep>(p, t, first, scratch, results, ahead); break;
+        case 3: band<kRows>(p, t, first, count, scratch, results, ahead); break;
+        case 2: band<2 * kRowStep>(p, t, first, count, scratch, results, ahead); break;
+        default: band<kRowStep>(p, t, first, count, scratch, results, ahead); break;
       }
+      g += count;
     }
   }
 }
