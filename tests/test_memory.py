@@ -15,7 +15,8 @@ import torch
 import convmixer_fast as cf
 from convmixer_fast.reference import ReferenceConvMixer
 
-which, layout = sys.argv[1:]
+which, layout, dtype = sys.argv[1:]
+dtype = getattr(torch, dtype)
 torch.manual_seed(0)
 arch = cf.Arch(96, 3, kernel_size=7, patch_size=2, num_classes=10)
 plain = ReferenceConvMixer(arch)
@@ -23,8 +24,8 @@ model = plain
 if which == "ours":
     model = cf.ConvMixer(96, 3, 7, 2, num_classes=10)
     model.load_state_dict(plain.state_dict())
-model.eval()
-x = torch.randn(2, 3, 512, 512)
+model.eval().to(dtype)
+x = torch.randn(2, 3, 512, 512).to(dtype)
 if layout == "channels_last":
     x = x.contiguous(memory_format=torch.channels_last)
 
@@ -43,8 +44,8 @@ print(resident("VmHWM") - before)
 
 
 @functools.cache
-def peak_mib(which: str, layout: str, **environment: str) -> int:
-    result = fresh_python.run("-c", SCRIPT, which, layout, env=environment, timeout=300)
+def peak_mib(which: str, layout: str, dtype: str = "float32", **environment: str) -> int:
+    result = fresh_python.run("-c", SCRIPT, which, layout, dtype, env=environment, timeout=300)
     assert result.returncode == 0, result.stderr
     return int(result.stdout)
 
@@ -58,4 +59,14 @@ def test_inference_peak_is_not_above_eager_pytorch(disabled, layout):
     ours = peak_mib("ours", layout, CONVMIXER_FAST_DISABLE_NATIVE=disabled)
     assert eager >= 2 * activation, "the measurement does not see the activations"
     # A tenth of an activation is far below any copy of one, and above the noise of pages of code.
+    assert ours <= eager + activation // 10, f"ours {ours} MiB, eager {eager} MiB"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_bfloat16_peak_is_not_above_eager_pytorch():
+    # Blocks compute in float32: a few images at a time, so that no batch is ever twice its size.
+    activation = 2 * 96 * 256 * 256 * 2 // 2**20
+    eager = peak_mib("eager", "contiguous", "bfloat16")
+    ours = peak_mib("ours", "contiguous", "bfloat16")
+    assert eager >= 2 * activation, "the measurement does not see the activations"
     assert ours <= eager + activation // 10, f"ours {ours} MiB, eager {eager} MiB"

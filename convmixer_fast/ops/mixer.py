@@ -20,6 +20,8 @@ from ..arch import ACTIVATIONS
 from .common import LIBRARY, memory_format_of
 
 NAME = "mixer_stack"
+#: Images converted to float32 together: enough work for every thread, 16 MB.
+_WIDE_FLOATS = 1 << 22
 
 LIBRARY.define(
     f"{NAME}(Tensor x, Tensor[] weights, Tensor[] packed, int kernel_size, str act) -> Tensor",
@@ -53,11 +55,15 @@ def _kernel(
     memory_format = memory_format_of(x)
     if x.numel() == 0:
         return torch.empty_like(x, memory_format=memory_format)
-    # A copy that only this function knows is worked on in place.
-    wide = x.float().contiguous()
-    mine = wide.data_ptr() != x.data_ptr()
-    out = _native.mixer_stack(wide, weights, packed, kernel_size, act, wide if mine else None)
-    return out.to(dtype=x.dtype, memory_format=memory_format)
+    if x.dtype == torch.float32 and x.is_contiguous():
+        return _native.mixer_stack(x, weights, packed, kernel_size, act)
+    # A few images at a time as contiguous float32, in place: never a second batch of that.
+    out = torch.empty_like(x, memory_format=memory_format)
+    step = max(1, _WIDE_FLOATS // x[0].numel())
+    for i in range(0, x.shape[0], step):
+        wide = x[i : i + step].to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        out[i : i + step] = _native.mixer_stack(wide, weights, packed, kernel_size, act, out=wide)
+    return out
 
 
 LIBRARY.impl(NAME, _kernel, "CPU")

@@ -1,7 +1,7 @@
 // The pointwise matrix product of one instruction set: compiled once for each (simd.h).
 //
 // for each chunk of input channels                  of Strassen's sums of its panels, made once
-//   for each band of 4 groups of 2 * M output channels
+//   for each band of 4 (M = 12: 2) groups of 2 * M output channels
 //     its weights of the chunk, or Strassen's sums of them, into [M][k] operands: L2
 //     for each product of half matrices
 //       for each panel of the tile                  from L3 into L2, once a band
@@ -48,7 +48,8 @@ constexpr int kRows = kRegisters == 32 ? 12 : 6;  // M of whole groups
 constexpr int kRowStep = kRows / 3;               // M of the last group is a multiple of this
 constexpr int kTile = 256;
 constexpr int kPanels = kTile / kPanel;
-constexpr int kBand = 4;        // groups that take turns with a panel while it is in L2
+// Groups that take turns with a panel while it is in L2: 48 channels.
+constexpr int kBand = 24 / kRows;
 constexpr int64_t kHalf = 512;  // most k of half a chunk
 constexpr int64_t kSum = 256;   // most terms of one sum
 
