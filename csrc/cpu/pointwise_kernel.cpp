@@ -74,17 +74,21 @@ struct Scratch {
   float* products;  // [group of the band][pair][kProducts][M][kPanel]
   float* results;   // [group][panel][2 M][kPanel], of one band where there is one chunk
 
+  static constexpr int64_t kSums = kPanels / 2 * kPairSums * kHalf * kPanel;
+  static constexpr int64_t kBandOperands = int64_t{kBand} * kOperands * kRows * kHalf;
+  static constexpr int64_t kBandProducts = kBand * (kPanels / 2) * kProducts * kRows * kPanel;
+
   explicit Scratch(float* at)
       : sums(at),
-        operands(sums + kPanels / 2 * kPairSums * kHalf * kPanel),
-        products(operands + kBand * kOperands * kRows * kHalf),
-        results(products + kBand * (kPanels / 2) * kProducts * kRows * kPanel) {}
+        operands(sums + kSums),
+        products(operands + kBandOperands),
+        results(products + kBandProducts) {}
 };
 constexpr int64_t kGroupFloats = int64_t{2} * kRows * kTile;
 
 int64_t scratch_floats(int64_t c_in, int64_t c_out) {
   const int64_t groups = chunk_length(c_in) < c_in ? ceil_div(c_out, 2 * kRows) : kBand;
-  return Scratch(nullptr).results - static_cast<float*>(nullptr) + groups * kGroupFloats;
+  return Scratch::kSums + Scratch::kBandOperands + Scratch::kBandProducts + groups * kGroupFloats;
 }
 
 // Asks for rows of memory that are needed soon, some lines at a time, into L2.
