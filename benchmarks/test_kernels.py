@@ -47,16 +47,14 @@ def _ours(block: nn.Sequential, x: Tensor, shape: BlockShape) -> dict[str, Run |
     depthwise, _, first = residual.fn
     spatial = (depthwise.weight, depthwise.bias, *batch_norm_affine(first, x.dtype))
     channel = (pointwise.weight, pointwise.bias, *batch_norm_affine(second, x.dtype))
-    packed = _native.mixer_pack(*spatial, *channel)
+    weight, *rest = channel
+    packed = _native.mixer_pack(*spatial, *rest)
     act = shape.act
-    runs: dict[str, Run | str] = {
+    return {
         "depthwise half": lambda: _native.depthwise_mix(x, *spatial, act),
-        "channel half": "this engine has no pointwise kernel of its own",
-        "block": lambda: _native.mixer_stack(x, [packed], shape.kernel_size, act),
+        "channel half": lambda: _native.channel_mix(x, *channel, act),
+        "block": lambda: _native.mixer_stack(x, [weight], [packed], shape.kernel_size, act),
     }
-    if hasattr(_native, "pointwise_mix"):
-        runs["channel half"] = lambda: _native.pointwise_mix(x, *channel, act)
-    return runs
 
 
 @pytest.mark.parametrize("shape", BLOCK_SHAPES, ids=str)
