@@ -318,12 +318,12 @@ def mixer_stack(
 
     Args:
         x: (N, C, H, W), float32, on the CPU, any strides.
-        out: where the result goes, contiguous, of x's shape: ``x`` itself or no part of it; a new
-            tensor by default.
         weights: (C, C, 1, 1) of each block, the pointwise convolution's, read where they are.
         packed: what `mixer_pack` made of the rest of each block.
         kernel_size: k of the depthwise convolutions.
         act: a name in `convmixer_fast.arch.ACTIVATIONS`.
+        out: where the result goes, contiguous, of x's shape: ``x`` itself or no part of it; a new
+            tensor by default.
 
     Returns:
         ``out``, contiguous, of x's shape. No gradient flows through it.

@@ -250,6 +250,21 @@ def test_nan_stays_in_its_image_and_reaches_its_neighbourhood():
     assert nan[1].sum() == 8 * 9
 
 
+@pytest.mark.parametrize("strassen", ["0", "1"])
+def test_nan_in_wide_blocks_stays_in_its_image(strassen, monkeypatch):
+    monkeypatch.setenv("CONVMIXER_FAST_STRASSEN", strassen)
+    _, ours = pair(256, 1, 3)
+    x = torch.randn(3, 256, 12, 12)
+    x[1, 2, 4, 4] = float("nan")
+    with torch.no_grad():
+        nan = ours(x).isnan()
+    assert not nan[0].any()
+    assert not nan[2].any()
+    assert nan[1, :, 3:6, 3:6].all()
+    # Strassen's algorithm joins every pixel with one other.
+    assert nan[1].sum() == 256 * 9 or (strassen == "1" and nan[1].sum() <= 2 * 256 * 9)
+
+
 def test_several_python_threads_at_once():
     _, ours = pair(32, 2, 7)
     inputs = [torch.randn(2, 32, 12, 12) for _ in range(4)]

@@ -7,7 +7,8 @@
 //
 // Two ways to multiply (pointwise_kernel.cpp): directly, or by one level of Strassen's algorithm,
 // 7 products of half matrices in the place of 8. Either way the sums are cut by the shape alone:
-// neither the thread count nor the batch changes a bit of z.
+// neither the thread count nor the batch changes a bit of z. Strassen's sums join pixel i with pixel
+// i + kPanel, and output channels likewise: what is not finite in one is not finite in the other.
 //
 // Panels: kPanel neighbouring pixels of one image, of all channels, [pixel / kPanel][k][kPanel],
 // kPanel two vectors; the last panel of an image is filled up with anything.
