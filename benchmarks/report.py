@@ -34,9 +34,14 @@ MEMORY = 1.0
 #: At most: error against float64 as a multiple of eager PyTorch's.
 ERROR = 2.0
 
-#: What CONVMIXER_FAST_STRASSEN asks for. A default that is one of the two is not told twice.
+#: What CONVMIXER_FAST_STRASSEN asks for. A default that is one of these is not told twice.
 UNSET = "variable not set"
-PRODUCTS = {"0": "direct products", "1": "Strassen-Winograd, one level", "": UNSET}
+PRODUCTS = {
+    "0": "direct products",
+    "1": "Strassen, one level",
+    "2": "Strassen, two levels",
+    "": UNSET,
+}
 
 
 @dataclass(frozen=True)
@@ -395,7 +400,7 @@ def chart(report: Report, suite: str, path: Path) -> bool:
         axes.axhline(100, color="black", linewidth=0.8, linestyle="--")
         axes.set_ylabel("% of peak")
         axes.set_title(f"{part + ', ' if part else ''}{_threads(threads)}", fontsize="medium")
-    # Strassen-Winograd does fewer multiply-adds than are counted: bars may pass 100.
+    # Strassen's algorithm does fewer multiply-adds than are counted: bars may pass 100.
     axes.set_ylim(0, max(105.0, 105.0 * max(r["of peak"] for r in rows)))
     axes.set_xticks(
         range(len(names)),

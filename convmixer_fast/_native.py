@@ -206,7 +206,7 @@ def channel_mix(
         d,
         *(0 if t is None else t.data_ptr() for t in operands),
         _activation_numbers()[act],
-        strassen(),
+        strassen_levels(),
         torch.get_num_threads(),
     )
     return out
@@ -298,12 +298,12 @@ def mixer_pack(
     return packed
 
 
-def strassen() -> bool:
-    """Whether large matrix products take one level of Strassen's algorithm.
+def strassen_levels() -> int:
+    """How many levels of Strassen's algorithm large matrix products take, at most.
 
-    ``CONVMIXER_FAST_STRASSEN=0`` and ``=1``, asked at every call, override the default, yes.
+    ``CONVMIXER_FAST_STRASSEN=0``, ``1`` and ``2``, asked at every call, override the default, 2.
     """
-    return os.environ.get("CONVMIXER_FAST_STRASSEN", "1") != "0"
+    return {"0": 0, "1": 1}.get(os.environ.get("CONVMIXER_FAST_STRASSEN", ""), 2)
 
 
 def mixer_stack(
@@ -361,7 +361,7 @@ def mixer_stack(
         [block.data_ptr() for block in packed],
         [matrix.data_ptr() for matrix in matrices],
         _activation_numbers()[act],
-        strassen(),
+        strassen_levels(),
         torch.get_num_threads(),
     )
     return out

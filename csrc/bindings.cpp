@@ -129,7 +129,8 @@ void epilogue(std::uintptr_t h, const std::array<std::int64_t, 3>& shape, std::u
 
 void channel_mix(std::uintptr_t x, const Four& x_strides, std::uintptr_t z, const Four& shape,
                  std::int64_t patch, std::int64_t c_out, std::uintptr_t weight, std::uintptr_t bias,
-                 std::uintptr_t scale, std::uintptr_t shift, int act, bool strassen, int threads) {
+                 std::uintptr_t scale, std::uintptr_t shift, int act, int strassen_levels,
+                 int threads) {
   for (std::int64_t size : shape) {
     require(size >= 0, "shape: sizes must not be negative, got " + std::to_string(size));
   }
@@ -162,7 +163,7 @@ void channel_mix(std::uintptr_t x, const Four& x_strides, std::uintptr_t z, cons
   problem.scale = pointer<const float>(scale);
   problem.shift = pointer<const float>(shift);
   problem.act = static_cast<cmf::Activation>(act);
-  problem.strassen = strassen;
+  problem.strassen_levels = strassen_levels;
   const py::gil_scoped_release release;
   cmf::channel_mix(problem, threads);
 }
@@ -192,7 +193,8 @@ void mixer_pack(const std::array<std::uintptr_t, 7>& parameters, std::int64_t c,
 
 void mixer_stack(std::uintptr_t x, std::uintptr_t z, const Four& shape, std::int64_t k,
                  const std::vector<std::uintptr_t>& packed,
-                 const std::vector<std::uintptr_t>& weights, int act, bool strassen, int threads) {
+                 const std::vector<std::uintptr_t>& weights, int act, int strassen_levels,
+                 int threads) {
   const auto [n, c, h, w] = shape;
   for (std::int64_t size : shape) {
     require(size >= 0, "shape: sizes must not be negative, got " + std::to_string(size));
@@ -222,7 +224,7 @@ void mixer_stack(std::uintptr_t x, std::uintptr_t z, const Four& shape, std::int
   stack.k = k;
   stack.blocks = blocks.data();
   stack.weights = matrices.data();
-  stack.strassen = strassen;
+  stack.strassen_levels = strassen_levels;
   stack.depth = static_cast<std::int64_t>(blocks.size());
   stack.act = static_cast<cmf::Activation>(act);
   // As many images at a time as keep all threads busy, so that Ctrl-C is heard between them.
@@ -286,7 +288,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("channel_mix", &channel_mix, py::arg("x_ptr"), py::arg("x_strides"), py::arg("z_ptr"),
         py::arg("shape"), py::arg("patch"), py::arg("c_out"), py::arg("weight_ptr"),
         py::arg("bias_ptr"), py::arg("scale_ptr"), py::arg("shift_ptr"), py::arg("act"),
-        py::arg("strassen"), py::arg("threads"),
+        py::arg("strassen_levels"), py::arg("threads"),
         "z = scale * act(conv(x, weight, stride=patch) + bias) + shift, float32. shape is x's "
         "(n, c, h, w), x_strides in floats; weight [c_out][c][patch][patch]; z contiguous "
         "(n, c_out, h / patch, w / patch); bias_ptr 0 means none. z must not overlap x.");
@@ -304,7 +306,7 @@ PYBIND11_MODULE(_cpu, m) {
       py::arg("ptr"), py::arg("bytes"), "Asks for huge pages for fresh memory, where there are.");
   m.def("mixer_stack", &mixer_stack, py::arg("x_ptr"), py::arg("z_ptr"), py::arg("shape"),
         py::arg("k"), py::arg("packed_ptrs"), py::arg("weight_ptrs"), py::arg("act"),
-        py::arg("strassen"), py::arg("threads"),
+        py::arg("strassen_levels"), py::arg("threads"),
         "A stack of ConvMixer blocks on contiguous float32 maps (n, c, h, w); z may be x, but not "
         "overlap it otherwise. weight_ptrs: the pointwise weights [c][c]. Raises KeyboardInterrupt between images.");
   m.def("fingerprint", &fingerprint, py::arg("pieces"),

@@ -130,9 +130,10 @@ def test_bits_do_not_depend_on_threads_batch_or_company(isa, size):
     assert all(torch.equal(r, results[0]) for r in results)
 
 
-# Even, and beyond the size from which Strassen's algorithm is taken; an odd width never is.
+# Even, and beyond the sizes from which one and two levels of Strassen's algorithm are taken; an odd
+# width never is.
 @pytest.mark.parametrize("dim", [280, 301, 1100])
-@pytest.mark.parametrize("strassen", ["0", "1"])
+@pytest.mark.parametrize("strassen", ["0", "1", "2"])
 def test_wide_blocks_with_and_without_strassen(isa, dim, strassen, monkeypatch):
     monkeypatch.setenv("CONVMIXER_FAST_STRASSEN", strassen)
     plain, ours = pair(dim, 1, 3, shape=(2, dim, 3, 3))
@@ -142,23 +143,25 @@ def test_wide_blocks_with_and_without_strassen(isa, dim, strassen, monkeypatch):
 
 
 def test_strassen_is_the_default_and_can_be_switched_off(monkeypatch):
-    _, ours = pair(256, 1, 3)
-    x = torch.randn(1, 256, 16, 16)
+    _, ours = pair(512, 1, 3)
+    x = torch.randn(1, 512, 16, 16)
     results = {}
     with torch.no_grad():
-        for value in (None, "0", "1"):
+        for value in (None, "0", "1", "2"):
             monkeypatch.delenv("CONVMIXER_FAST_STRASSEN", raising=False)
             if value is not None:
                 monkeypatch.setenv("CONVMIXER_FAST_STRASSEN", value)
             results[value] = ours(x)
-    assert torch.equal(results[None], results["1"])
-    assert not torch.equal(results["0"], results["1"])
-    torch.testing.assert_close(results["0"], results["1"], rtol=1e-4, atol=1e-4)
+    assert torch.equal(results[None], results["2"])
+    for one, other in ("01", "12", "02"):
+        assert not torch.equal(results[one], results[other])
+        torch.testing.assert_close(results[one], results[other], rtol=1e-4, atol=1e-4)
 
 
-def test_bits_with_strassen_do_not_depend_on_threads_or_batch(isa):
-    _, ours = pair(300, 2, 5)
-    x = torch.randn(3, 300, 19, 17)
+@pytest.mark.parametrize("dim", [300, 512])
+def test_bits_with_strassen_do_not_depend_on_threads_or_batch(isa, dim):
+    _, ours = pair(dim, 2, 5)
+    x = torch.randn(3, dim, 19, 17)
     before = torch.get_num_threads()
     results = []
     try:
@@ -250,19 +253,20 @@ def test_nan_stays_in_its_image_and_reaches_its_neighbourhood():
     assert nan[1].sum() == 8 * 9
 
 
-@pytest.mark.parametrize("strassen", ["0", "1"])
-def test_nan_in_wide_blocks_stays_in_its_image(strassen, monkeypatch):
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("strassen", ["0", "1", "2"])
+def test_what_is_not_finite_stays_under_its_kernel_in_wide_blocks(strassen, value, monkeypatch):
     monkeypatch.setenv("CONVMIXER_FAST_STRASSEN", strassen)
-    _, ours = pair(256, 1, 3)
-    x = torch.randn(3, 256, 12, 12)
-    x[1, 2, 4, 4] = float("nan")
+    plain, ours = pair(512, 1, 3)
+    x = torch.randn(3, 512, 12, 12)
+    x[1, 2, 4, 4] = value
     with torch.no_grad():
-        nan = ours(x).isnan()
-    assert not nan[0].any()
-    assert not nan[2].any()
-    assert nan[1, :, 3:6, 3:6].all()
-    # Strassen's algorithm joins every pixel with one other.
-    assert nan[1].sum() == 256 * 9 or (strassen == "1" and nan[1].sum() <= 2 * 256 * 9)
+        out, expected = ours(x), plain(x)
+    bad = ~out.isfinite()
+    assert bad[1, :, 3:6, 3:6].any()
+    assert torch.equal(bad, ~expected.isfinite())
+    assert torch.equal(out.isnan(), expected.isnan())
+    torch.testing.assert_close(out[~bad], expected[~bad], rtol=1e-4, atol=1e-4)
 
 
 def test_several_python_threads_at_once():

@@ -86,7 +86,7 @@ void channel_mix(const ChannelMix& p, int threads) {
         one.c_out = p.c_out;
         one.plane = plane;
         one.act = p.act;
-        one.strassen = p.strassen;
+        one.strassen_levels = p.strassen_levels;
         kernels.run(one, begin, end, groups * cut / cuts, groups * (cut + 1) / cuts, scratch);
       }
     }

@@ -27,7 +27,7 @@ struct ChannelMix {
   const float* scale;
   const float* shift;
   Activation act;
-  bool strassen;        // one level of Strassen's algorithm where it pays
+  int strassen_levels;  // of Strassen's algorithm at most (pointwise.h)
 };
 
 // On at most `threads` threads. Throws std::bad_alloc when there is no memory for the panels of a

@@ -98,7 +98,7 @@ class Plan {
     p.c_in = p.c_out = s_.c;
     p.plane = plane_;
     p.act = s_.act;
-    p.strassen = s_.strassen;
+    p.strassen_levels = s_.strassen_levels;
     const int64_t begin = tile * pointwise_.tile;
     const int64_t end = begin + pointwise_.tile < plane_ ? begin + pointwise_.tile : plane_;
     pointwise_.run(p, begin, end, group_begin, group_end, scratch.kernel);

@@ -42,7 +42,7 @@ struct MixerStack {
   const float* const* weights;  // and their pointwise weights, [c][c]
   int64_t depth;
   Activation act;
-  bool strassen;  // one level of Strassen's algorithm where it pays (pointwise.h)
+  int strassen_levels;  // of Strassen's algorithm at most (pointwise.h)
 };
 
 // Images [begin, end) on at most `threads` threads; callers cut a large batch to stay

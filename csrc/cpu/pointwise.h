@@ -5,10 +5,11 @@
 // y comes in packed panels, z goes out planar; the weights are read where and as PyTorch keeps
 // them, so that there is no second copy of them to fill memory or to go stale.
 //
-// Two ways to multiply (pointwise_kernel.cpp): directly, or by one level of Strassen's algorithm,
-// 7 products of half matrices in the place of 8. Either way the sums are cut by the shape alone:
-// neither the thread count nor the batch changes a bit of z. Strassen's sums join pixel i with pixel
-// i + kPanel, and output channels likewise: what is not finite in one is not finite in the other.
+// Two ways to multiply (pointwise_kernel.cpp): directly, or by Strassen's algorithm, 7 products of half
+// matrices in the place of 8, in one level or two. Either way the sums are cut by the image alone:
+// neither the thread count nor the batch changes a bit of z. Strassen's sums join pixels and output
+// channels that are neighbours; pixels with values that are not finite are kept out of them, weights
+// that are not finite reach the channels of their group.
 //
 // Panels: kPanel neighbouring pixels of one image, of all channels, [pixel / kPanel][k][kPanel],
 // kPanel two vectors; the last panel of an image is filled up with anything.
@@ -31,17 +32,17 @@ struct Pointwise {
   int64_t c_in, c_out;
   int64_t plane;         // pixels of the image
   Activation act;
-  bool strassen;         // wanted; done where `strassen_pays`
+  int strassen_levels;   // at most; done where they pay
 };
 
 // One instruction set's kernels.
 struct PointwiseKernels {
   int64_t panel;       // pixels of a panel
-  int64_t tile;        // pixels that go through all weights together: their panels stay in L2
+  int64_t tile;        // pixels that go through all weights together
   int64_t row_groups;  // output channels of a group
 
-  // Whether one level of Strassen's algorithm is faster than the direct product at this size.
-  bool (*strassen_pays)(int64_t c_in, int64_t c_out, int64_t plane);
+  // How many levels of Strassen's algorithm are faster than fewer at this size: 0, 1 or 2.
+  int (*strassen_levels)(int64_t c_in, int64_t c_out, int64_t plane);
 
   // Scratch of one `run`, in floats; 64-byte aligned.
   int64_t (*scratch_floats)(int64_t c_in, int64_t c_out);

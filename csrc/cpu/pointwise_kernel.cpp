@@ -1,39 +1,49 @@
 // The pointwise matrix product of one instruction set: compiled once for each (simd.h).
 //
-// for each chunk of input channels                  of Strassen's sums of its panels, made once
-//   for each band of 4 (M = 12: 2) groups of 2 * M output channels
-//     its weights of the chunk, or Strassen's sums of them, into [M][k] operands: L2
-//     for each product of half matrices
-//       for each panel of the tile                  from L3 into L2, once a band
-//         for each group of the band: M output channels, half a chunk of k
-//           M x 2 vectors of accumulators, from zero
-//           for each k: 2 loads of the panel, M broadcasts of a weight, 2 * M multiply-adds
-//     added to the tile's sums; after the last chunk: bias, activation, scale, shift, rows of z
+// for each chunk of input channels
+//   for each product of the outer level               one, the whole, where there is none
+//     Strassen's sums of the tile's panels, made once
+//     for each band of 4 (M = 12: 2) groups of 2 * M output channels, of 4 * M with an outer level
+//       its weights of the chunk, or Strassen's sums of them, into [M][k] operands: L2
+//       for each product of half matrices
+//         for each panel of the tile                  from L3 into L2, once a band
+//           for each group of the band: M output channels, half a chunk of k
+//             M x 2 vectors of accumulators, from zero
+//             for each k: 2 loads of the panel, M broadcasts of a weight, 2 * M multiply-adds
+//       added to the tile's sums; at the end: bias, activation, scale, shift, rows of z
 //
 // Registers: 2 * M accumulators, 2 of the panel, 1 broadcast (none where the multiply-add takes it
 // from memory): M = 6 of 16 registers, 12 of 32. Per k an AVX2 machine issues 12 multiply-adds and
 // 8 loads: 6 and 4 cycles, or 12 and 8 where a vector is two halves.
 //
-// Strassen's algorithm, one level, on 2 x 2 blocks: A is 2 * M channels x a chunk of weights, B the
-// chunk x two panels, each cut in the middle both ways.
+// Strassen's algorithm on 2 x 2 blocks: A is 2 * M channels x a chunk of weights, B the chunk x two
+// panels, each cut in the middle both ways.
 //   P0 = (A11 + A22)(B11 + B22)   P1 = (A21 + A22) B11   P2 = A11 (B12 - B22)   P3 = A22 (B21 - B11)
 //   P4 = (A11 + A12) B22   P5 = (A21 - A11)(B11 + B12)   P6 = (A12 - A22)(B21 + B22)
 //   C11 += P0 + P3 - P4 + P6   C12 += P2 + P4   C21 += P1 + P3   C22 += P0 - P1 + P2 + P5
-// 7 multiplications of 8. What the sums cost: those of B once a tile and chunk, for all c_out; those
-// of A once a tile, 5 additions and 7 stores against 7 * kTile / 2 multiply-adds; those of C 18
-// additions, loads and stores against 7 * kc multiply-adds. Together 3 to 4 %, so that 1.14 becomes
-// 1.10. Winograd's form has 15 sums for these 18, but its errors grow by half as much again. A
-// second level would make 49 multiplications of 64, but four times the rounding error of one.
+// 7 multiplications of 8. Winograd's form has 15 sums for these 18, but its errors grow by half as
+// much again. With an outer level the same is done twice, 49 multiplications of 64: each outer
+// product is an inner one whose A and B are themselves sums, made in registers on the way to the
+// inner sums, and whose result goes to one or two quarters of C.
 //
-// Where the data are, AVX2, c_in = 1024: a tile's panels and sums of a chunk are 7 * 512 * 128
-// floats, 1.8 MB, in L3. Read for every group alone that would be 64 bytes a k and 12 multiply-adds,
-// 13 GB/s of L3 a core, which other programs may not leave; a band reads them once for 4 groups and
-// asks for the next panel (32 KB) while its last group multiplies. A band's operands (344 KB) and
-// products (86 KB) stay in L2. The weights come from memory once a tile: 4 bytes against kTile
-// multiply-adds, 0.6 GB/s at 40 GMAC/s; the next band's are asked for while this one multiplies.
+// What the sums of two levels cost an AVX2 machine whose vectors are two halves, c_in = c_out =
+// 1024, in cycles of the multiply-adds' 100: those of B 1, made once a tile for all c_out; those of A
+// 1.6, 9 additions and 7 stores a vector for the 32 panels of a tile; those of C 1.6.
 //
-// No sum is longer than 256 terms, for accuracy: in one sum of 1536 the rounding errors of the direct
-// product are twice PyTorch's, in sums of 256 they are not above it; Strassen's are then twice them.
+// Where the data are, AVX2, c_in = 1024, two levels: the sums of a tile's panels for one outer product
+// are 7 * 256 * 128 floats, 0.9 MB, in L3. Read for every group alone that would be 64 bytes a k and
+// 12 multiply-adds, 13 GB/s of L3 a core, which other programs may not leave; a band reads them once
+// for 4 groups and asks for the next panel (16 KB) while its last group multiplies. A band's operands
+// (172 KB) and products (86 KB) stay in L2. The weights come from memory three times a tile, 12 bytes
+// against 0.77 kTile multiply-adds, 0.6 GB/s at 20 GMAC/s; the tile's sums in C (2 MB) as often and
+// back, 0.6 GB/s. Both are asked for a band ahead.
+//
+// No sum is longer than 64 terms, for accuracy: the errors of n terms of random sign, added one after
+// the other, grow like n, those of pieces like the square root of their number. In pieces of 64 the
+// direct product has half of PyTorch's rms error; each level of Strassen's algorithm doubles it.
+//
+// Values that are not finite would spread in Strassen's sums to the pixels of the other panels: panels
+// that hold one are multiplied directly.
 #include "finish.h"
 #include "pointwise.h"
 #include "simd.h"
@@ -46,37 +56,80 @@ using Float = S::Float;
 
 constexpr int kRows = kRegisters == 32 ? 12 : 6;  // M of whole groups
 constexpr int kRowStep = kRows / 3;               // M of the last group is a multiple of this
-constexpr int kTile = 256;
+constexpr int kTile = 512;
 constexpr int kPanels = kTile / kPanel;
-// Groups that take turns with a panel while it is in L2: 48 channels.
+// Panels of one level or none at a time: their sums are twice as many.
+constexpr int kSinglePanels = kPanels / 2;
+// Groups that take turns with a panel while it is in L2.
 constexpr int kBand = 24 / kRows;
-constexpr int64_t kHalf = 512;  // most k of half a chunk
-constexpr int64_t kSum = 256;   // most terms of one sum
+constexpr int64_t kHalf = 512;     // most k of half a chunk
+constexpr int64_t kQuarter = 384;  // and of a quarter
+constexpr int64_t kSum = 64;       // most terms of one sum
+// Terms between two looks at whether a sum has ended: few enough looks to be foreseen.
+constexpr int kTerms = 8;
 
 // What the operands of a group are, in the order of the products that use them; then what only the
 // direct product uses.
 enum Operand { kA11A22, kA21A22, kA11, kA22, kA11A12, kA21A11, kA12A22, kA12, kA21, kOperands };
 constexpr int kProducts = 7;
-// Sums of a pair of panels.
-enum PairSum { kB11B22, kB12B22, kB21B11, kB11B12, kB21B22, kPairSums };
+// Sums of a pair of panels; the last two are panels as they are, copied where those are sums.
+enum PairSum { kB11B22, kB12B22, kB21B11, kB11B12, kB21B22, kB11, kB22, kPairSums };
 
-bool strassen_pays(int64_t c_in, int64_t c_out, int64_t plane) {
-  return c_in % 2 == 0 && c_in >= 256 && c_out >= 2 * kRows && plane > kPanel;
+// A product of the outer level: blocks of A and B, numbered along the rows, to be added, the second
+// with a sign (0: there is none), and where in C the result goes.
+struct Target {
+  int block;
+  float sign;  // 0: nowhere
+  bool first;  // the first to arrive there
+};
+struct Outer {
+  int a[2];
+  float a_sign;
+  int b[2];
+  float b_sign;
+  Target c[2];
+};
+constexpr Outer kOneLevel[] = {{{0, 0}, 0, {0, 0}, 0, {{0, 1, true}, {0, 0, false}}}};
+constexpr Outer kTwoLevels[] = {
+    {{0, 3}, 1, {0, 3}, 1, {{0, 1, true}, {3, 1, true}}},
+    {{2, 3}, 1, {0, 0}, 0, {{2, 1, true}, {3, -1, false}}},
+    {{0, 0}, 0, {1, 3}, -1, {{1, 1, true}, {3, 1, false}}},
+    {{3, 0}, 0, {2, 0}, -1, {{0, 1, false}, {2, 1, false}}},
+    {{0, 1}, 1, {3, 0}, 0, {{0, -1, false}, {1, 1, false}}},
+    {{2, 0}, -1, {0, 1}, 1, {{3, 1, false}, {0, 0, false}}},
+    {{1, 3}, -1, {2, 3}, 1, {{0, 1, false}, {0, 0, false}}},
+};
+
+// How many levels of Strassen's algorithm are faster than fewer at this size.
+int strassen_levels(int64_t c_in, int64_t c_out, int64_t plane) {
+  if (c_in % 2 != 0 || c_in < 256 || c_out < 2 * kRows || plane <= kPanel) return 0;
+  return c_in % 4 != 0 || c_in < 512 || c_out < 4 * kRows || plane <= 3 * kPanel ? 1 : 2;
 }
 
-// The same cut of the input channels for every tile: equal even pieces.
-int64_t chunk_length(int64_t c_in) { return even_pieces(c_in, 2 * kHalf, 2); }
+// The same cut of the input channels for every tile: equal pieces, of 2 * Q halves each where Q is 2.
+template <int Q>
+int64_t chunk_length(int64_t c_in) {
+  return Q == 2 ? even_pieces(c_in, 4 * kQuarter, 4) : even_pieces(c_in, 2 * kHalf, 2);
+}
+
+// From one row of operands to the next, in floats: not a power of two, whose lines share a few sets of
+// the caches.
+constexpr int64_t row_stride(int q) { return (q == 2 ? kQuarter : kHalf) + 16; }
+
+constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // One tile's memory.
 struct Scratch {
   float* sums;      // [kPairSums][pair][kc][kPanel]
-  float* operands;  // [group of the band][kOperands][M][kHalf]
+  float* operands;  // [group of the band][kOperands][M][row_stride]
   float* products;  // [group of the band][pair][kProducts][M][kPanel]
-  float* results;   // [group][panel][2 M][kPanel], of one band where there is one chunk
+  float* results;   // [2 M output channels][panel][2 M][kPanel], of one band where that is enough
 
-  static constexpr int64_t kSums = kPanels / 2 * kPairSums * kHalf * kPanel;
-  static constexpr int64_t kBandOperands = int64_t{kBand} * kOperands * kRows * kHalf;
-  static constexpr int64_t kBandProducts = kBand * (kPanels / 2) * kProducts * kRows * kPanel;
+  static constexpr int64_t kPairs = kSinglePanels / 2;  // and kPanels / 4 with an outer level
+  static constexpr int64_t kSums =
+      larger(kPairs * kB11 * kHalf, kPairs * kPairSums * kQuarter) * kPanel;
+  static constexpr int64_t kBandOperands = int64_t{kBand} * kOperands * kRows * row_stride(1);
+  static constexpr int64_t kBandProducts = kBand * kPairs * kProducts * kRows * kPanel;
 
   explicit Scratch(float* at)
       : sums(at),
@@ -87,54 +140,67 @@ struct Scratch {
 constexpr int64_t kGroupFloats = int64_t{2} * kRows * kTile;
 
 int64_t scratch_floats(int64_t c_in, int64_t c_out) {
-  const int64_t groups = chunk_length(c_in) < c_in ? ceil_div(c_out, 2 * kRows) : kBand;
+  const bool all = chunk_length<1>(c_in) < c_in || strassen_levels(c_in, c_out, kTile) == 2;
+  const int64_t groups = all ? 2 * ceil_div(c_out, 4 * kRows) : kBand;
   return Scratch::kSums + Scratch::kBandOperands + Scratch::kBandProducts + groups * kGroupFloats;
 }
 
-// Asks for rows of memory that are needed soon, some lines at a time, into L2.
-struct Ahead {
-  const float* row;
-  int64_t stride, rows, lines;  // of what is left
-  int64_t line;
+// Rows of the weights that a band packs: those of every group and term.
+struct WeightRows {
+  const float* first[2];  // of either term
+  int64_t stride;         // from row to row
+  int64_t rows;           // of a group and term
+  int64_t group_rows;     // from group to group
+  int64_t groups;
+  int64_t terms;
 
-  // Lines for each of `turns` turns.
-  CMF_INLINE int64_t share(int64_t turns) const { return ceil_div(rows * lines, turns); }
-
-  CMF_INLINE void some(int64_t count) {
-    for (; count > 0 && rows > 0; --count) {
-      __builtin_prefetch(row + line * 16, 0, 2);
-      if (++line == lines) {
-        line = 0;
-        row += stride;
-        --rows;
-      }
-    }
+  CMF_INLINE int64_t count() const { return terms * groups * rows; }
+  CMF_INLINE const float* operator()(int64_t i) const {
+    const int64_t group = i / rows % groups, term = i / (rows * groups);
+    return first[term] + (group * group_rows + i % rows) * stride;
   }
 };
 
-// out[m][kPanel] = (add: out +) sum_k weight[m][k] * panel[k][kPanel]. Asks for the panel at `next`.
-template <int M>
+// out[m][kPanel] = (add: out +) sum_k weight[m][k] * panel[k][kPanel]; from one row of weights to the
+// next it is kRow floats. Asks for the panel at `next` and for 2 * count floats at `ahead`: line by line,
+// because a processor that is asked for many at once stops until the first of them are there.
+template <int M, int64_t kRow>
 CMF_INLINE void multiply(const float* panel, const float* weight, int64_t count, const float* next,
-                         bool add, float* out) {
-  const int64_t pieces = max(ceil_div(count, kSum), 1), piece = ceil_div(count, pieces);
-  for (int64_t left = count; left >= 0; left -= piece, add = true) {
+                         const float* ahead, bool add, float* out) {
+  do {
     Float acc[M][2];
     static_for<M>([&](auto m) __attribute__((always_inline)) {
       constexpr int I = decltype(m)::value;
       acc[I][0] = acc[I][1] = Float{};
     });
-    const float* end = weight + min(piece, left);
-    CMF_ROLLED
-    for (; weight != end; ++weight, panel += kPanel, next += kPanel) {
-      __builtin_prefetch(next, 0, 2);
-      if (kPanel > 16) __builtin_prefetch(next + 16, 0, 2);
-      const Float x0 = S::load(panel), x1 = S::load(panel + kLanes);
+    auto term = [&](int64_t k) __attribute__((always_inline)) {
+      __builtin_prefetch(next + k * kPanel, 0, 2);
+      if (kPanel > 16) __builtin_prefetch(next + k * kPanel + 16, 0, 2);
+      const Float x0 = S::load(panel + k * kPanel), x1 = S::load(panel + k * kPanel + kLanes);
       static_for<M>([&](auto m) __attribute__((always_inline)) {
         constexpr int I = decltype(m)::value;
-        const Float w = S::broadcast(weight[I * kHalf]);
+        const Float w = S::broadcast(weight[I * kRow + k]);
         acc[I][0] = w * x0 + acc[I][0];
         acc[I][1] = w * x1 + acc[I][1];
       });
+    };
+    auto step = [&](int64_t terms) __attribute__((always_inline)) {
+      panel += terms * kPanel;
+      next += terms * kPanel;
+      weight += terms;
+      ahead += 2 * terms;
+    };
+    const float* end = weight + min(kSum, count);
+    CMF_ROLLED
+    while (end - weight >= kTerms) {
+      __builtin_prefetch(ahead, 0, 2);
+      static_for<kTerms>([&](auto k) __attribute__((always_inline)) { term(decltype(k)::value); });
+      step(kTerms);
+    }
+    CMF_ROLLED
+    while (weight != end) {
+      term(0);
+      step(1);
     }
     if (add) {
       static_for<M>([&](auto m) __attribute__((always_inline)) {
@@ -148,62 +214,84 @@ CMF_INLINE void multiply(const float* panel, const float* weight, int64_t count,
       S::store(out + I * kPanel, acc[I][0]);
       S::store(out + I * kPanel + kLanes, acc[I][1]);
     });
-    if (left <= piece) return;
-  }
+    add = true;
+    count -= kSum;
+  } while (count > 0);
 }
 
-// A chunk of input channels of one tile. Where it has an odd channel more, the first half has it, and
-// all is direct.
-struct Chunk {
-  int64_t pixel, panels;  // where the tile begins, and how many panels it has
-  int64_t k0, kc, rest;   // first input channel; channels of either half
-  bool first, last;
-  bool strassen;
+// Panels of a tile that go through the weights together: sets of 2 * Q neighbours by Strassen's
+// algorithm, single ones directly.
+struct Panels {
+  int64_t sets = 0, singles = 0;
+  int64_t set[Scratch::kPairs];  // the first panel of each
+  int64_t single[kSinglePanels];
 };
 
-// The weights of a group and a chunk as operands; rows past c_out are zeros.
-template <int M>
+// A chunk of input channels, for one product of the outer level. Where the chunk has an odd channel
+// more, the first half has it, and all is direct.
+struct Chunk {
+  int64_t k0, kc, rest;  // first input channel; channels of the halves of a block
+  bool first, last;      // chunk
+  Outer outer;
+};
+
+// The weights of a group and a chunk as operands; rows past c_out are zeros. Terms: blocks of the outer
+// level that are added.
+template <int M, int Q, int Terms>
 CMF_INLINE void pack_operands(const Pointwise& p, const Chunk& t, int64_t first, bool strassen,
                               bool direct, float* to) {
-  const int64_t k0 = t.k0, kc = t.kc;
+  const int64_t kc = t.kc;
+  const float sign = t.outer.a_sign;
+  alignas(64) float none[kHalf];
+  if (first + Q * 2 * M > p.c_out) {
+    for (int64_t k = 0; k < kc; ++k) none[k] = 0.0f;
+  }
   for (int64_t m = 0; m < M; ++m) {
-    alignas(64) float none[kHalf];
-    const bool top = first + m < p.c_out, bottom = first + M + m < p.c_out;
-    if (!top || !bottom) {
-      for (int64_t k = 0; k < kc; ++k) none[k] = 0.0f;
+    // [term][block of the inner level]
+    const float* a[2][4];
+    for (int term = 0; term < Terms; ++term) {
+      const int row = t.outer.a[term] / Q, column = t.outer.a[term] % Q;
+      for (int inner = 0; inner < 4; ++inner) {
+        const int64_t channel = first + (2 * row + inner / 2) * M + m;
+        const float* from = p.weight + channel * p.c_in + t.k0 + (2 * column + inner % 2) * kc;
+        a[term][inner] = channel < p.c_out ? from : none;
+      }
     }
-    const float* a1 = p.weight + (first + m) * p.c_in + k0;
-    const float* a2 = a1 + M * p.c_in;
-    const float* a11 = top ? a1 : none;
-    const float* a12 = top ? a1 + kc : none;
-    const float* a21 = bottom ? a2 : none;
-    const float* a22 = bottom ? a2 + kc : none;
-    float* row = to + m * kHalf;
-    auto at = [&](Operand which) { return row + which * (M * kHalf); };
-    copy(a11, at(kA11), kc);
-    copy(a22, at(kA22), t.rest);
+    float* row = to + m * row_stride(Q);
+    auto at = [&](Operand which) { return row + which * (M * row_stride(Q)); };
+    if (Terms == 1) {
+      copy(a[0][0], at(kA11), kc);
+      copy(a[0][3], at(kA22), t.rest);
+    }
     if (direct) {
-      copy(a12, at(kA12), t.rest);
-      copy(a21, at(kA21), kc);
+      copy(a[0][1], at(kA12), t.rest);
+      copy(a[0][2], at(kA21), kc);
     }
-    if (strassen) {
-      int64_t k = 0;
-      for (; k + kLanes <= kc; k += kLanes) {
-        const Float w11 = S::load(a11 + k), w12 = S::load(a12 + k);
-        const Float w21 = S::load(a21 + k), w22 = S::load(a22 + k);
-        S::store(at(kA11A22) + k, w11 + w22);
-        S::store(at(kA21A22) + k, w21 + w22);
-        S::store(at(kA11A12) + k, w11 + w12);
-        S::store(at(kA21A11) + k, w21 - w11);
-        S::store(at(kA12A22) + k, w12 - w22);
+    if (!strassen) continue;
+    auto sums = [&](int64_t k, auto load, auto store) __attribute__((always_inline)) {
+      auto block = [&](int inner) __attribute__((always_inline)) {
+        auto w = load(a[0][inner] + k);
+        if (Terms == 2) w = w + sign * load(a[1][inner] + k);
+        return w;
+      };
+      const auto w11 = block(0), w12 = block(1), w21 = block(2), w22 = block(3);
+      if (Terms == 2) {
+        store(at(kA11) + k, w11);
+        store(at(kA22) + k, w22);
       }
-      for (; k < kc; ++k) {
-        at(kA11A22)[k] = a11[k] + a22[k];
-        at(kA21A22)[k] = a21[k] + a22[k];
-        at(kA11A12)[k] = a11[k] + a12[k];
-        at(kA21A11)[k] = a21[k] - a11[k];
-        at(kA12A22)[k] = a12[k] - a22[k];
-      }
+      store(at(kA11A22) + k, w11 + w22);
+      store(at(kA21A22) + k, w21 + w22);
+      store(at(kA11A12) + k, w11 + w12);
+      store(at(kA21A11) + k, w21 - w11);
+      store(at(kA12A22) + k, w12 - w22);
+    };
+    int64_t k = 0;
+    for (; k + kLanes <= kc; k += kLanes) {
+      sums(k, [](const float* f) { return S::load(f); },
+           [](float* f, Float v) { S::store(f, v); });
+    }
+    for (; k < kc; ++k) {
+      sums(k, [](const float* f) { return *f; }, [](float* f, float v) { *f = v; });
     }
   }
 }
@@ -216,23 +304,49 @@ CMF_INLINE Pair pair_at(const float* panel, int64_t stride, int64_t kc) {
   return {panel, panel + stride, panel + kc * kPanel, panel + stride + kc * kPanel};
 }
 
-// To `to`, and from one kind of sum to the next `step` floats further.
-void pair_sums(const Pair& b, int64_t kc, int64_t step, float* to) {
+// The pair that is block `block` of the outer level of a set of 2 * Q panels.
+template <int Q>
+CMF_INLINE Pair outer_pair(const Pointwise& p, const Chunk& t, int64_t set, int block) {
+  const int64_t row = block / Q, column = block % Q;
+  return pair_at(p.panels + (set + 2 * column) * p.panel_stride + (t.k0 + 2 * row * t.kc) * kPanel,
+                 p.panel_stride, t.kc);
+}
+
+// The sums of a pair, or of b + sign * c, to `to`, and from one kind of sum to the next `step` floats
+// further.
+template <int Terms>
+CMF_INLINE void pair_sums(const Pair& b, const Pair& c, float sign, int64_t kc, int64_t step,
+                          float* to) {
   const int64_t count = kc * kPanel;
   for (int64_t i = 0; i < count; i += kLanes) {
-    const Float b11 = S::load(b.b11 + i), b12 = S::load(b.b12 + i);
-    const Float b21 = S::load(b.b21 + i), b22 = S::load(b.b22 + i);
+    auto block = [&](const float* one, const float* two) __attribute__((always_inline)) {
+      Float v = S::load(one + i);
+      if (Terms == 2) v = v + sign * S::load(two + i);
+      return v;
+    };
+    const Float b11 = block(b.b11, c.b11), b12 = block(b.b12, c.b12);
+    const Float b21 = block(b.b21, c.b21), b22 = block(b.b22, c.b22);
     S::store(to + kB11B22 * step + i, b11 + b22);
     S::store(to + kB12B22 * step + i, b12 - b22);
     S::store(to + kB21B11 * step + i, b21 - b11);
     S::store(to + kB11B12 * step + i, b11 + b12);
     S::store(to + kB21B22 * step + i, b21 + b22);
+    if (Terms == 2) {
+      S::store(to + kB11 * step + i, b11);
+      S::store(to + kB22 * step + i, b22);
+    }
   }
 }
 
-// The results of a pair's two panels, [2 M][kPanel] each, from its products.
+// Two panels' results, [2 M][kPanel] each, that the products of a pair are added to.
+struct Place {
+  float *left, *right;
+  float sign;
+  bool store;  // in the place of what is there
+};
+
 template <int M>
-CMF_INLINE void combine(const float* products, bool add, float* left, float* right) {
+CMF_INLINE void combine(const float* products, const Place* places, int count) {
   constexpr int kSize = M * kPanel;
   for (int i = 0; i < kSize; i += kLanes) {
     Float p[kProducts];
@@ -240,18 +354,24 @@ CMF_INLINE void combine(const float* products, bool add, float* left, float* rig
       constexpr int I = decltype(n)::value;
       p[I] = S::load(products + I * kSize + i);
     });
-    Float c11 = (p[0] - p[4]) + (p[3] + p[6]), c12 = p[2] + p[4];
-    Float c21 = p[1] + p[3], c22 = (p[0] - p[1]) + (p[2] + p[5]);
-    if (add) {
-      c11 += S::load(left + i);
-      c12 += S::load(right + i);
-      c21 += S::load(left + kSize + i);
-      c22 += S::load(right + kSize + i);
+    const Float c11 = (p[0] - p[4]) + (p[3] + p[6]), c12 = p[2] + p[4];
+    const Float c21 = p[1] + p[3], c22 = (p[0] - p[1]) + (p[2] + p[5]);
+    for (int n = 0; n < count; ++n) {
+      float* left = places[n].left + i;
+      float* right = places[n].right + i;
+      if (places[n].store) {
+        S::store(left, c11);
+        S::store(right, c12);
+        S::store(left + kSize, c21);
+        S::store(right + kSize, c22);
+      } else {
+        const float sign = places[n].sign;
+        S::store(left, sign * c11 + S::load(left));
+        S::store(right, sign * c12 + S::load(right));
+        S::store(left + kSize, sign * c21 + S::load(left + kSize));
+        S::store(right + kSize, sign * c22 + S::load(right + kSize));
+      }
     }
-    S::store(left + i, c11);
-    S::store(right + i, c12);
-    S::store(left + kSize + i, c21);
-    S::store(right + kSize + i, c22);
   }
 }
 
@@ -296,147 +416,279 @@ CMF_INLINE void finish_panel(const Pointwise& p, const Vectors& v, int64_t first
   });
 }
 
-// `count` groups of output channels from `first` on, for one chunk.
-template <int M>
-__attribute__((noinline)) void band(const Pointwise& p, const Chunk& t, int64_t first,
-                                    int64_t count, const Scratch& scratch, float* results,
-                                    Ahead ahead) {
-  constexpr int64_t kOperand = M * kHalf, kResult = int64_t{2} * M * kPanel;
-  constexpr int64_t kProduct = M * kPanel, kGroupProducts = kPanels / 2 * kProducts * kProduct;
-  const float* panels = p.panels + t.k0 * kPanel;
-  const int64_t pairs = t.strassen ? t.panels / 2 : 0;
-  const bool direct = 2 * pairs < t.panels;
-  for (int64_t g = 0; g < count; ++g) {
-    pack_operands<M>(p, t, first + g * (2 * M), pairs > 0, direct,
-                     scratch.operands + g * (kOperands * kOperand));
-  }
-  // What comes from L3 or memory is asked for while this band multiplies: the next band's weights,
-  // and for the end of this function the sums of the earlier chunks.
-  const int64_t turns = count * (kProducts * pairs + 4 * (t.panels - 2 * pairs));
-  const int64_t share = ahead.share(turns);
-  Ahead own = {};
-  if (!t.first) own = {results, kGroupFloats, count, t.panels * kResult / 16, 0};
-  const int64_t own_share = own.share(turns);
+// The results of a band's groups for the sets of panels that one target of the outer level covers.
+template <int M, int Q>
+struct Results {
+  static constexpr int64_t kPanelFloats = int64_t{2} * M * kPanel;
+  float* first;  // of the band
+  const Panels& panels;
 
-  if (pairs > 0) {
-    const int64_t sum = t.kc * kPanel, kind = kPanels / 2 * sum;
-    // The right-hand factor of a product for a pair.
+  CMF_INLINE float* at(int64_t group, int block, int64_t set) const {
+    return first + (group * Q + block / Q) * kGroupFloats +
+           (panels.set[set] + 2 * (block % Q)) * kPanelFloats;
+  }
+};
+
+// `count` groups of output channels from `first` on, for one chunk and one product of the outer level.
+template <int M, int Q>
+__attribute__((noinline)) void band(const Pointwise& p, const Chunk& t, const Panels& panels,
+                                    int64_t pixel, int64_t first, int64_t count, int64_t end,
+                                    const Scratch& scratch, float* band_results,
+                                    const WeightRows& next_weights) {
+  constexpr int64_t kRow = row_stride(Q), kOperand = M * kRow, kResult = int64_t{2} * M * kPanel;
+  constexpr int64_t kProduct = M * kPanel;
+  constexpr int64_t kGroupProducts = Scratch::kPairs * kProducts * kProduct;
+  constexpr int64_t kGroupRows = int64_t{2} * M * Q;
+  const bool strassen = panels.sets > 0, direct = panels.singles > 0;
+  for (int64_t g = 0; g < count; ++g) {
+    float* operands = scratch.operands + g * (kOperands * kOperand);
+    if (t.outer.a_sign == 0.0f) {
+      pack_operands<M, Q, 1>(p, t, first + g * kGroupRows, strassen, direct, operands);
+    } else {
+      pack_operands<M, Q, 2>(p, t, first + g * kGroupRows, strassen, direct, operands);
+    }
+  }
+  const Results<M, Q> results = {band_results, panels};
+  const int targets = t.outer.c[1].sign == 0.0f ? 1 : 2;
+  auto stored = [&](const Target& c) { return t.first && c.first; };
+
+  // What comes from L3 or memory is asked for while this band multiplies: the sums that are there
+  // already, for the end of this function, and the next band's weights.
+  const int64_t group_sets = panels.sets * count;
+  const int64_t sums_ahead[2] = {stored(t.outer.c[0]) ? 0 : group_sets,
+                                 targets == 1 || stored(t.outer.c[1]) ? 0 : group_sets};
+  int64_t asked = 0;
+  auto ahead = [&](const float* nothing) {
+    int64_t i = asked++;
+    for (int n = 0; n < 2; i -= sums_ahead[n++]) {
+      if (i < sums_ahead[n]) {
+        return static_cast<const float*>(
+            results.at(i / panels.sets, t.outer.c[n].block, i % panels.sets));
+      }
+    }
+    return i < next_weights.count() ? next_weights(i) : nothing;
+  };
+
+  if (strassen) {
+    const int64_t sum = t.kc * kPanel, kind = Scratch::kPairs * sum;
+    // The right-hand factor of a product for a set.
     auto factor = [&](int product, int64_t i) {
-      const Pair b = pair_at(panels + 2 * i * p.panel_stride, p.panel_stride, t.kc);
       const float* sums = scratch.sums + i * sum;
-      const float* const all[kProducts] = {sums + kB11B22 * kind, b.b11, sums + kB12B22 * kind,
-                                           sums + kB21B11 * kind, b.b22, sums + kB11B12 * kind,
+      const bool sums_only = t.outer.b_sign != 0.0f;
+      const Pair b = outer_pair<Q>(p, t, panels.set[i], t.outer.b[0]);
+      const float* const all[kProducts] = {sums + kB11B22 * kind,
+                                           sums_only ? sums + kB11 * kind : b.b11,
+                                           sums + kB12B22 * kind,
+                                           sums + kB21B11 * kind,
+                                           sums_only ? sums + kB22 * kind : b.b22,
+                                           sums + kB11B12 * kind,
                                            sums + kB21B22 * kind};
+      // In the order of the products: P1 takes B11, P4 takes B22.
       return all[product];
     };
     const float* b = factor(0, 0);
     for (int product = 0; product < kProducts; ++product) {
-      for (int64_t i = 0; i < pairs; ++i) {
-        const float* next = i + 1 < pairs                 ? factor(product, i + 1)
+      for (int64_t i = 0; i < panels.sets; ++i) {
+        const float* next = i + 1 < panels.sets       ? factor(product, i + 1)
                             : product + 1 < kProducts ? factor(product + 1, 0)
                                                       : factor(0, 0);
         for (int64_t g = 0; g < count; ++g) {
-          ahead.some(share);
-          own.some(own_share);
-          multiply<M>(
-              b, scratch.operands + (g * kOperands + product) * kOperand, t.kc,
-              g + 1 == count ? next : b, false,
+          const float* a = scratch.operands + (g * kOperands + product) * kOperand;
+          multiply<M, kRow>(
+              b, a, t.kc, g + 1 == count ? next : b, ahead(a), false,
               scratch.products + g * kGroupProducts + (i * kProducts + product) * kProduct);
         }
         b = next;
       }
     }
     for (int64_t g = 0; g < count; ++g) {
-      for (int64_t i = 0; i < pairs; ++i) {
-        float* left = results + g * kGroupFloats + 2 * i * kResult;
-        combine<M>(scratch.products + g * kGroupProducts + i * (kProducts * kProduct), !t.first,
-                   left, left + kResult);
+      for (int64_t i = 0; i < panels.sets; ++i) {
+        Place places[2];
+        for (int n = 0; n < targets; ++n) {
+          const Target& c = t.outer.c[n];
+          float* left = results.at(g, c.block, i);
+          places[n] = {left, left + kResult, c.sign, stored(c)};
+        }
+        combine<M>(scratch.products + g * kGroupProducts + i * (kProducts * kProduct), places,
+                   targets);
       }
     }
   }
-  for (int64_t i = 2 * pairs; i < t.panels; ++i) {
-    const float* b1 = panels + i * p.panel_stride;
-    const float* b2 = b1 + t.kc * kPanel;
-    const float* next = i + 1 < t.panels ? b1 + p.panel_stride : b1;
-    auto half = [&](const float* b, Operand top, Operand bottom, int64_t kc, const float* then,
-                    bool add) {
-      for (int64_t g = 0; g < count; ++g) {
-        ahead.some(2 * share);
-        own.some(2 * own_share);
-        const float* a = scratch.operands + g * (kOperands * kOperand);
-        float* out = results + g * kGroupFloats + i * kResult;
-        multiply<M>(b, a + top * kOperand, kc, b, add, out);
-        multiply<M>(b, a + bottom * kOperand, kc, then, add, out + kProduct);
-      }
-    };
-    half(b1, kA11, kA21, t.kc, b2, !t.first);
-    half(b2, kA12, kA22, t.rest, next, true);
+  if constexpr (Q == 1) {
+    for (int64_t i = 0; i < panels.singles; ++i) {
+      auto panel = [&](int64_t n) {
+        return p.panels + panels.single[n] * p.panel_stride + t.k0 * kPanel;
+      };
+      const float* b1 = panel(i);
+      const float* b2 = b1 + t.kc * kPanel;
+      const float* next = i + 1 < panels.singles ? panel(i + 1) : b1;
+      auto half = [&](const float* b, Operand top, Operand bottom, int64_t kc, const float* then,
+                      bool add) {
+        for (int64_t g = 0; g < count; ++g) {
+          const float* a = scratch.operands + g * (kOperands * kOperand);
+          float* out = band_results + g * kGroupFloats + panels.single[i] * kResult;
+          multiply<M, kRow>(b, a + top * kOperand, kc, b, ahead(a), add, out);
+          multiply<M, kRow>(b, a + bottom * kOperand, kc, then, ahead(a), add, out + kProduct);
+        }
+      };
+      half(b1, kA11, kA21, t.kc, b2, !t.first);
+      half(b2, kA12, kA22, t.rest, next, true);
+    }
   }
   if (!t.last) return;
 
-  for (int64_t g = 0; g < count; ++g) {
-    const int64_t channel = first + g * (2 * M), rows = min(2 * M, p.c_out - channel);
+  for (int64_t g = 0; g < count * Q; ++g) {
+    const int64_t channel = first + g * (2 * M), rows = min(2 * M, end - channel);
+    if (rows <= 0) break;
     Vectors v = {};
     for (int64_t m = 0; m < rows; ++m) {
       v.bias[m] = p.bias != nullptr ? p.bias[channel + m] : 0.0f;
       v.scale[m] = p.scale[channel + m];
       v.shift[m] = p.shift[channel + m];
     }
-    for (int64_t i = 0; i < t.panels; ++i) {
-      finish_panel(p, v, channel, rows, t.pixel + i * kPanel,
-                   results + g * kGroupFloats + i * kResult);
+    auto finish = [&](int64_t panel) {
+      finish_panel(p, v, channel, rows, pixel + panel * kPanel,
+                   band_results + g * kGroupFloats + panel * kResult);
+    };
+    for (int64_t i = 0; i < panels.sets; ++i) {
+      for (int64_t n = 0; n < 2 * Q; ++n) finish(panels.set[i] + n);
+    }
+    for (int64_t i = 0; i < panels.singles; ++i) finish(panels.single[i]);
+  }
+}
+
+// Output channels [begin, end) of some panels of a tile.
+template <int Q>
+void product(const Pointwise& p, const Panels& panels, int64_t pixel, int64_t begin, int64_t end,
+             const Scratch& scratch) {
+  constexpr int64_t kGroupRows = int64_t{2} * kRows * Q;
+  const int64_t length = chunk_length<Q>(p.c_in);
+  const Outer* const outers = Q == 2 ? kTwoLevels : kOneLevel;
+  constexpr int kOuters = Q == 2 ? 7 : 1;
+  // Whole groups in bands; a last group that is not whole is a band by itself.
+  auto band_groups = [&](int64_t first) { return min(kBand, max((end - first) / kGroupRows, 1)); };
+  for (int64_t k0 = 0; k0 < p.c_in; k0 += length) {
+    Chunk t;
+    const int64_t block = min(length, p.c_in - k0) / Q;
+    t.k0 = k0;
+    t.rest = block / 2;
+    t.kc = block - t.rest;
+    t.first = k0 == 0;
+    auto weight_rows = [&](const Chunk& chunk, int64_t first) {
+      WeightRows rows;
+      rows.terms = chunk.outer.a_sign == 0.0f ? 1 : 2;
+      for (int n = 0; n < rows.terms; ++n) {
+        const int row = chunk.outer.a[n] / Q, column = chunk.outer.a[n] % Q;
+        rows.first[n] = p.weight + (first + 2 * kRows * row) * p.c_in + k0 + 2 * column * t.kc;
+      }
+      rows.stride = p.c_in;
+      rows.rows = 2 * kRows;
+      rows.group_rows = kGroupRows;
+      // The last group is not asked for: it may be smaller than its rows say.
+      rows.groups = first + kGroupRows <= end ? band_groups(first) : 0;
+      return rows;
+    };
+    for (int o = 0; o < kOuters; ++o) {
+      t.outer = outers[o];
+      t.last = k0 + length >= p.c_in && o + 1 == kOuters;
+      const int64_t kind = Scratch::kPairs * t.kc * kPanel;
+      for (int64_t i = 0; i < panels.sets; ++i) {
+        const Pair b = outer_pair<Q>(p, t, panels.set[i], t.outer.b[0]);
+        const Pair c = outer_pair<Q>(p, t, panels.set[i], t.outer.b[1]);
+        float* to = scratch.sums + i * t.kc * kPanel;
+        if (t.outer.b_sign == 0.0f) {
+          pair_sums<1>(b, c, 0.0f, t.kc, kind, to);
+        } else {
+          pair_sums<2>(b, c, t.outer.b_sign, t.kc, kind, to);
+        }
+      }
+      for (int64_t first = begin; first < end;) {
+        const int64_t count = band_groups(first), rows = min(kGroupRows, end - first);
+        float* results = scratch.results;
+        if (kOuters > 1 || length < p.c_in) {
+          results += (first - begin) / (2 * kRows) * kGroupFloats;
+        }
+        const int64_t next = first + count * kGroupRows;
+        Chunk then = t;
+        if (next >= end && o + 1 < kOuters) then.outer = outers[o + 1];
+        const bool more = next < end || o + 1 < kOuters;
+        const WeightRows ahead = weight_rows(then, more ? (next < end ? next : begin) : end);
+        auto run = [&](auto m) {
+          band<decltype(m)::value, Q>(p, t, panels, pixel, first, count, end, scratch, results,
+                                      ahead);
+        };
+        switch (ceil_div(rows, 2 * Q * kRowStep)) {
+          case 3: run(Index<kRows>{}); break;
+          case 2: run(Index<2 * kRowStep>{}); break;
+          default: run(Index<kRowStep>{}); break;
+        }
+        first = next;
+      }
     }
   }
+}
+
+// Whether all values of a panel are finite.
+bool finite(const float* panel, int64_t c_in) {
+  Float sums[4] = {};
+  int64_t i = 0;
+  const int64_t count = c_in * kPanel;
+  // 0 * NaN and 0 * infinity are NaN, and stay it.
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+    static_for<4>([&](auto n) __attribute__((always_inline)) {
+      constexpr int I = decltype(n)::value;
+      sums[I] += 0.0f * S::load(panel + i + I * kLanes);
+    });
+  }
+  for (; i < count; i += kLanes) sums[0] += 0.0f * S::load(panel + i);
+  const Float sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  for (int lane = 0; lane < kLanes; ++lane) {
+    if (!(sum[lane] == 0.0f)) return false;
+  }
+  return true;
 }
 
 void run(const Pointwise& p, int64_t pixel_begin, int64_t pixel_end, int64_t group_begin,
          int64_t group_end, float* memory) {
   const Scratch scratch(memory);
-  const int64_t length = chunk_length(p.c_in);
-  Chunk t;
-  t.pixel = pixel_begin;
-  t.panels = ceil_div(pixel_end - pixel_begin, kPanel);
-  t.strassen = p.strassen && strassen_pays(p.c_in, p.c_out, p.plane);
-  for (t.k0 = 0; t.k0 < p.c_in; t.k0 += length) {
-    t.rest = min(length, p.c_in - t.k0) / 2;
-    t.kc = min(length, p.c_in - t.k0) - t.rest;
-    t.first = t.k0 == 0;
-    t.last = t.k0 + length >= p.c_in;
-    if (t.strassen) {
-      const float* panels = p.panels + t.k0 * kPanel;
-      for (int64_t i = 0; i + 1 < t.panels; i += 2) {
-        pair_sums(pair_at(panels + i * p.panel_stride, p.panel_stride, t.kc), t.kc,
-                  kPanels / 2 * t.kc * kPanel, scratch.sums + i / 2 * t.kc * kPanel);
-      }
+  const int64_t count = ceil_div(pixel_end - pixel_begin, kPanel);
+  const int64_t begin = group_begin * (4 * kRows), end = min(group_end * (4 * kRows), p.c_out);
+  const int levels = min(p.strassen_levels, strassen_levels(p.c_in, p.c_out, p.plane));
+  bool clean[kPanels], done[kPanels];
+  for (int64_t i = 0; i < count; ++i) {
+    clean[i] = levels > 0 && finite(p.panels + i * p.panel_stride, p.c_in);
+    done[i] = false;
+  }
+  // Sets of `size` neighbours that are clean and not done, from [from, to).
+  auto take = [&](int64_t size, int64_t from, int64_t to, Panels& panels) {
+    for (int64_t i = from; i + size <= to; i += size) {
+      bool good = true;
+      for (int64_t n = 0; n < size; ++n) good = good && clean[i + n] && !done[i + n];
+      if (!good) continue;
+      for (int64_t n = 0; n < size; ++n) done[i + n] = true;
+      panels.set[panels.sets++] = i;
     }
-    for (int64_t g = group_begin; g < group_end;) {
-      const int64_t first = g * (2 * kRows);
-      // A last group that is not whole is a band by itself.
-      const int64_t whole = (p.c_out - first) / (2 * kRows);
-      const int64_t count = whole > 0 ? min(min(kBand, whole), group_end - g) : 1;
-      float* results = scratch.results;
-      if (length < p.c_in) results += (g - group_begin) * kGroupFloats;
-      Ahead ahead = {};
-      if (g + count < group_end) {
-        const int64_t next = first + count * (2 * kRows);
-        ahead = {p.weight + next * p.c_in + t.k0, p.c_in,
-                 min(kBand * 2 * kRows, p.c_out - next), ceil_div(t.kc + t.rest, 16), 0};
-      }
-      const int64_t rows = min(2 * kRows, p.c_out - first);
-      switch (ceil_div(rows, 2 * kRowStep)) {
-        case 3: band<kRows>(p, t, first, count, scratch, results, ahead); break;
-        case 2: band<2 * kRowStep>(p, t, first, count, scratch, results, ahead); break;
-        default: band<kRowStep>(p, t, first, count, scratch, results, ahead); break;
-      }
-      g += count;
+  };
+  if (levels == 2) {
+    Panels quads;
+    take(4, 0, count, quads);
+    if (quads.sets > 0) product<2>(p, quads, pixel_begin, begin, end, scratch);
+  }
+  for (int64_t from = 0; from < count; from += kSinglePanels) {
+    const int64_t to = min(from + kSinglePanels, count);
+    Panels rest;
+    if (levels > 0) take(2, from, to, rest);
+    for (int64_t i = from; i < to; ++i) {
+      if (!done[i]) rest.single[rest.singles++] = i;
     }
+    if (rest.sets + rest.singles > 0) product<1>(p, rest, pixel_begin, begin, end, scratch);
   }
 }
 
 }  // namespace
 
 extern const PointwiseKernels pointwise_kernels;
-const PointwiseKernels pointwise_kernels = {kPanel,         kTile, 2 * kRows, strassen_pays,
+const PointwiseKernels pointwise_kernels = {kPanel,         kTile, 4 * kRows, strassen_levels,
                                             scratch_floats, run};
 
 }  // namespace convmixer_fast::CONVMIXER_FAST_ISA

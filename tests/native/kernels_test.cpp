@@ -10,6 +10,7 @@
 // activations (activation.h). An activation's slope is at most 1.5 (hardswish).
 #include <algorithm>
 #include <array>
+#include <limits>
 #include <numeric>
 
 #include "cpu/channel_mix.h"
@@ -313,16 +314,29 @@ void test_epilogue(Random& random, const std::vector<std::string>& isas) {
 }
 
 // Where Strassen's algorithm is taken, and in the directly multiplied rest of such problems.
-int64_t strassen_channels(Random& random) { return 2 * random.integer(128, 400); }
+int64_t strassen_channels(Random& random) {
+  return random.chance(50) ? 4 * random.integer(128, 200) : 2 * random.integer(128, 400);
+}
 
 void test_pointwise(Random& random, const std::vector<std::string>& isas) {
   // Now and then longer than the pieces that the kernel cuts a sum into.
   int64_t c_in = random_channels(random);
   if (random.chance(50)) c_in = random.chance(80) ? strassen_channels(random) : random.integer(500, 1100);
-  const int64_t c_out = random_channels(random);
-  const int64_t plane = random.integer(1, random.chance(50) ? 12 : 400);
+  // Two levels of Strassen's algorithm need groups of 24 channels, or of 48.
+  int64_t c_out = random_channels(random);
+  if (c_in > 500 && random.chance(60)) c_out = random.integer(20, 110);
+  int64_t plane = random.integer(1, random.chance(50) ? 12 : 400);
+  if (random.chance(10)) plane = random.integer(500, 800);
+  plane = std::max<int64_t>(1, std::min(plane, 20000000 / (c_in * c_out)));
   const Activation act = random.activation();
-  const Floats y = normals(random, c_in * plane);  // [c_in][pixel]
+  Floats y = normals(random, c_in * plane);  // [c_in][pixel]
+  // Values that are not finite stay in their pixels.
+  const int64_t bad = random.chance(25) ? random.integer(1, 3) : 0;
+  for (int64_t i = 0; i < bad; ++i) {
+    const float inf = std::numeric_limits<float>::infinity();
+    y[random.integer(0, c_in * plane - 1)] =
+        random.chance(50) ? std::numeric_limits<float>::quiet_NaN() : random.chance(50) ? inf : -inf;
+  }
   const Floats weight =
       normals(random, c_out * c_in, 1.0f / std::sqrt(static_cast<float>(c_in)));
   const Floats bias = random.chance(80) ? normals(random, c_out) : Floats{};
@@ -358,7 +372,7 @@ void test_pointwise(Random& random, const std::vector<std::string>& isas) {
       }
     }
     const int64_t groups = (c_out + kernels.row_groups - 1) / kernels.row_groups;
-    for (bool strassen : {false, true}) {
+    for (int levels : {0, 1, 2}) {
       Floats first;
       // All groups of a tile together, then each by itself.
       for (int64_t groups_each : {groups, int64_t{1}}) {
@@ -374,7 +388,7 @@ void test_pointwise(Random& random, const std::vector<std::string>& isas) {
         p.c_out = c_out;
         p.plane = plane;
         p.act = act;
-        p.strassen = strassen;
+        p.strassen_levels = levels;
         for (int64_t at = 0; at < plane; at += kernels.tile) {
           p.panels = panel + at / kernels.panel * stride;
           for (int64_t group = 0; group < groups; group += groups_each) {
@@ -382,7 +396,7 @@ void test_pointwise(Random& random, const std::vector<std::string>& isas) {
                         std::min(group + groups_each, groups), scratch.get());
           }
         }
-        const std::string where = problem + " isa=" + isa + (strassen ? " strassen" : "");
+        const std::string where = problem + " isa=" + isa + text(" levels=", levels);
         if (!first.empty()) {
           require_same(z, first, where, "another cut");
           continue;
@@ -447,7 +461,7 @@ void test_channel_mix(Random& random, const std::vector<std::string>& isas) {
       m.scale = scale.data();
       m.shift = shift.data();
       m.act = act;
-      m.strassen = true;
+      m.strassen_levels = 2;
       cmf::channel_mix(m, threads);
       if (threads > 1) {
         require_same(z, first, problem + " isa=" + isa, text(threads, " threads"));
@@ -536,7 +550,7 @@ void test_mixer(Random& random, const std::vector<std::string>& isas) {
       stack.k = k;
       stack.blocks = addresses.data() + first_block;
       stack.weights = weights.data() + first_block;
-      stack.strassen = true;
+      stack.strassen_levels = 2;
       stack.depth = count;
       stack.act = act;
       for (int64_t i = 0; i < n; i += images) {

@@ -177,7 +177,7 @@ struct Problem {
     stack.k = k;
     stack.blocks = blocks.data();
     stack.weights = weights.data();
-    stack.strassen = true;
+    stack.strassen_levels = 2;
     stack.depth = depth;
     stack.act = act;
     cmf::mixer_stack(stack, 0, n, threads);
