@@ -228,10 +228,11 @@ void mixer_stack(std::uintptr_t x, std::uintptr_t z, const Four& shape, std::int
   stack.depth = static_cast<std::int64_t>(blocks.size());
   stack.act = static_cast<cmf::Activation>(act);
   // As many images at a time as keep all threads busy, so that Ctrl-C is heard between them.
-  const double work = 1.0 * c * h * w * (c + k * k) * stack.depth;
+  const std::int64_t together = cmf::mixer_images(h, w);
+  const double work = 1.0 * together * c * h * w * (c + k * k) * stack.depth;
   const std::int64_t rounds = 1 + static_cast<std::int64_t>(kInterruptMultiplyAdds / work);
   for (std::int64_t begin = 0; begin < n;) {
-    const std::int64_t end = std::min(n, begin + rounds * threads);
+    const std::int64_t end = std::min(n, begin + rounds * threads * together);
     {
       const py::gil_scoped_release release;
       cmf::mixer_stack(stack, begin, end, threads);

@@ -143,8 +143,8 @@ def test_wide_blocks_with_and_without_strassen(isa, dim, strassen, monkeypatch):
 
 
 def test_strassen_is_the_default_and_can_be_switched_off(monkeypatch):
-    _, ours = pair(512, 1, 3)
-    x = torch.randn(1, 512, 16, 16)
+    _, ours = pair(640, 1, 3)
+    x = torch.randn(1, 640, 16, 16)
     results = {}
     with torch.no_grad():
         for value in (None, "0", "1", "2"):
@@ -158,10 +158,13 @@ def test_strassen_is_the_default_and_can_be_switched_off(monkeypatch):
         torch.testing.assert_close(results[one], results[other], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dim", [300, 512])
-def test_bits_with_strassen_do_not_depend_on_threads_or_batch(isa, dim):
+# Maps of more than half a tile, and maps that share one: whole sets of panels, or the rest of one.
+@pytest.mark.parametrize("shape", [(3, 19, 17), (7, 8, 8), (11, 3, 7)])
+@pytest.mark.parametrize("dim", [300, 640])
+def test_bits_with_strassen_do_not_depend_on_threads_or_batch(isa, dim, shape):
     _, ours = pair(dim, 2, 5)
-    x = torch.randn(3, dim, 19, 17)
+    batch, height, width = shape
+    x = torch.randn(batch, dim, height, width)
     before = torch.get_num_threads()
     results = []
     try:
@@ -257,8 +260,8 @@ def test_nan_stays_in_its_image_and_reaches_its_neighbourhood():
 @pytest.mark.parametrize("strassen", ["0", "1", "2"])
 def test_what_is_not_finite_stays_under_its_kernel_in_wide_blocks(strassen, value, monkeypatch):
     monkeypatch.setenv("CONVMIXER_FAST_STRASSEN", strassen)
-    plain, ours = pair(512, 1, 3)
-    x = torch.randn(3, 512, 12, 12)
+    plain, ours = pair(640, 1, 3)
+    x = torch.randn(3, 640, 12, 12)
     x[1, 2, 4, 4] = value
     with torch.no_grad():
         out, expected = ours(x), plain(x)

@@ -1,5 +1,6 @@
 #include "mixer.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <vector>
@@ -60,6 +61,7 @@ class Plan {
     groups_ = ceil_div(stack.c, pointwise_.row_groups);
   }
 
+  // Of one image.
   int64_t panels_floats() const { return ceil_div(plane_, pointwise_.panel) * panel_stride_; }
 
   Scratch scratch() const {
@@ -84,17 +86,18 @@ class Plan {
   int64_t tiles() const { return ceil_div(plane_, pointwise_.tile); }
   int64_t groups() const { return groups_; }
 
-  void channels(int64_t b, const float* panels, float* image, int64_t tile, int64_t group_begin,
-                int64_t group_end, const Scratch& scratch) const {
+  void channels(int64_t b, const float* panels, int64_t images, float* first, int64_t tile,
+                int64_t group_begin, int64_t group_end, const Scratch& scratch) const {
     const float* block = s_.blocks[b];
     Pointwise p;
     p.panels = panels + tile * pointwise_.tile / pointwise_.panel * panel_stride_;
     p.panel_stride = panel_stride_;
+    p.images = images;
     p.weight = s_.weights[b];
     p.bias = block + offsets_.bias2;
     p.scale = block + offsets_.scale2;
     p.shift = block + offsets_.shift2;
-    p.z = image;
+    p.z = first;
     p.c_in = p.c_out = s_.c;
     p.plane = plane_;
     p.act = s_.act;
@@ -104,13 +107,18 @@ class Plan {
     pointwise_.run(p, begin, end, group_begin, group_end, scratch.kernel);
   }
 
-  // One image through all blocks, on the calling thread.
-  void whole_image(int64_t image, const Scratch& scratch, float* panels) const {
-    const float* in = s_.x + image * s_.c * plane_;
-    float* out = s_.z + image * s_.c * plane_;
+  // Images [begin, begin + count) through all blocks, on the calling thread.
+  void whole_images(int64_t begin, int64_t count, const Scratch& scratch, float* panels) const {
+    const int64_t map = s_.c * plane_;
+    const float* in = s_.x + begin * map;
+    float* out = s_.z + begin * map;
     for (int64_t b = 0; b < s_.depth; ++b, in = out) {
-      spatial(s_.blocks[b], in, 0, s_.c, scratch, panels);
-      for (int64_t t = 0; t < tiles(); ++t) channels(b, panels, out, t, 0, groups_, scratch);
+      for (int64_t i = 0; i < count; ++i) {
+        spatial(s_.blocks[b], in + i * map, 0, s_.c, scratch, panels + i * panels_floats());
+      }
+      for (int64_t t = 0; t < tiles(); ++t) {
+        channels(b, panels, count, out, t, 0, groups_, scratch);
+      }
     }
   }
 
@@ -136,7 +144,7 @@ class Plan {
         for (Range r; share.next(r);) {
           for (int64_t i = r.begin; i < r.end; ++i) {
             const int64_t cut = i % cuts;
-            channels(b, panels, out, i / cuts, groups_ * cut / cuts, groups_ * (cut + 1) / cuts,
+            channels(b, panels, 1, out, i / cuts, groups_ * cut / cuts, groups_ * (cut + 1) / cuts,
                      mine);
           }
         }
@@ -193,29 +201,37 @@ void mixer_pack(const MixerBlock& block, int64_t c, int64_t k, float* packed) {
   vector(block.shift2, at.shift2, c);
 }
 
+int64_t mixer_images(int64_t h, int64_t w) {
+  const PointwiseKernels& pointwise = active_isa().pointwise;
+  const int64_t padded = ceil_div(h * w, pointwise.panel) * pointwise.panel;
+  return padded == 0 || padded > pointwise.tile ? 1 : pointwise.tile / padded;
+}
+
 void mixer_stack(const MixerStack& stack, int64_t begin, int64_t end, int threads) {
   if (begin >= end || stack.c == 0 || stack.h == 0 || stack.w == 0) return;
   const Plan plan(stack);
-  const int64_t images = end - begin;
-  const int64_t alone = threads > 1 ? images / threads * threads : images;
-  if (alone > 0) {
-    parallel_for(alone, threads, [&](Share& share) {
+  const int64_t most = mixer_images(stack.h, stack.w);
+  // As long as there is one for each thread: as many images as fit into a tile, which share the work
+  // on the weights.
+  while (end - begin >= threads) {
+    const int64_t together = std::min(most, (end - begin) / threads);
+    const int64_t items = (end - begin) / together / threads * threads;
+    parallel_for(items, threads, [&](Share& share) {
       const Scratch scratch = plan.scratch();
-      const Floats panels = aligned_floats(plan.panels_floats());
+      const Floats panels = aligned_floats(together * plan.panels_floats());
       for (Range r; share.next(r);) {
         for (int64_t i = r.begin; i < r.end; ++i) {
-          plan.whole_image(begin + i, scratch, panels.get());
+          plan.whole_images(begin + i * together, together, scratch, panels.get());
         }
       }
     });
+    begin += items * together;
   }
-  if (alone < images) {
+  if (begin < end) {
     const Floats panels = aligned_floats(plan.panels_floats());
     std::vector<Scratch> scratches;
     for (int i = 0; i < threads; ++i) scratches.push_back(plan.scratch());
-    for (int64_t i = alone; i < images; ++i) {
-      plan.shared_image(begin + i, threads, scratches, panels.get());
-    }
+    for (; begin < end; ++begin) plan.shared_image(begin, threads, scratches, panels.get());
   }
 }
 

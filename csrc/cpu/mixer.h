@@ -45,9 +45,12 @@ struct MixerStack {
   int strassen_levels;  // of Strassen's algorithm at most (pointwise.h)
 };
 
+// How many images of that size a thread takes together.
+int64_t mixer_images(int64_t h, int64_t w);
+
 // Images [begin, end) on at most `threads` threads; callers cut a large batch to stay
-// interruptible. Throws std::bad_alloc when there is no memory for the panels: one image's map
-// for each thread.
+// interruptible, best into multiples of threads * mixer_images. Throws std::bad_alloc when there is
+// no memory for the panels: the maps of so many images for each thread.
 void mixer_stack(const MixerStack& stack, int64_t begin, int64_t end, int threads);
 
 }  // namespace convmixer_fast

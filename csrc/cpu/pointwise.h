@@ -22,13 +22,14 @@
 namespace convmixer_fast {
 
 struct Pointwise {
-  const float* panels;   // of one image's pixels from pixel_begin on
+  const float* panels;   // of an image's pixels from pixel_begin on
   int64_t panel_stride;  // floats from one panel to the next
+  int64_t images = 1;    // more than one where all of their panels, one after the other, are a tile
   const float* weight;   // [c_out][c_in]
   const float* bias;     // [c_out], or null; scale and shift [c_out]
   const float* scale;
   const float* shift;
-  float* z;              // [c_out][plane]
+  float* z;              // [image][c_out][plane]
   int64_t c_in, c_out;
   int64_t plane;         // pixels of the image
   Activation act;
@@ -47,8 +48,8 @@ struct PointwiseKernels {
   // Scratch of one `run`, in floats; 64-byte aligned.
   int64_t (*scratch_floats)(int64_t c_in, int64_t c_out);
 
-  // Pixels [pixel_begin, pixel_end), at most a tile, of groups [group_begin, group_end);
-  // pixel_begin is a multiple of `tile`. Neither allocates nor throws.
+  // Pixels [pixel_begin, pixel_end) of each image, together at most a tile, of groups
+  // [group_begin, group_end); pixel_begin is a multiple of `tile`. Neither allocates nor throws.
   void (*run)(const Pointwise&, int64_t pixel_begin, int64_t pixel_end, int64_t group_begin,
               int64_t group_end, float* scratch);
 };

@@ -103,7 +103,7 @@ constexpr Outer kTwoLevels[] = {
 // How many levels of Strassen's algorithm are faster than fewer at this size.
 int strassen_levels(int64_t c_in, int64_t c_out, int64_t plane) {
   if (c_in % 2 != 0 || c_in < 256 || c_out < 2 * kRows || plane <= kPanel) return 0;
-  return c_in % 4 != 0 || c_in < 512 || c_out < 4 * kRows || plane <= 3 * kPanel ? 1 : 2;
+  return c_in % 4 != 0 || c_in < 640 || c_out < 4 * kRows || plane <= 3 * kPanel ? 1 : 2;
 }
 
 // The same cut of the input channels for every tile: equal pieces, of 2 * Q halves each where Q is 2.
@@ -220,8 +220,9 @@ CMF_INLINE void multiply(const float* panel, const float* weight, int64_t count,
 }
 
 // Panels of a tile that go through the weights together: sets of 2 * Q neighbours by Strassen's
-// algorithm, single ones directly.
+// algorithm, single ones directly. They are numbered through all images.
 struct Panels {
+  int64_t pixel, per_image;  // where in its image the first one lies; how many each image has
   int64_t sets = 0, singles = 0;
   int64_t set[Scratch::kPairs];  // the first panel of each
   int64_t single[kSinglePanels];
@@ -382,7 +383,7 @@ struct Vectors {
 
 // scale * act(result + bias) + shift of `rows` rows of one panel, into z.
 CMF_INLINE void finish_panel(const Pointwise& p, const Vectors& v, int64_t first, int64_t rows,
-                             int64_t pixel, float* result) {
+                             int64_t image, int64_t pixel, float* result) {
   const int64_t pixels = min(kPanel, p.plane - pixel);
   with_activation(p.act, [&](auto act) __attribute__((always_inline)) {
     constexpr Activation A = static_cast<Activation>(decltype(act)::value);
@@ -401,7 +402,7 @@ CMF_INLINE void finish_panel(const Pointwise& p, const Vectors& v, int64_t first
         const Float scale = S::broadcast(v.scale[m + R]), shift = S::broadcast(v.shift[m + R]);
         const Float z0 = values[2 * R] * scale + shift, z1 = values[2 * R + 1] * scale + shift;
         if (m + R >= rows) return;
-        float* z = p.z + (first + m + R) * p.plane + pixel;
+        float* z = p.z + (image * p.c_out + first + m + R) * p.plane + pixel;
         if (pixels == kPanel) {
           S::store(z, z0);
           S::store(z + kLanes, z1);
@@ -432,7 +433,7 @@ struct Results {
 // `count` groups of output channels from `first` on, for one chunk and one product of the outer level.
 template <int M, int Q>
 __attribute__((noinline)) void band(const Pointwise& p, const Chunk& t, const Panels& panels,
-                                    int64_t pixel, int64_t first, int64_t count, int64_t end,
+                                    int64_t first, int64_t count, int64_t end,
                                     const Scratch& scratch, float* band_results,
                                     const WeightRows& next_weights) {
   constexpr int64_t kRow = row_stride(Q), kOperand = M * kRow, kResult = int64_t{2} * M * kPanel;
@@ -547,7 +548,8 @@ __attribute__((noinline)) void band(const Pointwise& p, const Chunk& t, const Pa
       v.shift[m] = p.shift[channel + m];
     }
     auto finish = [&](int64_t panel) {
-      finish_panel(p, v, channel, rows, pixel + panel * kPanel,
+      finish_panel(p, v, channel, rows, panel / panels.per_image,
+                   panels.pixel + panel % panels.per_image * kPanel,
                    band_results + g * kGroupFloats + panel * kResult);
     };
     for (int64_t i = 0; i < panels.sets; ++i) {
@@ -559,7 +561,7 @@ __attribute__((noinline)) void band(const Pointwise& p, const Chunk& t, const Pa
 
 // Output channels [begin, end) of some panels of a tile.
 template <int Q>
-void product(const Pointwise& p, const Panels& panels, int64_t pixel, int64_t begin, int64_t end,
+void product(const Pointwise& p, const Panels& panels, int64_t begin, int64_t end,
              const Scratch& scratch) {
   constexpr int64_t kGroupRows = int64_t{2} * kRows * Q;
   const int64_t length = chunk_length<Q>(p.c_in);
@@ -614,8 +616,7 @@ void product(const Pointwise& p, const Panels& panels, int64_t pixel, int64_t be
         const bool more = next < end || o + 1 < kOuters;
         const WeightRows ahead = weight_rows(then, more ? (next < end ? next : begin) : end);
         auto run = [&](auto m) {
-          band<decltype(m)::value, Q>(p, t, panels, pixel, first, count, end, scratch, results,
-                                      ahead);
+          band<decltype(m)::value, Q>(p, t, panels, first, count, end, scratch, results, ahead);
         };
         switch (ceil_div(rows, 2 * Q * kRowStep)) {
           case 3: run(Index<kRows>{}); break;
@@ -651,38 +652,51 @@ bool finite(const float* panel, int64_t c_in) {
 void run(const Pointwise& p, int64_t pixel_begin, int64_t pixel_end, int64_t group_begin,
          int64_t group_end, float* memory) {
   const Scratch scratch(memory);
-  const int64_t count = ceil_div(pixel_end - pixel_begin, kPanel);
+  const int64_t count = ceil_div(pixel_end - pixel_begin, kPanel), all = p.images * count;
   const int64_t begin = group_begin * (4 * kRows), end = min(group_end * (4 * kRows), p.c_out);
   const int levels = min(p.strassen_levels, strassen_levels(p.c_in, p.c_out, p.plane));
   bool clean[kPanels], done[kPanels];
-  for (int64_t i = 0; i < count; ++i) {
+  for (int64_t i = 0; i < all; ++i) {
     clean[i] = levels > 0 && finite(p.panels + i * p.panel_stride, p.c_in);
     done[i] = false;
   }
-  // Sets of `size` neighbours that are clean and not done, from [from, to).
-  auto take = [&](int64_t size, int64_t from, int64_t to, Panels& panels) {
-    for (int64_t i = from; i + size <= to; i += size) {
-      bool good = true;
-      for (int64_t n = 0; n < size; ++n) good = good && clean[i + n] && !done[i + n];
-      if (!good) continue;
-      for (int64_t n = 0; n < size; ++n) done[i + n] = true;
-      panels.set[panels.sets++] = i;
+  // An image's panels go the same way whatever else is in the tile. Calls take(i) for sets of `size`
+  // neighbours, of those that a set of that size can begin with, that are clean and not done.
+  auto for_sets = [&](int64_t size, auto take) {
+    for (int64_t first = 0; first < all; first += count) {
+      for (int64_t i = first; i + size <= first + count; i += size) {
+        bool good = true;
+        for (int64_t n = i; n < i + size; ++n) good = good && clean[n] && !done[n];
+        if (!good) continue;
+        for (int64_t n = i; n < i + size; ++n) done[n] = true;
+        take(i);
+      }
     }
   };
+  Panels panels;
+  panels.pixel = pixel_begin;
+  panels.per_image = count;
+  auto multiply_them = [&](auto q) {
+    if (panels.sets + panels.singles == 0) return;
+    product<decltype(q)::value>(p, panels, begin, end, scratch);
+    panels.sets = panels.singles = 0;
+  };
   if (levels == 2) {
-    Panels quads;
-    take(4, 0, count, quads);
-    if (quads.sets > 0) product<2>(p, quads, pixel_begin, begin, end, scratch);
+    for_sets(4, [&](int64_t i) { panels.set[panels.sets++] = i; });
+    multiply_them(Index<2>{});
   }
-  for (int64_t from = 0; from < count; from += kSinglePanels) {
-    const int64_t to = min(from + kSinglePanels, count);
-    Panels rest;
-    if (levels > 0) take(2, from, to, rest);
-    for (int64_t i = from; i < to; ++i) {
-      if (!done[i]) rest.single[rest.singles++] = i;
-    }
-    if (rest.sets + rest.singles > 0) product<1>(p, rest, pixel_begin, begin, end, scratch);
+  if (levels > 0) {
+    for_sets(2, [&](int64_t i) {
+      if (panels.sets == Scratch::kPairs) multiply_them(Index<1>{});
+      panels.set[panels.sets++] = i;
+    });
   }
+  for (int64_t i = 0; i < all; ++i) {
+    if (done[i]) continue;
+    if (panels.singles == kSinglePanels) multiply_them(Index<1>{});
+    panels.single[panels.singles++] = i;
+  }
+  multiply_them(Index<1>{});
 }
 
 }  // namespace

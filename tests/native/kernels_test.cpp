@@ -315,7 +315,7 @@ void test_epilogue(Random& random, const std::vector<std::string>& isas) {
 
 // Where Strassen's algorithm is taken, and in the directly multiplied rest of such problems.
 int64_t strassen_channels(Random& random) {
-  return random.chance(50) ? 4 * random.integer(128, 200) : 2 * random.integer(128, 400);
+  return random.chance(50) ? 4 * random.integer(160, 200) : 2 * random.integer(128, 400);
 }
 
 void test_pointwise(Random& random, const std::vector<std::string>& isas) {
