@@ -22,7 +22,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from . import _native
 from .arch import activation_layer, activation_name
-from .ops import backends
+from .ops import backends, gpu
 from .ops.common import accumulation_dtype, memory_format_of
 from .ops.depthwise import depthwise_mix
 from .ops.mixer import mixer_stack
@@ -139,7 +139,7 @@ def _why_composed(conv: Any, act: nn.Module, bn: Any, x: Tensor) -> str:
         return f"the input is {x.dtype}"
     if x.device != weight.device:
         return f"the input is on {x.device}, the weights on {weight.device}"
-    if device != "cpu" and compiling:
+    if device != "cpu" and compiling and not backends.compiled_kernels_run(x.device, x.dtype):
         # The operator is opaque to the compiler; where no kernel of ours stands behind it, the
         # plain operators are the faster graph.
         return "no fused kernel for this device: the compiler gets plain operators"
@@ -157,19 +157,22 @@ def _operands(cache: PackedCache[Packed], conv: Any, bn: Any, x: Tensor, depthwi
     sources = sources_of(conv, bn)
     inference = not (torch.is_grad_enabled() and any(t.requires_grad for t in sources))
     if inference and not torch.compiler.is_compiling() and cacheable(sources):
-        # Only the channels-last kernel wants another order than the parameter's own.
-        repack = depthwise and memory_format_of(x) == torch.channels_last
+        on_gpu = backends.gpu_kernels_run(x.device, x.dtype)
+        # Only the channels-last kernels want another order than the parameter's own.
+        repack = depthwise and not on_gpu and memory_format_of(x) == torch.channels_last
 
         def pack() -> Packed:
             weight = conv.weight.detach().to(x.dtype)
             if repack:
                 weight = weight.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
+            elif on_gpu:
+                weight = gpu.keep_taps(weight) if depthwise else weight.contiguous()
             bias = None if conv.bias is None else conv.bias.detach().to(x.dtype)
             wide = accumulation_dtype(x.dtype)
             scale, shift = (v.to(wide) for v in batch_norm_affine(bn, torch.float64))
             return Packed(weight, bias, scale, shift)
 
-        return cache.get((repack, x.dtype, bn.eps), sources, pack)
+        return cache.get((repack, on_gpu, x.dtype, bn.eps), sources, pack)
     bias = None if conv.bias is None else conv.bias.to(x.dtype)
     return Packed(conv.weight.to(x.dtype), bias, *batch_norm_affine(bn, x.dtype))
 
@@ -179,14 +182,15 @@ class _Fused(nn.Module):
 
     _packed: PackedCache[Any]
 
-    def _decide(self, op: str, why_composed: str, x: Tensor) -> bool:
+    def _decide(self, op: str, why_composed: str, x: Tensor, conv: Any, act: Any) -> bool:
         """Whether to call the fused operator, reporting the choice to `backends.recording`."""
         if torch.compiler.is_compiling():
             return not why_composed
         if why_composed:
             choice = backends.composed(why_composed)
         else:
-            choice = backends.choose(op, x.device, x.dtype)
+            call = backends.call_of(op, x, conv.weight, conv.bias, activation_name(act))
+            choice = backends.choose(op, x.device, x.dtype, call)
         if backends.is_recording():
             backends.record(self, op, choice)
         return choice.backend != "reference"
@@ -263,10 +267,11 @@ class DepthwiseMix(_Fused):
     def forward(self, x: Tensor) -> Tensor:
         fn: Any = getattr(self, self._branch)
         why = self._why_composed(fn, x)
-        if not self._decide("depthwise_mix", why, x):
+        # Where it is not three modules, `why` says so and they are not looked at.
+        conv, act, bn = (None, None, None) if why else fn
+        if not self._decide("depthwise_mix", why, x, conv, act):
             branch = fn(x)
             return (branch if self.drop_path is None else self.drop_path(branch)) + x
-        conv, act, bn = fn
         weight, bias, scale, shift = _operands(self._packed, conv, bn, x, depthwise=True)
         return depthwise_mix(x, weight, bias, scale, shift, activation_name(act))
 
@@ -339,8 +344,9 @@ class PointwiseMix(_FusedSequential):
 class PatchEmbed(_FusedSequential):
     """``BN(act(conv(x)))`` of p x p patches that do not overlap: the stem of a ConvMixer.
 
-    (N, in_chans, H, W) -> (N, dim, H // p, W // p), channels-last if the input is. Children as in
-    timm: ``0`` Conv2d (p x p, stride p), ``1`` activation, ``2`` BatchNorm2d.
+    (N, in_chans, H, W) -> (N, dim, H // p, W // p), channels-last if the input is, and always where
+    Triton kernels serve it (on a GPU, in eval mode). Children as in timm: ``0`` Conv2d (p x p,
+    stride p), ``1`` activation, ``2`` BatchNorm2d.
 
     Args:
         in_chans, dim: channels of the image and of the map.
@@ -378,8 +384,9 @@ class PatchEmbed(_FusedSequential):
 class MixerBlock(_FusedSequential):
     """One ConvMixer block: `DepthwiseMix`, then the channel half.
 
-    (N, dim, H, W) -> (N, dim, H, W), channels-last if the input is. Children as in timm: ``0``
-    `DepthwiseMix`, ``1`` Conv2d (1x1), ``2`` activation, ``3`` BatchNorm2d.
+    (N, dim, H, W) -> (N, dim, H, W), channels-last if the input is, and always where Triton kernels
+    serve the block (on a GPU, in eval mode). Children as in timm: ``0`` `DepthwiseMix`, ``1``
+    Conv2d (1x1), ``2`` activation, ``3`` BatchNorm2d.
 
     Args:
         dim: channels.
@@ -434,6 +441,7 @@ class MixerBlock(_FusedSequential):
         whole = self._whole(x) if _stacks_run_on(x) else None
         if whole is not None:
             return _run_stack([self], [whole], x)
+        x = _laid_out(self, x)
         spatial, conv, act, bn = self
         x = spatial(x)
         out = _fused_pointwise(self, self._halves, conv, act, bn, x)
@@ -512,11 +520,28 @@ def _stacks_run_on(x: Tensor) -> bool:
     return backends.whole_blocks_run(x.device, x.dtype)
 
 
+def _laid_out(module: nn.Module, x: Tensor) -> Tensor:
+    """``x`` as blocks want it: channels-last where GPU kernels will serve them, else as it is.
+
+    Converted once, not in each half: a block that gets channels-last gives channels-last.
+    """
+    if module.training or x.dim() != 4 or isinstance(x, torch.fx.Proxy):
+        return x
+    if torch.compiler.is_compiling():
+        serve = backends.compiled_kernels_run(x.device, x.dtype)
+    elif torch._C._get_tracing_state():
+        return x
+    else:
+        serve = backends.gpu_kernels_run(x.device, x.dtype)
+    return x.contiguous(memory_format=torch.channels_last) if serve else x
+
+
 class MixerStack(_FusedSequential):
     """Blocks one after the other, a Sequential of `MixerBlock`; for inference on a CPU, one call.
 
-    (N, dim, H, W) -> (N, dim, H, W), channels-last if the input is. Children and keys are those of
-    `nn.Sequential`. Where a block cannot be fused whole (see `explain`), the blocks run one by one.
+    (N, dim, H, W) -> (N, dim, H, W), channels-last if the input is, and always where Triton kernels
+    serve the blocks (on a GPU, in eval mode). Children and keys are those of `nn.Sequential`. Where
+    a block cannot be fused whole (see `explain`), the blocks run one by one.
     """
 
     def __init__(self, *blocks: nn.Module) -> None:
@@ -576,7 +601,7 @@ def _fused_pointwise(
         why = "the convolution is not a plain dense 1x1 one"
     else:
         why = _why_composed(conv, act, bn, x)
-    if not owner._decide("pointwise_mix", why, x):
+    if not owner._decide("pointwise_mix", why, x, conv, act):
         return None
     weight, bias, scale, shift = _operands(cache, conv, bn, x, depthwise=False)
     return pointwise_mix(x, weight, bias, scale, shift, activation_name(act))

@@ -77,11 +77,15 @@ def cacheable(sources: tuple[Tensor, ...]) -> bool:
     """
     return all(
         type(t) in (Tensor, nn.Parameter)
-        and t.device.type == "cpu"
-        and t.is_contiguous()
+        # Samples of the memory under a view with gaps would read what is not its own.
+        and (t.device.type == "cuda" or (t.device.type == "cpu" and t.is_contiguous()))
         and not t.is_inference()
         for t in sources
     )
+
+
+def _is_capturing(tensor: Tensor) -> bool:
+    return tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class _Stamp(NamedTuple):
@@ -97,6 +101,34 @@ class _Entry(NamedTuple):
     spans: list[tuple[int, int]]
     fingerprint: int
     packed: Any
+    made: _Made | None
+
+
+class _Made(NamedTuple):
+    """When a copy on a GPU was made: work on another stream has to wait for that."""
+
+    device: torch.device
+    stream: int
+    event: torch.cuda.Event
+
+    @classmethod
+    def now(cls, sources: tuple[Tensor, ...]) -> _Made | None:
+        device = next((t.device for t in sources if t.device.type == "cuda"), None)
+        if device is None:
+            return None
+        stream = torch.cuda.current_stream(device)
+        return cls(device, stream.cuda_stream, stream.record_event())
+
+    def join(self, packed: Any) -> None:
+        """Let the current stream wait for the copy, and the copy's memory for the stream."""
+        stream = torch.cuda.current_stream(self.device)
+        # A graph is captured after all streams came to rest, and may not wait for anything.
+        if stream.cuda_stream == self.stream or torch.cuda.is_current_stream_capturing():
+            return
+        stream.wait_event(self.event)
+        for tensor in packed:
+            if isinstance(tensor, Tensor):
+                tensor.record_stream(stream)
 
 
 T = TypeVar("T")
@@ -127,9 +159,11 @@ class PackedCache(Generic[T]):
                 or stamp.dtype != tensor.dtype
             ):
                 return None
-        if entry.fingerprint != _native.fingerprint(entry.spans):
+        if entry.spans and entry.fingerprint != _native.fingerprint(entry.spans):
             return None
         packed: T = entry.packed
+        if entry.made is not None:
+            entry.made.join(packed)
         return packed
 
     def get(self, key: Any, sources: tuple[Tensor, ...], pack: Callable[[], T]) -> T:
@@ -144,13 +178,18 @@ class PackedCache(Generic[T]):
         if known is not None:
             return known
         stamps = tuple(_Stamp(weakref.ref(t), t._version, t.data_ptr(), t.dtype) for t in sources)
-        spans = [(t.data_ptr(), t.numel() * t.element_size()) for t in sources]
+        spans = [
+            (t.data_ptr(), t.numel() * t.element_size()) for t in sources if t.device.type == "cpu"
+        ]
         # Stamps and fingerprint before the copy: a write in between makes the entry stale, where
         # the other order would make a stale entry look true.
-        fingerprint = _native.fingerprint(spans)
+        fingerprint = _native.fingerprint(spans) if spans else 0
         with torch.no_grad():
             packed = pack()
-        self._entry = _Entry(key, stamps, spans, fingerprint, packed)
+        if torch.cuda.is_available() and any(map(_is_capturing, sources)):
+            # Made inside a CUDA graph, it is true only when that graph is replayed.
+            return packed
+        self._entry = _Entry(key, stamps, spans, fingerprint, packed, _Made.now(sources))
         return packed
 
     def clear(self) -> None:
