@@ -66,6 +66,12 @@ def taps_of(weight: Tensor) -> Tensor:
     return kernels().pack_taps(weight.detach()) if kept is None else kept
 
 
+def memory_of(packed: Tensor) -> list[Tensor]:
+    """A packed copy and what is kept with it."""
+    kept = getattr(packed, _TAPS, None)
+    return [packed] if kept is None else [packed, kept]
+
+
 def as_channels_last(x: Tensor) -> Tensor:
     """``x`` with the strides of a packed (N, H, W, C): itself, a view, or a copy.
 
