@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
 
@@ -12,6 +13,7 @@ from test_ops import OPS, make_operands
 
 from convmixer_fast import BackendError, ConvMixer, explain
 from convmixer_fast.ops import backends, depthwise, first_use, pointwise
+from convmixer_fast.ops.cases import MANY_OUTPUTS, WIDE
 from convmixer_fast.testing import trained_like_
 
 IMAGES = (2, 3, 16, 16)
@@ -44,13 +46,26 @@ def test_checked_once_for_a_case(double, op):
     assert double.calls[name] == 4
     (case,) = first_use.results()
     assert (case.op, case.channels, case.kernel_size) == (name, 6, 1 if op == "pointwise" else 3)
-    OPS[op](x[:1], *operands, "gelu")  # another size is no other case
+    OPS[op](x[:1, :, 1:], *operands, "gelu")  # another size is no other case
     assert double.calls[name] == 5
     OPS[op](x, *operands, "relu")  # another activation is
     x, operands = x.bfloat16(), [t.bfloat16() for t in operands[:2]] + operands[2:]
     OPS[op](x, *operands, "gelu")
     assert double.calls[name] == 9
     assert len(first_use.results()) == 3
+
+
+def test_the_check_runs_the_form_that_the_call_runs(double):
+    operands = make_operands("depthwise", 6, 3)
+    for width in (3, 12, 70, 90):
+        OPS["depthwise"](torch.randn(1, 6, 5, width), *operands, "gelu")
+    sizes = [shape[3] for name, shape in double.shapes if name == "depthwise_mix"]
+    assert sizes == [3, 3, 12, 12, WIDE, 70, 90]
+    pointwise = make_operands("pointwise", 6, 1)
+    OPS["pointwise"](torch.randn(1, 6, 1, MANY_OUTPUTS // 9 + 1), *pointwise, "gelu")
+    OPS["pointwise"](torch.randn(1, 6, 1, MANY_OUTPUTS // 9), *pointwise, "gelu")
+    outputs = [math.prod(s) // 6 * 9 for name, s in double.shapes if name == "pointwise_mix"]
+    assert [n > MANY_OUTPUTS for n in outputs] == [True, True, False, False]
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -161,7 +176,9 @@ def test_asked_for_by_name_a_bad_kernel_raises():
 def test_explain_says_what_became_of_each_kernel(double):
     model = trained_like_(ConvMixer(8, 2, 3, 4, num_classes=3), IMAGES)
     x = torch.randn(IMAGES)
-    assert {r.reason for r in explain(model, x)} == {"one Triton kernel, checked at its first use"}
+    assert {r.reason for r in explain(model, x)} == {
+        "one Triton kernel, to be checked at its first use"
+    }
     assert first_use.results() == {}  # explain runs nothing
     double.wrong.add("depthwise_mix")
     with pytest.warns(RuntimeWarning) as seen:

@@ -132,7 +132,7 @@ def test_a_whole_model_converts_once(double, model, channels_last):
     assert [r.op for r in rows] == ["pointwise_mix", *["depthwise_mix", "pointwise_mix"] * 3]
     assert {r.backend for r in rows} == {"triton"}
     assert {r.reason for r in rows} == {
-        "asked for by name: one Triton kernel, found right on this GPU"
+        "asked for by name: one Triton kernel, checked against PyTorch"
     }
 
 
@@ -250,7 +250,7 @@ def test_auto_takes_the_kernels_on_a_gpu(monkeypatch, dtype):
     on_a_fake_gpu(monkeypatch)
     rows = fake_model_rows(dtype)
     assert {row[1:] for row in rows} == {
-        ("triton", "one Triton kernel, checked at its first use", True)
+        ("triton", "one Triton kernel, to be checked at its first use", True)
     }
     assert available_backends()["triton"] == ""
 

@@ -188,8 +188,8 @@ def _named(asked: str, what: str) -> str:
 
 def _trust(case: Case | None) -> str:
     if case is not None and first_use.verdict(case) == "":
-        return "found right on this GPU"
-    return "checked at its first use" if first_use.is_on() else "not checked"
+        return "checked against PyTorch"
+    return "to be checked at its first use" if first_use.is_on() else "not checked"
 
 
 def fall_back(op: str, case: Case | None) -> None:

@@ -91,10 +91,16 @@ def fail(case: Case, error: BaseException) -> None:
 
 
 def describe(error: BaseException) -> str:
-    """An error in one line that is not too long to read."""
+    """An error in one line that is not too long to read.
+
+    Compilers print the source first and the fault last: of a long text both ends are kept, and the
+    error that caused it counts.
+    """
+    while error.__cause__ is not None:
+        error = error.__cause__
     text = " ".join(str(error).split())
     text = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."
+    return text if len(text) <= 300 else f"{text[:120]} ... {text[-175:]}"
 
 
 def _settle(case: Case, why: str) -> None:

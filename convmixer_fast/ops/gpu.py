@@ -22,7 +22,7 @@ from torch import Tensor
 from ..kernels import support
 from ..testing import error_report
 from . import first_use
-from .cases import Case, case_of
+from .cases import MANY_OUTPUTS, Case, case_of
 from .common import accumulation_dtype, memory_format_of
 
 
@@ -75,10 +75,14 @@ def memory_of(packed: Tensor) -> list[Tensor]:
 def as_channels_last(x: Tensor) -> Tensor:
     """``x`` with the strides of a packed (N, H, W, C): itself, a view, or a copy.
 
-    Where an axis has one element several strides mean the same memory; kernels see this one.
+    Where an axis has one element several strides mean the same memory; kernels see this one. A
+    slice that begins between two 16-byte words is copied too: kernels would fall back to narrower
+    loads, and to a form that nobody checked.
     """
     n, c, h, w = x.shape
     strides = (h * w * c, 1, w * c, c)
+    if x.data_ptr() % 16:
+        x = x.clone(memory_format=torch.channels_last)
     if x.stride() == strides:
         return x
     if not x.is_contiguous(memory_format=torch.channels_last):
@@ -183,8 +187,8 @@ def serve(
 def check(case: Case, run: Callable[..., Tensor], reference: Callable[..., Tensor]) -> str:
     """What is wrong with the kernel of ``case`` on a small random input; ``""`` for nothing.
 
-    Two images a little larger than two windows and of odd sides: tiles inside, at every border and
-    cut off all occur.
+    As small as reaches every kind of tile that the case's own calls have: inside, at every border,
+    cut off.
     """
     device = torch.device(case.device)
     # Its own generator: the user's random numbers stay what they would have been.
@@ -195,11 +199,14 @@ def check(case: Case, run: Callable[..., Tensor], reference: Callable[..., Tenso
         return wide.to(dtype)
 
     k, c, d = case.kernel_size, case.channels, case.out_channels
+    weight_shape = (d, c, k, k)
     if case.op == "patch_embed":
-        image, weight_shape = (2, c, 11 * k + 1, 13 * k), (d, c, k, k)
+        image = (2, c, 11 * k + 1, 13 * k)
+    elif case.op == "depthwise_mix":
+        image, weight_shape = (2, c, 2 * k + 11, case.size), (d, 1, k, k)
     else:
-        image = (2, c, 2 * k + 11, 2 * k + 13)
-        weight_shape = (d, 1, k, k) if case.op == "depthwise_mix" else (d, c, 1, 1)
+        pixels = MANY_OUTPUTS // d + 150 if case.size else 390
+        image = (2, c, -(-pixels // 26), 13)
     fan_in = weight_shape[1] * weight_shape[2] * weight_shape[3]
     wide = accumulation_dtype(case.dtype)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
