@@ -186,14 +186,16 @@ class _Fused(nn.Module):
         """Whether to call the fused operator, reporting the choice to `backends.recording`."""
         if torch.compiler.is_compiling():
             return not why_composed
+        call = None
         if why_composed:
             choice = backends.composed(why_composed)
         else:
             call = backends.call_of(op, x, conv.weight, conv.bias, activation_name(act))
             choice = backends.choose(op, x.device, x.dtype, call)
         if backends.is_recording():
-            backends.record(self, op, choice)
-        return choice.backend != "reference"
+            backends.record(self, op, choice, call)
+        # The operator also knows PyTorch's own calls, in the layout that was measured.
+        return choice.backend != "reference" or choice.memory_format is not None
 
 
 class _FusedSequential(_Fused, nn.Sequential):

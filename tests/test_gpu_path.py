@@ -28,7 +28,7 @@ from convmixer_fast import (
 )
 from convmixer_fast.blocks import _why_composed
 from convmixer_fast.kernels import support
-from convmixer_fast.ops import backends
+from convmixer_fast.ops import backends, verdicts
 from convmixer_fast.reference import reference_block
 from convmixer_fast.testing import assert_numerics, trained_like_
 
@@ -224,6 +224,7 @@ def on_a_fake_gpu(monkeypatch, name: str = "") -> None:
     monkeypatch.setattr(support, "_why_no_triton", lambda: "")
     monkeypatch.setattr(support, "_why_not_gpu", lambda index: name)
     monkeypatch.setattr(support, "_capable", set())
+    monkeypatch.setattr(verdicts, "lookup", lambda case, shape: None)
 
 
 def fake_model_rows(dtype: torch.dtype) -> list[tuple]:

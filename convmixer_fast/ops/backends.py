@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .. import _native
 from ..kernels import support
-from . import first_use
+from . import first_use, verdicts
 from .cases import Case, case_of
 
 ENVIRONMENT = "CONVMIXER_FAST_BACKEND"
@@ -36,10 +36,14 @@ class BackendError(RuntimeError):
 
 
 class Choice(NamedTuple):
-    """The backend that serves a call, and why it and no faster one."""
+    """The backend that serves a call, and why it and no faster one.
+
+    ``memory_format``: the layout in which PyTorch's operators were found to be fastest, if known.
+    """
 
     backend: str
     reason: str
+    memory_format: torch.memory_format | None = None
 
 
 def _check_name(name: str, where: str) -> str:
@@ -142,20 +146,36 @@ def compiled_kernels_run(device: torch.device, dtype: torch.dtype) -> bool:
 compiled_kernels_run._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+class Call(NamedTuple):
+    """What `choose` wants to know of a call that a GPU kernel may serve.
+
+    ``shape``: N, H, W; ``verdict``: what `convmixer_fast.tune` found out about such calls.
+    """
+
+    case: Case
+    shape: tuple[int, int, int]
+    verdict: verdicts.Verdict | None
+
+
 def call_of(
     op: str, x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None
-) -> Case | None:
-    """What `choose` wants to know of a call that a GPU kernel may serve; None for any other."""
+) -> Call | None:
+    """The `Call` of an operator on ``x``; None where no GPU kernel may serve it."""
     if act is None or not support.is_kernel_device(x.device):
         return None
-    return case_of(op, x, weight, bias, act)
+    case = case_of(op, x, weight, bias, act)
+    shape = (x.shape[0], x.shape[2], x.shape[3])
+    verdict = None if support.why_not(x.device) else verdicts.lookup(case, shape)
+    if verdict is not None and verdict.config is not None:
+        case = case._replace(tile=str(verdict.config))
+    return Call(case, shape, verdict)
 
 
-def choose(op: str, device: torch.device, dtype: torch.dtype, case: Case | None = None) -> Choice:
+def choose(op: str, device: torch.device, dtype: torch.dtype, call: Call | None = None) -> Choice:
     """The backend for the operator ``op`` on activations of that device and dtype.
 
     Args:
-        case: of a call on a GPU, what `call_of` makes of it; what was found out about its kernel
+        call: of a call on a GPU, what `call_of` makes of it; what was found out about its kernel
             then counts.
 
     Raises:
@@ -166,13 +186,19 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, case: Case | None 
         return Choice("reference", "asked for by name")
     if asked == "triton" or (asked == "auto" and _auto_is_triton(device)):
         why_not = _why_not_triton(device, dtype)
-        if not why_not and case is not None:
-            why_not = first_use.verdict(case) or ""
+        if not why_not and call is not None:
+            why_not = first_use.verdict(call.case) or ""
         if asked == "triton":
             _refuse(asked, why_not)
         if why_not:
             return Choice("reference", f"triton: {why_not}")
-        return Choice("triton", _named(asked, f"one Triton kernel, {_trust(case)}"))
+        verdict = None if call is None else call.verdict
+        if verdict is not None and verdict.winner != "triton" and asked == "auto":
+            return Choice("reference", f"tuned: {verdict.reason()}", _FORMATS[verdict.winner])
+        reason = f"one Triton kernel, {_trust(call)}"
+        if verdict is not None:
+            reason += f"; tuned: {verdict.reason()}"
+        return Choice("triton", _named(asked, reason))
     why_not_cpu = _why_not_cpu(op, device, dtype)
     if asked == "auto":
         if why_not_cpu:
@@ -182,24 +208,27 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, case: Case | None 
     return Choice(asked, _named(asked, _CPU_KERNELS[op]))
 
 
+_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+
+
 def _named(asked: str, what: str) -> str:
     return what if asked == "auto" else f"asked for by name: {what}"
 
 
-def _trust(case: Case | None) -> str:
-    if case is not None and first_use.verdict(case) == "":
+def _trust(call: Call | None) -> str:
+    if call is not None and first_use.verdict(call.case) == "":
         return "checked against PyTorch"
     return "to be checked at its first use" if first_use.is_on() else "not checked"
 
 
-def fall_back(op: str, case: Case | None) -> None:
+def fall_back(op: str, call: Call | None) -> None:
     """PyTorch is to serve a call that `choose` gave to Triton, whose kernel is not to be trusted.
 
     Raises:
         BackendError: ``triton`` was asked for by name.
     """
     if requested_backend() == "triton":
-        why = first_use.verdict(case) if case is not None else None
+        why = first_use.verdict(call.case) if call is not None else None
         _refuse(
             "triton",
             why
@@ -244,6 +273,7 @@ class Record(NamedTuple):
     module: nn.Module
     op: str
     choice: Choice
+    call: Call | None = None
 
 
 @contextmanager
@@ -266,7 +296,7 @@ def is_recording() -> bool:
     return _log.get() is not None
 
 
-def record(module: nn.Module, op: str, choice: Choice) -> None:
+def record(module: nn.Module, op: str, choice: Choice, call: Call | None = None) -> None:
     rows = _log.get()
     if rows is not None:
-        rows.append(Record(module, op, choice))
+        rows.append(Record(module, op, choice, call))

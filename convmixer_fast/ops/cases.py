@@ -20,7 +20,8 @@ class Case(NamedTuple):
     ``op``: ``depthwise_mix``, ``pointwise_mix`` or ``patch_embed`` (the stem's form of the second);
     ``kernel_size``: k of a depthwise convolution, p of a stem, else 1. ``size``: what of the
     activations' size chooses another form: of a depthwise convolution the width, up to `WIDE`; of a
-    product 1 where it has more than `MANY_OUTPUTS`; else 0.
+    product 1 where it has more than `MANY_OUTPUTS`; else 0. ``tile``: the kernel's configuration in
+    words, where it is not the shipped one.
     """
 
     op: str
@@ -32,6 +33,7 @@ class Case(NamedTuple):
     act: str
     bias: bool
     size: int = 0
+    tile: str = ""
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")

@@ -14,16 +14,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..kernels import support
-from ..testing import error_report
+from ..kernels.configs import PointwiseConfig, pointwise_candidates
+from ..testing import ErrorReport, error_report
 from . import first_use
-from .cases import MANY_OUTPUTS, Case, case_of
+from .cases import MANY_OUTPUTS, Case
 from .common import accumulation_dtype, memory_format_of
+
+if TYPE_CHECKING:
+    from .backends import Call
 
 
 class Kernels(NamedTuple):
@@ -113,16 +117,28 @@ def _vectors(*vectors: Tensor | None) -> list[Tensor | None]:
 
 
 def _depthwise(
-    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, act: str
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    act: str,
+    config: Any = None,
 ) -> Tensor:
     out = torch.empty_like(x, memory_format=memory_format_of(x))
     x = as_channels_last(x.detach().resolve_neg())
     operands = [taps_of(weight), *_vectors(bias, scale, shift), act, weight.shape[-1]]
-    return _into(out, lambda out: kernels().depthwise_mix(x, *operands, out=out))
+    return _into(out, lambda out: kernels().depthwise_mix(x, *operands, out=out, config=config))
 
 
 def _pointwise(
-    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, act: str
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    act: str,
+    config: Any = None,
 ) -> Tensor:
     n, _, h, w = x.shape
     d, _, p, _ = weight.shape
@@ -136,8 +152,9 @@ def _pointwise(
     operands = [weight.detach().contiguous(), *_vectors(bias, scale, shift), act]
     if p == 1:
         pixels = as_channels_last(x)
-        return _into(out, lambda out: kernels().pointwise_mix(pixels, *operands, out=out))
-    return _into(out, lambda out: kernels().patch_embed(x, *operands, out=out))
+        run = kernels().pointwise_mix
+        return _into(out, lambda out: run(pixels, *operands, out=out, config=config))
+    return _into(out, lambda out: kernels().patch_embed(x, *operands, out=out, config=config))
 
 
 def _into(out: Tensor, launch: Callable[[Tensor], Tensor]) -> Tensor:
@@ -148,11 +165,15 @@ def _into(out: Tensor, launch: Callable[[Tensor], Tensor]) -> Tensor:
     return out.copy_(launch(torch.empty_like(out, memory_format=torch.channels_last)))
 
 
-_RUN = {"depthwise_mix": _depthwise, "pointwise_mix": _pointwise}
+_RUN: dict[str, Callable[..., Tensor]] = {
+    "depthwise_mix": _depthwise,
+    "pointwise_mix": _pointwise,
+    "patch_embed": _pointwise,
+}
 
 
 def serve(
-    op: str,
+    call: Call,
     reference: Callable[..., Tensor],
     x: Tensor,
     weight: Tensor,
@@ -161,20 +182,20 @@ def serve(
     shift: Tensor,
     act: str,
 ) -> Tensor | None:
-    """The result of ``op`` by its kernel, or None where PyTorch is to compute it.
+    """The result of an operator by its kernel, or None where PyTorch is to compute it.
 
     Args:
-        op: ``depthwise_mix`` or ``pointwise_mix``.
+        call: what `backends.call_of` makes of the operator's arguments.
         reference: the operator in PyTorch's own calls, against which a kernel is checked.
         x, weight, bias, scale, shift, act: see the operator; checked, and not empty.
     """
-    case = case_of(op, x, weight, bias, act)
-    run = _RUN[op]
+    case = call.case
+    config = None if call.verdict is None else call.verdict.config
     with _on_device(x):
-        if not first_use.ready(case, lambda case: check(case, run, reference)):
+        if not first_use.ready(case, lambda case: check(case, reference, config)):
             return None
         try:
-            return run(x, weight, bias, scale, shift, act)
+            return _RUN[case.op](x, weight, bias, scale, shift, act, config)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a launch can fail in as many ways as a first one
@@ -184,43 +205,98 @@ def serve(
             return None
 
 
-def check(case: Case, run: Callable[..., Tensor], reference: Callable[..., Tensor]) -> str:
-    """What is wrong with the kernel of ``case`` on a small random input; ``""`` for nothing.
+def in_layout(
+    memory_format: torch.memory_format | None,
+    wanted: torch.memory_format,
+    reference: Callable[..., Tensor],
+    x: Tensor,
+    *operands: Any,
+) -> Tensor:
+    """``reference`` on x converted to ``memory_format``, if any; its result in ``wanted``."""
+    if memory_format is None:
+        return reference(x, *operands)
+    out = reference(x.contiguous(memory_format=memory_format), *operands)
+    return out.contiguous(memory_format=wanted)
 
-    As small as reaches every kind of tile that the case's own calls have: inside, at every border,
-    cut off.
+
+def operands_for(case: Case, shape: tuple[int, int, int]) -> list[Any]:
+    """Random x, weight, bias, scale and shift of a case, x (N, C, H, W) being channels-last.
+
+    Statistics are those of a trained layer, and the user's random numbers stay what they would have
+    been.
+
+    Args:
+        shape: N, H, W of x.
     """
     device = torch.device(case.device)
-    # Its own generator: the user's random numbers stay what they would have been.
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int, dtype: torch.dtype = case.dtype) -> Tensor:
         wide = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
         return wide.to(dtype)
 
-    k, c, d = case.kernel_size, case.channels, case.out_channels
-    weight_shape = (d, c, k, k)
-    if case.op == "patch_embed":
-        image = (2, c, 11 * k + 1, 13 * k)
-    elif case.op == "depthwise_mix":
-        image, weight_shape = (2, c, 2 * k + 11, case.size), (d, 1, k, k)
-    else:
-        pixels = MANY_OUTPUTS // d + 150 if case.size else 390
-        image = (2, c, -(-pixels // 26), 13)
-    fan_in = weight_shape[1] * weight_shape[2] * weight_shape[3]
+    n, h, w = shape
+    k, d = case.kernel_size, case.out_channels
+    inputs = 1 if case.op == "depthwise_mix" else case.channels
     wide = accumulation_dtype(case.dtype)
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        x = draw(*image).contiguous(memory_format=torch.channels_last)
-        operands: list[Any] = [
-            (draw(*weight_shape, dtype=wide) / fan_in**0.5).to(case.dtype),
-            draw(d) if case.bias else None,
-            draw(d, dtype=wide),
-            draw(d, dtype=wide),
-        ]
-        ours = run(x, *operands, case.act)
-        theirs = reference(x, *operands, case.act)
-        exact = reference(
-            *(t if t is None else t.to(torch.float64) for t in (x, *operands)), case.act
-        )
-        report = error_report(ours, theirs, exact)
+    return [
+        draw(n, case.channels, h, w).contiguous(memory_format=torch.channels_last),
+        (draw(d, inputs, k, k, dtype=wide) / (inputs * k * k) ** 0.5).to(case.dtype),
+        draw(d) if case.bias else None,
+        draw(d, dtype=wide),
+        draw(d, dtype=wide),
+    ]
+
+
+def launcher(case: Case, operands: list[Any], config: Any = None) -> Callable[[], Tensor]:
+    """A call of the kernel of ``case`` on ``operands``, as an operator launches it.
+
+    A depthwise weight is packed here, once, as a module keeps it.
+    """
+    x, weight, *rest = operands
+    if case.op == "depthwise_mix":
+        weight = keep_taps(weight.detach())
+    run = _RUN[case.op]
+
+    def launch() -> Tensor:
+        with _on_device(x):
+            return run(x, weight, *rest, case.act, config)
+
+    return launch
+
+
+def pointwise_tiles(device: torch.device, dtype: torch.dtype) -> tuple[PointwiseConfig, ...]:
+    """Every tile shipped for 1x1 convolutions on ``device``. Imports Triton."""
+    from ..kernels import operands
+
+    tf32 = operands.dot_precision(dtype) == "tf32"
+    return pointwise_candidates(operands.architecture(device), dtype, tf32)
+
+
+def check(case: Case, reference: Callable[..., Tensor], config: Any = None) -> str:
+    """What is wrong with the kernel of ``case`` on a small random input; ``""`` for nothing."""
+    report = measure_errors(case, reference, config)
     return "" if report.ok else f"wrong numbers, {report}"
+
+
+def measure_errors(case: Case, reference: Callable[..., Tensor], config: Any = None) -> ErrorReport:
+    """Errors of the kernel of ``case`` on a small random input, against float64.
+
+    As small as reaches every kind of tile that the case's own calls have: inside, at every border,
+    cut off.
+    """
+    k = case.kernel_size
+    if case.op == "patch_embed":
+        shape = (2, 11 * k + 1, 13 * k)
+    elif case.op == "depthwise_mix":
+        shape = (2, 2 * k + 11, case.size)
+    else:
+        pixels = MANY_OUTPUTS // case.out_channels + 150 if case.size else 390
+        shape = (2, -(-pixels // 26), 13)
+    device = torch.device(case.device)
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        operands = operands_for(case, shape)
+        ours = _RUN[case.op](*operands, case.act, config)
+        theirs = reference(*operands, case.act)
+        exact = reference(*(t if t is None else t.to(torch.float64) for t in operands), case.act)
+        return error_report(ours, theirs, exact)

@@ -87,11 +87,12 @@ def _kernel(
     if x.numel() == 0 or weight.numel() == 0:
         return _empty(x, weight)
     call = backends.call_of(NAME, x, weight, bias, act)
-    backend = backends.choose(NAME, x.device, x.dtype, call).backend
+    choice = backends.choose(NAME, x.device, x.dtype, call)
+    backend = choice.backend
     if backend == "cpu" and memory_format_of(x) == torch.contiguous_format:
         return _native.channel_mix(x, weight, bias, scale, shift, act)
-    if backend == "triton":
-        out = gpu.serve(NAME, _reference, x, weight, bias, scale, shift, act)
+    if backend == "triton" and call is not None:
+        out = gpu.serve(call, _reference, x, weight, bias, scale, shift, act)
         if out is not None:
             return out
         backends.fall_back(NAME, call)
@@ -99,7 +100,10 @@ def _kernel(
     with torch.autocast(x.device.type, enabled=False):
         if backend == "cpu":
             return _native.epilogue_(_convolve(x, weight, bias), scale, shift, act)
-        return _reference(x, weight, bias, scale, shift, act)
+        operands = (weight, bias, scale, shift, act)
+        return gpu.in_layout(
+            choice.memory_format, gpu.stem_format(x, weight.shape[2]), _reference, x, *operands
+        )
 
 
 LIBRARY.impl(NAME, _kernel, "CompositeExplicitAutograd")
