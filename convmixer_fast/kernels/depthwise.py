@@ -101,13 +101,11 @@ def _row(
         else:
             v = tl.load(x + column * WORDS)
         value = _to_float(v, DTYPE, PAIR)
-        # The accumulators t with K0 <= column - t < K1.
-        low: tl.constexpr = max(0, column - K1 + 1)
-        high: tl.constexpr = min(T, column - K0 + 1)
-        new = acc[:low]
-        for t in tl.static_range(low, high):
+        # The accumulators t with K0 <= column - t < K1; the others stay as they are.
+        new = acc[: max(0, column - K1 + 1)]
+        for t in tl.static_range(max(0, column - K1 + 1), min(T, column - K0 + 1)):
             new = new + (tl.fma(value, weights[column - t - K0], acc[t]),)
-        acc = new + acc[high:]
+        acc = new + acc[min(T, column - K0 + 1) :]
     return acc
 
 
@@ -118,11 +116,12 @@ def _window(
     zeros,
     taps,
     rows,
+    words,
     channels,
     H,
     ow,
     W,
-    row_pixels,
+    row_step,
     C: tl.constexpr,
     K: tl.constexpr,
     T: tl.constexpr,
@@ -134,13 +133,12 @@ def _window(
     PAIR: tl.constexpr,
 ):
     """acc + the convolution over the columns FIRST..LAST of the window, from its first row on."""
-    WORDS: tl.constexpr = C // 2 if PAIR else C
     for kh in range(K):
         # One comparison: a negative row is a large number without a sign.
         inside = (rows + kh).to(tl.uint32, bitcast=True) < H
         if MASKED:
             row = x
-            inside = inside & channels
+            inside = inside & words
         else:
             row = tl.where(inside, x, zeros)
         # All the taps of a kernel row would not fit the registers at k = 31.
@@ -149,12 +147,12 @@ def _window(
                 acc, row, taps, inside, channels, ow, W, C, K, T, FIRST, LAST,
                 k0, min(k0 + CHUNK, K), MASKED, DTYPE, PAIR,
             )  # fmt: skip
-        x += row_pixels * WORDS
+        x += row_step
         taps += K * C
     return acc
 
 
-@triton.jit(do_not_specialize=["H", "W", "tiles_h", "tiles_w", "image_pixels", "row_pixels"])
+@triton.jit(do_not_specialize=["H", "W", "tiles_h", "tiles_w", "image_pixels"])
 def depthwise_kernel(
     X,  # (N, H, W, C) of DTYPE, or of int32 words of two channels where PAIR
     Y,  # (N, H, W, C) of DTYPE, dense
@@ -167,8 +165,8 @@ def depthwise_kernel(
     W,
     tiles_h,
     tiles_w,
-    image_pixels: tl.int64,  # from an image of X to the next
-    row_pixels: tl.int64,  # from a row of X to the next
+    image_pixels: tl.int64,  # from an image of X to the next, in pixels
+    row_step,  # from a row of X to the next, in elements of X; below 2^31
     C: tl.constexpr,
     K: tl.constexpr,
     T: tl.constexpr,
@@ -216,8 +214,9 @@ def depthwise_kernel(
     word = c0 // P + tl.arange(0, BC // P)[None, :]
     words = word < WORDS
     oh = tile_h * R + tl.arange(0, R)[:, None]
-    centre = X + (n * image_pixels + oh * row_pixels + ow) * WORDS + word
-    x = centre - (row_pixels + 1) * (BEFORE * WORDS)
+    image = X + n * image_pixels * WORDS + ow * WORDS + word
+    centre = image + oh.to(tl.int64) * row_step
+    x = image + (oh.to(tl.int64) - BEFORE) * row_step - BEFORE * WORDS
     taps = TAPS + c
     zeros = ZEROS + word
     rows = oh - BEFORE
@@ -238,34 +237,34 @@ def depthwise_kernel(
     # The window of a tile is T + K - 1 columns wide: BEFORE left of it, AFTER right of it.
     if MASKED:
         acc = _window(
-            acc, x, zeros, taps, rows, words, H, ow, W, row_pixels, C, K, T,
+            acc, x, zeros, taps, rows, words, channels, H, ow, W, row_step, C, K, T,
             0, T + K - 1, CHUNK, True, DTYPE, PAIR,
         )  # fmt: skip
     elif EDGES == "one":
         acc = _window(
-            acc, x, zeros, taps, rows, words, H, ow, W, row_pixels, C, K, T,
+            acc, x, zeros, taps, rows, words, channels, H, ow, W, row_step, C, K, T,
             BEFORE, BEFORE + T, CHUNK, False, DTYPE, PAIR,
         )  # fmt: skip
     else:
         if tile_w == 0:
             acc = _window(
-                acc, x, zeros, taps, rows, words, H, ow, W, row_pixels, C, K, T,
+                acc, x, zeros, taps, rows, words, channels, H, ow, W, row_step, C, K, T,
                 BEFORE, T + K - 1, CHUNK, False, DTYPE, PAIR,
             )  # fmt: skip
         elif EDGES == "two":
             acc = _window(
-                acc, x, zeros, taps, rows, words, H, ow, W, row_pixels, C, K, T,
+                acc, x, zeros, taps, rows, words, channels, H, ow, W, row_step, C, K, T,
                 0, BEFORE + T, CHUNK, False, DTYPE, PAIR,
             )  # fmt: skip
         else:
             if tile_w == tiles_w - 1:
                 acc = _window(
-                    acc, x, zeros, taps, rows, words, H, ow, W, row_pixels, C, K, T,
+                    acc, x, zeros, taps, rows, words, channels, H, ow, W, row_step, C, K, T,
                     0, BEFORE + T, CHUNK, False, DTYPE, PAIR,
                 )  # fmt: skip
             else:
                 acc = _window(
-                    acc, x, zeros, taps, rows, words, H, ow, W, row_pixels, C, K, T,
+                    acc, x, zeros, taps, rows, words, channels, H, ow, W, row_step, C, K, T,
                     0, T + K - 1, CHUNK, False, DTYPE, PAIR,
                 )  # fmt: skip
 
@@ -307,9 +306,10 @@ def pack_taps(weight: Tensor) -> Tensor:
 
 
 def _pixel_strides(x: Tensor) -> tuple[int, int] | None:
-    """Pixels from an image to the next and from a row to the next; None: not channels-last.
+    """Pixels from an image to the next and from a row to the next; None: the kernel cannot read x.
 
-    Rows and images may lie apart (slices of a larger tensor), pixels of a row may not.
+    Rows and images may lie apart (slices of a larger tensor), pixels of a row may not. The step from
+    row to row is 32 bits wide in the kernel, all else is 64.
     """
     n, c, h, w = x.shape
     sn, sc, sh, sw = x.stride()
@@ -318,7 +318,9 @@ def _pixel_strides(x: Tensor) -> tuple[int, int] | None:
     # Strides of axes of length one mean nothing.
     row, row_rest = divmod(sh, c) if h > 1 else (w, 0)
     image, image_rest = divmod(sn, c) if n > 1 else (h * row, 0)
-    return None if row_rest or image_rest else (image, row)
+    if row_rest or image_rest or row * c >= 1 << 31:
+        return None
+    return image, row
 
 
 def edges(width: int, kernel_size: int, columns: int) -> str:
@@ -410,7 +412,8 @@ def depthwise_mix(
             w,
             tiles_h,
             tiles_w,
-            *strides,
+            strides[0],
+            strides[1] * (c // 2 if pair else c),
             C=c,
             K=k,
             T=columns,
