@@ -67,6 +67,7 @@ POINTWISE = (
         _ALL,
         PointwiseConfig(64, 64, 32),
         "odd channel counts: elements pass through registers one by one, and larger tiles spill",
+        arithmetic=("half", "tf32", "ieee"),
         narrower_than=8,
     ),
     PointwiseRow(
@@ -118,8 +119,27 @@ POINTWISE = (
     ),
     PointwiseRow(
         (80, 86, 90, 100, 120),
-        PointwiseConfig(128, 64, 32),
-        "48 KiB and 186 registers: two programs a multiprocessor",
+        PointwiseConfig(64, 64, 32),
+        "as for half precision with few outputs; half as deep, since elements are twice as wide",
+        arithmetic=("tf32",),
+        outputs=_ONE_WAVE,
+    ),
+    PointwiseRow(
+        (80, 86, 120),
+        PointwiseConfig(128, 128, 16, num_stages=4),
+        "the bytes of 128 x 128 x 32 in half precision: 48 KiB, two programs a multiprocessor",
+        arithmetic=("tf32",),
+    ),
+    PointwiseRow(
+        (90,),
+        PointwiseConfig(128, 128, 32),
+        "225 registers and 96 KiB: two programs a multiprocessor",
+        arithmetic=("tf32",),
+    ),
+    PointwiseRow(
+        (100,),
+        PointwiseConfig(128, 128, 32, num_warps=8),
+        "four warps would spill 24 registers of the tile's end",
         arithmetic=("tf32",),
     ),
     PointwiseRow(
@@ -192,8 +212,9 @@ def pointwise_candidates(
 
 #: The stem multiplies 0.6 % of the network's terms (C p p = 147 or 588 for an RGB image): one tile
 #: everywhere. Its left operand is gathered through registers, an address and an element each, and
-#: 64 x 32 of those over 128 threads are what fits beside 64 sums without spilling.
-STEM = PointwiseConfig(64, 128, 32)
+#: 64 x 16 of those over 128 threads fit beside 64 sums in 168 registers: three programs a
+#: multiprocessor hide what no asynchronous copy does here.
+STEM = PointwiseConfig(64, 128, 16)
 #: float32: the operands take twice the room.
 STEM_FLOAT32 = PointwiseConfig(64, 128, 16)
 
