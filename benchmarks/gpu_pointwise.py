@@ -190,7 +190,116 @@ def broken_bars(
     return broken
 
 
-def shipped(architecture: int, dtype: torch.dtype, dim: int, batch: int) -> PointwiseConfig:
-    """The tile that serves a published variant at a batch size."""
-    pixels = 256 if dim == 1024 else 1024
-    return lookup_pointwise(architecture, dtype, rows=batch * pixels, columns=dim)
+#: GPUs of `ptxsim.model` by the architecture that a kernel for them is compiled for.
+GPUS = {"A100": 80, "RTX 3090": 86, "RTX 4090": 89, "H100": 90}
+#: Shares of the peak rates that kernels like these reach: matrix products, memory, the rest.
+REACHED = {"tensor": 0.75, "dram": 0.85}
+
+
+def predict(
+    ptxsim: ModuleType,
+    gpu: str,
+    dim: int,
+    pixels: int,
+    batch: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+    act: str = "gelu",
+) -> dict[str, Any]:
+    """Seconds an image of one 1x1 convolution, ``pixels`` x dim -> dim, on a GPU of `GPUS`.
+
+    Two tiles run in the simulator; every resource's work, scaled to an image, over its peak rate is
+    a lower bound. DRAM is exact instead: input and output once, the weight once a batch. The
+    simulator has no wgmma: for H100 only the tensor cores, DRAM and L2 are counted, from the tile.
+
+    Returns:
+        ``times``: seconds an image by resource; ``bound``: the longest, named by ``limit``;
+        ``expected``: the longest at the shares of `REACHED`, as GPU.md's roofline takes them.
+        ``l2`` counts as if the L1 never hit and limits nothing.
+    """
+    model, card = ptxsim.model, ptxsim.model.GPUS[gpu]
+    size = torch.finfo(dtype).bits // 8
+    config = lookup_pointwise(GPUS[gpu], dtype, rows=batch * pixels, columns=dim)
+    moved = (2 * pixels * dim + dim * dim / batch) * size
+    tiles = pixels * dim / (config.block_m * config.block_n)
+    if family(GPUS[gpu]) in (90, 100):
+        kind = "f16" if dtype == torch.float16 else "bf16"
+        step = (config.block_m + config.block_n) * dim * size
+        times = {
+            "tensor": 2 * pixels * dim * dim / card.tensor_tflops[kind],
+            "l2": tiles * step / (card.l2_bytes_per_clock * card.ghz * 1e9),
+        }
+    else:
+        stats = _simulate(ptxsim, GPUS[gpu], config, dim, dtype, act)
+        times = dict(model.bound(stats, card, scale=tiles / stats.ctas).times)
+    times["dram"] = moved / (card.dram_gbs * 1e9)
+    usable = {k: v for k, v in times.items() if k != "l2"}
+    limit = max(usable, key=lambda k: usable[k])
+    return {
+        "gpu": gpu,
+        "dim": dim,
+        "tile": f"{config.block_m}x{config.block_n}x{config.block_k}",
+        "times": times,
+        "limit": limit,
+        "bound": usable[limit],
+        "expected": max(v / REACHED.get(k, 1.0) for k, v in usable.items()),
+    }
+
+
+def _simulate(
+    ptxsim: ModuleType,
+    architecture: int,
+    config: PointwiseConfig,
+    dim: int,
+    dtype: torch.dtype,
+    act: str,
+) -> Any:
+    from convmixer_fast.kernels.pointwise import pointwise_mix
+
+    x = torch.randn(1, dim, 8, 2 * config.block_m // 8).to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    weight = (torch.randn(dim, dim, 1, 1) / dim**0.5).to(dtype)
+    vector = torch.ones(dim)
+    settings = {"race": False, "init": False, "max_ctas": 2}
+    with ptxsim.triton_on_cpu(cc=architecture, **settings) as log:
+        pointwise_mix(x, weight, vector.to(dtype), vector, vector, act, config=config)
+    return log[-1]
+
+
+def predict_stem(
+    ptxsim: ModuleType,
+    gpu: str,
+    dim: int,
+    patch: int,
+    image: int = 224,
+    dtype: torch.dtype = torch.bfloat16,
+    pixels: torch.dtype = torch.uint8,
+) -> dict[str, Any]:
+    """Seconds an image of the stem, 3 x image x image -> dim, as `predict` counts them."""
+    from convmixer_fast.kernels.configs import lookup_stem
+    from convmixer_fast.kernels.stem import patch_embed
+
+    card, config = ptxsim.model.GPUS[gpu], lookup_stem(dtype)
+    architecture = min(GPUS[gpu], 89)
+    x = torch.randint(0, 256, (1, 3, image, image)).to(pixels)
+    weight = (torch.randn(dim, 3, patch, patch) / (3 * patch * patch) ** 0.5).to(dtype)
+    vector = torch.ones(dim)
+    normal = {"mean": torch.ones(3) / 2, "std": torch.ones(3) / 4} if x.dtype == torch.uint8 else {}
+    settings = {"race": False, "init": False, "max_ctas": 2}
+    with ptxsim.triton_on_cpu(cc=architecture, **settings) as log:
+        patch_embed(x, weight, None, vector, vector, "gelu", config=config, **normal)
+    outputs = (image // patch) ** 2 * dim
+    tiles = outputs / (config.block_m * config.block_n)
+    times = dict(ptxsim.model.bound(log[-1], card, scale=tiles / log[-1].ctas).times)
+    moved = x.numel() * x.element_size() + outputs * torch.finfo(dtype).bits // 8
+    times["dram"] = moved / (card.dram_gbs * 1e9)
+    usable = {k: v for k, v in times.items() if k != "l2"}
+    limit = max(usable, key=lambda k: usable[k])
+    expected = max(v / REACHED.get(k, 1.0) for k, v in usable.items())
+    return {
+        "gpu": gpu,
+        "dim": dim,
+        "times": times,
+        "limit": limit,
+        "bound": usable[limit],
+        "expected": expected,
+    }
