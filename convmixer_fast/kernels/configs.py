@@ -129,6 +129,7 @@ POINTWISE = (
         _ALL,
         PointwiseConfig(64, 64, 32),
         "odd channel counts: elements pass through registers one by one, and larger tiles spill",
+        arithmetic=("half", "tf32", "ieee"),
         narrower_than=8,
     ),
     PointwiseRow(
@@ -180,8 +181,27 @@ POINTWISE = (
     ),
     PointwiseRow(
         (80, 86, 90, 100, 120),
-        PointwiseConfig(128, 64, 32),
-        "48 KiB and 186 registers: two programs a multiprocessor",
+        PointwiseConfig(64, 64, 32),
+        "as for half precision with few outputs; half as deep, since elements are twice as wide",
+        arithmetic=("tf32",),
+        outputs=_ONE_WAVE,
+    ),
+    PointwiseRow(
+        (80, 86, 120),
+        PointwiseConfig(128, 128, 16, num_stages=4),
+        "the bytes of 128 x 128 x 32 in half precision: 48 KiB, two programs a multiprocessor",
+        arithmetic=("tf32",),
+    ),
+    PointwiseRow(
+        (90,),
+        PointwiseConfig(128, 128, 32),
+        "225 registers and 96 KiB: two programs a multiprocessor",
+        arithmetic=("tf32",),
+    ),
+    PointwiseRow(
+        (100,),
+        PointwiseConfig(128, 128, 32, num_warps=8),
+        "four warps would spill 24 registers of the tile's end",
         arithmetic=("tf32",),
     ),
     PointwiseRow(
@@ -189,7 +209,13 @@ POINTWISE = (
         PointwiseConfig(64, 128, 16),
         "true float32 on the FMA units, 8 x 8 sums a thread: 0.75 shared-memory wavefronts a "
         "warp's FMA (8 x 4: 1.25), so at most 66 % of A100's rate, 33 % of 4090's and H100's",
-        arithmetic=("ieee", "tf32"),
+        arithmetic=("ieee",),
+    ),
+    PointwiseRow(
+        (0,),
+        PointwiseConfig(64, 128, 16, num_stages=2),
+        "CDNA 3 multiplies TF32 by its matrix cores; the room of the float32 tile",
+        arithmetic=("tf32",),
     ),
 )
 
@@ -241,6 +267,17 @@ def lookup_pointwise(
     raise LookupError(f"no tile for sm_{architecture}, {dtype}")
 
 
+def why_slower(dtype: torch.dtype, tf32: bool = False) -> str:
+    """Why PyTorch's own product and one more pass are expected to be faster; ``""`` where ours is.
+
+    Fusion saves one pass over the output, which pays from about 70 to 80 % of the library's speed
+    (K = 768 and 1536).
+    """
+    if arithmetic_of(dtype, tf32) == "ieee":
+        return "float32 without TF32: the fused product reaches at most two thirds of the FMA rate"
+    return ""
+
+
 def pointwise_candidates(
     architecture: int, dtype: torch.dtype, tf32: bool = False
 ) -> tuple[PointwiseConfig, ...]:
@@ -254,8 +291,9 @@ def pointwise_candidates(
 
 #: The stem multiplies 0.6 % of the network's terms (C p p = 147 or 588 for an RGB image): one tile
 #: everywhere. Its left operand is gathered through registers, an address and an element each, and
-#: 64 x 32 of those over 128 threads are what fits beside 64 sums without spilling.
-STEM = PointwiseConfig(64, 128, 32)
+#: 64 x 16 of those over 128 threads fit beside 64 sums in 168 registers: three programs a
+#: multiprocessor hide what no asynchronous copy does here.
+STEM = PointwiseConfig(64, 128, 16)
 #: float32: the operands take twice the room.
 STEM_FLOAT32 = PointwiseConfig(64, 128, 16)
 
