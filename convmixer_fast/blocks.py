@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
-from . import _native
+from . import _native, graphs
 from .arch import activation_layer, activation_name
 from .ops import backends, gpu
 from .ops.common import accumulation_dtype, memory_format_of
@@ -543,8 +543,12 @@ class MixerStack(_FusedSequential):
 
     (N, dim, H, W) -> (N, dim, H, W), channels-last if the input is, and always where Triton kernels
     serve the blocks (on a GPU, in eval mode). Children and keys are those of `nn.Sequential`. Where
-    a block cannot be fused whole (see `explain`), the blocks run one by one.
+    a block cannot be fused whole (see `explain`), the blocks run one by one. On a GPU, `optimize`
+    lets them run as a CUDA graph or depth first.
     """
+
+    _graphs: graphs.StackGraphs | None = None
+    _depth_first = False
 
     def __init__(self, *blocks: nn.Module) -> None:
         super().__init__(*blocks)
@@ -560,12 +564,15 @@ class MixerStack(_FusedSequential):
         if isinstance(index, slice):
             part = MixerStack()
             part._modules.update(list(self._modules.items())[index])
+            part._depth_first = self._depth_first
+            part._graphs = None if self._graphs is None else graphs.StackGraphs()
             return part.train(self.training)
         return super().__getitem__(index)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self._modules or not _stacks_run_on(x):
-            return super().forward(x)
+            asked = self._graphs is not None or self._depth_first
+            return self._on_gpu(x) if asked and self._modules else super().forward(x)
         wholes: list[_Whole] = []
         for block in self._modules.values():
             if not isinstance(block, MixerBlock) or _hooked(block):
@@ -575,6 +582,53 @@ class MixerStack(_FusedSequential):
                 return super().forward(x)
             wholes.append(whole)
         return _run_stack(list(self), wholes, x)
+
+    def _on_gpu(self, x: Tensor) -> Tensor:
+        """The blocks as a CUDA graph or depth first, where that was asked for and can be."""
+        packed = self._packed_now(x)
+        if packed is None:
+            return super().forward(x)
+        x = _laid_out(self, x)
+        if self._graphs is not None and x.shape[0] <= graphs.MAX_BATCH:
+            return self._graphs.run(graphs.key_of(x), packed, super().forward, x)
+        if self._depth_first:
+            return graphs.depth_first(super().forward, x, graphs.l2_bytes(x.device))
+        return super().forward(x)
+
+    def _packed_now(self, x: Tensor) -> tuple[Packed, ...] | None:
+        """What GPU kernels would be given of the blocks, or None where they do not run them all."""
+        if (
+            self.training
+            or torch.compiler.is_compiling()
+            or isinstance(x, torch.fx.Proxy)
+            or backends.is_recording()
+            or x.dim() != 4
+            or x.numel() == 0
+            or not backends.gpu_kernels_run(x.device, x.dtype)
+            or gpu.is_capturing(x.device)
+        ):
+            return None
+        found: list[Packed] = []
+        for block in self._modules.values():
+            if not isinstance(block, MixerBlock) or _hooked(block) or len(block) != 4:
+                return None
+            spatial, conv, act, bn = block
+            if not isinstance(spatial, DepthwiseMix) or _hooked(spatial):
+                return None
+            branch: Any = spatial._modules[spatial._branch]
+            if spatial._why_composed(branch, x) or not is_pointwise(conv):
+                return None
+            if _why_composed(conv, act, bn, x):
+                return None
+            depthwise, _, spatial_bn = branch
+            tensors = sources_of(depthwise, spatial_bn) + sources_of(conv, bn)
+            if torch.is_grad_enabled() and (
+                x.requires_grad or any(t.requires_grad for t in tensors)
+            ):
+                return None
+            found.append(_operands(spatial._packed, depthwise, spatial_bn, x, depthwise=True))
+            found.append(_operands(block._halves, conv, bn, x, depthwise=False))
+        return tuple(found)
 
 
 def _run_stack(blocks: Sequence[nn.Module], wholes: list[_Whole], x: Tensor) -> Tensor:
@@ -620,3 +674,5 @@ def refresh(model: nn.Module) -> None:
             module._packed.clear()
         if isinstance(module, MixerBlock):
             module._halves.clear()
+        if isinstance(module, MixerStack) and module._graphs is not None:
+            module._graphs.clear()

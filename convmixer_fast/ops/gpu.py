@@ -25,6 +25,7 @@ from ..testing import ErrorReport, error_report
 from . import first_use
 from .cases import MANY_OUTPUTS, Case
 from .common import accumulation_dtype, memory_format_of
+from .first_use import is_capturing as is_capturing
 
 if TYPE_CHECKING:
     from .backends import Call
