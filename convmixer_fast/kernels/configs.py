@@ -32,30 +32,50 @@ class DepthwiseConfig:
 
 @dataclass(frozen=True)
 class DepthwiseRow:
-    """One row of the table: where it applies, and what it says."""
+    """One row: where it holds (both conditions together), the tile, and why."""
 
     kernel_sizes: range
     channels: range
     config: DepthwiseConfig
+    reason: str
 
 
 _ANY = 1 << 31
 
-#: The first row that fits decides. No dtype and no architecture has a row of its own yet: a thread
+#: The first row that fits decides. No dtype and no architecture has a row of its own: a thread
 #: holds four channels, 8 or 16 bytes, in every dtype, and the registers fit everywhere.
 DEPTHWISE: tuple[DepthwiseRow, ...] = (
-    # Eight columns of four channels are 32 accumulators, 4k taps, and room for the loads in flight:
-    # 85-108 registers on sm_80 to sm_120 and four programs of 4 warps on a multiprocessor. Twelve
-    # columns would save a sixth of the loads and conversions, but at k = 9 the assemblers of sm_90
-    # and sm_120 spill them at 128 registers; sixteen spill everywhere.
-    # 64 channels are a line of 128 bytes in 16 bits; eight rows read (8 + k - 1) / 8 lines for one
-    # written and a warp, two rows of 16 threads, reads its taps once for both.
-    DepthwiseRow(range(1, 12), range(64, _ANY), DepthwiseConfig(8, 8, 64, 11, 4)),
-    # Above 11 taps a row they would not fit beside the accumulators: eight at a time.
-    DepthwiseRow(range(12, 1 << 10), range(64, _ANY), DepthwiseConfig(8, 8, 64, 8, 4)),
-    # Few channels: the same threads stand on more rows. Below 32 channels masks idle the rest.
-    DepthwiseRow(range(1, 12), range(0, 64), DepthwiseConfig(8, 16, 32, 11, 4)),
-    DepthwiseRow(range(12, 1 << 10), range(0, 64), DepthwiseConfig(8, 16, 32, 8, 4)),
+    DepthwiseRow(
+        range(1, 12),
+        range(64, _ANY),
+        DepthwiseConfig(columns=8, rows=8, channels=64, taps=11, warps=4),
+        "Eight columns of four channels are 32 accumulators and 4k taps: 96-128 registers, no "
+        "spill, and four programs on a multiprocessor. Sixteen columns would load and convert a "
+        "third less (0.80 of the loop multiply-adds at k = 9, not 0.73), but take 136-168 "
+        "registers, and at 128 spill 50 values a kernel row on sm_89 to sm_120; twelve still spill "
+        "on sm_90 and sm_120. 64 channels are a line of 128 bytes in 16 bits; eight rows read "
+        "(8 + k - 1) / 8 lines for one written, and a warp, two rows of 16 threads, reads its taps "
+        "once for both.",
+    ),
+    DepthwiseRow(
+        range(12, 1 << 10),
+        range(64, _ANY),
+        DepthwiseConfig(columns=8, rows=8, channels=64, taps=6, warps=4),
+        "All the taps of a row would not fit beside the accumulators. Six at a time, eight columns "
+        "read 13 for 48 multiply-adds a channel; with eight at a time k = 31 takes 130 registers.",
+    ),
+    DepthwiseRow(
+        range(1, 12),
+        range(0, 64),
+        DepthwiseConfig(columns=8, rows=16, channels=32, taps=11, warps=4),
+        "Few channels: the same threads stand on more rows. Below 32 channels masks idle the rest.",
+    ),
+    DepthwiseRow(
+        range(12, 1 << 10),
+        range(0, 64),
+        DepthwiseConfig(columns=8, rows=16, channels=32, taps=6, warps=4),
+        "Few channels and more taps than fit: both of the above.",
+    ),
 )
 
 
