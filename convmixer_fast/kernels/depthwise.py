@@ -19,8 +19,9 @@ and what is in flight, about 105 registers; and a kernel row is 288 multiply-add
 activations, 9 of taps, 64 conversions from 16 bits and about 14 of everything else: 0.73-0.74 of
 the instructions are multiply-adds, 0.87 in float32, where nothing is converted.
 
-* 16-bit activations are loaded as 32-bit words of two channels: a shift or a mask makes a bfloat16
-  a float32, one operation a value.
+* bfloat16 is loaded as 32-bit words of two channels: a shift or a mask makes either a float32, one
+  operation a value, where a compiler left alone takes one and a half. float16 needs no help: the
+  machine converts either half of a word.
 * No masks. A row above or below the image is read from a row of zeros behind the taps: one selected
   pointer a kernel row. Columns left and right of the image are known when the kernel is compiled:
   the first and the last tile of a row of tiles leave them out, in code of their own that a uniform
@@ -53,15 +54,11 @@ _TRITON_DTYPES = {
 
 
 @triton.jit
-def _to_float(v, DTYPE: tl.constexpr, PAIR: tl.constexpr):
-    """Loaded values as float32: [R, BC] of DTYPE, or [R, BC / 2] words of two channels each."""
+def _to_float(v, PAIR: tl.constexpr):
+    """Loaded values as float32: [R, BC] of any dtype, or [R, BC / 2] words of two bfloat16 each."""
     if PAIR:
-        if tl.bfloat16 == DTYPE:
-            even = (v << 16).to(tl.float32, bitcast=True)
-            odd = (v & -65536).to(tl.float32, bitcast=True)
-        else:
-            even = v.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-            odd = (v >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        even = (v << 16).to(tl.float32, bitcast=True)
+        odd = (v & -65536).to(tl.float32, bitcast=True)
         return tl.interleave(even, odd)
     else:
         return v.to(tl.float32)
@@ -84,7 +81,6 @@ def _row(
     K0: tl.constexpr,
     K1: tl.constexpr,
     MASKED: tl.constexpr,
-    DTYPE: tl.constexpr,
     PAIR: tl.constexpr,
 ):
     """acc + the taps K0..K1 of one kernel row, over the columns FIRST..LAST of a tile's window."""
@@ -102,7 +98,7 @@ def _row(
             v = tl.load(x + column * WORDS, mask=inside & (iw >= 0) & (iw < W), other=0)
         else:
             v = tl.load(x + column * WORDS)
-        value = _to_float(v, DTYPE, PAIR)
+        value = _to_float(v, PAIR)
         # The accumulators t with K0 <= column - t < K1; the others stay as they are.
         new = acc[: max(0, column - K1 + 1)]
         for t in tl.static_range(max(0, column - K1 + 1), min(T, column - K0 + 1)):
@@ -131,7 +127,6 @@ def _window(
     LAST: tl.constexpr,
     CHUNK: tl.constexpr,
     MASKED: tl.constexpr,
-    DTYPE: tl.constexpr,
     PAIR: tl.constexpr,
 ):
     """acc + the convolution over the columns FIRST..LAST of the window, from its first row on."""
@@ -147,7 +142,7 @@ def _window(
         for k0 in tl.static_range(0, K, CHUNK):
             acc = _row(
                 acc, row, taps, inside, channels, ow, W, C, K, T, FIRST, LAST,
-                k0, min(k0 + CHUNK, K), MASKED, DTYPE, PAIR,
+                k0, min(k0 + CHUNK, K), MASKED, PAIR,
             )  # fmt: skip
         x += row_step
         taps += K * C
@@ -240,34 +235,34 @@ def depthwise_kernel(
     if MASKED:
         acc = _window(
             acc, x, zeros, taps, rows, words, channels, H, ow, W, row_step, C, K, T,
-            0, T + K - 1, CHUNK, True, DTYPE, PAIR,
+            0, T + K - 1, CHUNK, True, PAIR,
         )  # fmt: skip
     elif EDGES == "one":
         acc = _window(
             acc, x, zeros, taps, rows, words, channels, H, ow, W, row_step, C, K, T,
-            BEFORE, BEFORE + T, CHUNK, False, DTYPE, PAIR,
+            BEFORE, BEFORE + T, CHUNK, False, PAIR,
         )  # fmt: skip
     else:
         if tile_w == 0:
             acc = _window(
                 acc, x, zeros, taps, rows, words, channels, H, ow, W, row_step, C, K, T,
-                BEFORE, T + K - 1, CHUNK, False, DTYPE, PAIR,
+                BEFORE, T + K - 1, CHUNK, False, PAIR,
             )  # fmt: skip
         elif EDGES == "two":
             acc = _window(
                 acc, x, zeros, taps, rows, words, channels, H, ow, W, row_step, C, K, T,
-                0, BEFORE + T, CHUNK, False, DTYPE, PAIR,
+                0, BEFORE + T, CHUNK, False, PAIR,
             )  # fmt: skip
         else:
             if tile_w == tiles_w - 1:
                 acc = _window(
                     acc, x, zeros, taps, rows, words, channels, H, ow, W, row_step, C, K, T,
-                    0, BEFORE + T, CHUNK, False, DTYPE, PAIR,
+                    0, BEFORE + T, CHUNK, False, PAIR,
                 )  # fmt: skip
             else:
                 acc = _window(
                     acc, x, zeros, taps, rows, words, channels, H, ow, W, row_step, C, K, T,
-                    0, T + K - 1, CHUNK, False, DTYPE, PAIR,
+                    0, T + K - 1, CHUNK, False, PAIR,
                 )  # fmt: skip
 
     if not MASKED:
@@ -282,7 +277,7 @@ def depthwise_kernel(
         else:
             live = oh < H
             v = tl.load(centre + t * WORDS, mask=live, other=0)
-        y = activate(acc[t], ACT) * scale + (shift + _to_float(v, DTYPE, PAIR))
+        y = activate(acc[t], ACT) * scale + (shift + _to_float(v, PAIR))
         tl.store(out + t * C, y.to(DTYPE), mask=live)
 
 
@@ -389,7 +384,7 @@ def depthwise_mix(
     mode = edges(w, k, columns) if c >= block else "any"
     tiles_h, tiles_w = triton.cdiv(h, config.rows), triton.cdiv(w, columns)
     # Pairs of channels as words need every pixel to begin at a word.
-    pair = x.element_size() == 2 and c % 2 == 0 and x.data_ptr() % 4 == 0
+    pair = x.dtype == torch.bfloat16 and c % 2 == 0 and x.data_ptr() % 4 == 0
     zeros = taps[k * k :].view(torch.int32 if pair else x.dtype)
     grid = (n * tiles_h * tiles_w * triton.cdiv(c, block),)
     with torch.cuda.device_of(x):

@@ -37,6 +37,7 @@ def meets_the_bars(
     [
         *((a, BF16, 9) for a in ARCHITECTURES),
         *((a, BF16, 7) for a in (80, 89, 90)),
+        (80, FP16, 9),
         (89, FP16, 9),
         (80, FP32, 9),
         (86, FP32, 7),
@@ -59,8 +60,8 @@ def test_rows_of_few_tiles_do_not_spill(edges: str) -> None:
 
 
 def test_odd_channels_compile_without_spilling() -> None:
-    config = lookup_depthwise(FP16, 5, 1537)
-    built = gpu_depthwise.build(ptxsim(), config, 80, FP16, 5, channels=1537, pair=False)
+    config = lookup_depthwise(BF16, 5, 1537)
+    built = gpu_depthwise.build(ptxsim(), config, 80, BF16, 5, channels=1537, pair=False)
     f = gpu_depthwise.facts(built, config, 5)
     assert (f["spills"], f["stack"]) == (0, 0)
 
