@@ -527,7 +527,7 @@ def _laid_out(module: nn.Module, x: Tensor) -> Tensor:
 
     Converted once, not in each half: a block that gets channels-last gives channels-last.
     """
-    if module.training or x.dim() != 4 or isinstance(x, torch.fx.Proxy):
+    if isinstance(x, torch.fx.Proxy) or module.training or x.dim() != 4:
         return x
     if torch.compiler.is_compiling():
         serve = backends.compiled_kernels_run(x.device, x.dtype)
