@@ -176,3 +176,127 @@ def check(
     if not (room[:guard].eq(7.0).all() and room[guard + count :].eq(7.0).all()):
         raise AssertionError("written outside the result")
     assert_numerics(y, plain(o, case.act, dtype), plain(o, case.act, torch.float64))
+
+
+@dataclass(frozen=True)
+class DepthwiseCase:
+    """A depthwise convolution: x (n, c, h, w) and k x k taps."""
+
+    name: str
+    n: int
+    c: int
+    h: int
+    w: int
+    k: int
+    act: str = "gelu"
+    bias: bool = True
+    #: As for `lay_out`, and row_slice: the rows between those of a larger tensor.
+    layout: str = "nhwc"
+    #: Large enough for hardware only.
+    large: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+DEPTHWISE_CASES = (
+    # By what a row of tiles, eight columns wide, consists of: one, a first and a last, more, masks.
+    DepthwiseCase("one_tile", 2, 64, 8, 8, 3),
+    DepthwiseCase("two_tiles", 1, 64, 9, 16, 5, act="relu"),
+    DepthwiseCase("two_tiles_that_overlap", 1, 64, 8, 13, 4),
+    DepthwiseCase("three_tiles", 1, 64, 10, 24, 7),
+    DepthwiseCase("middle_tiles_moved_in", 1, 64, 8, 25, 5, act="silu"),
+    DepthwiseCase("even_kernel", 1, 64, 8, 17, 6),
+    DepthwiseCase("narrow_image", 1, 64, 11, 5, 9),
+    DepthwiseCase("kernel_wider_than_image", 1, 64, 3, 4, 12),
+    DepthwiseCase("one_pixel", 2, 64, 1, 1, 9, act="hardswish"),
+    DepthwiseCase("one_row", 1, 64, 1, 20, 3),
+    DepthwiseCase("one_column", 1, 64, 20, 1, 3),
+    DepthwiseCase("one_tap", 1, 64, 8, 8, 1, act="identity"),
+    DepthwiseCase("taps_in_parts", 1, 64, 8, 8, 13),
+    # By channels: blocks that overlap, odd, few, and a block of 32.
+    DepthwiseCase("channels_beyond_a_block", 1, 100, 8, 8, 3),
+    DepthwiseCase("even_channels", 1, 70, 8, 9, 3, act="relu"),
+    DepthwiseCase("odd_channels", 1, 67, 8, 9, 3),
+    DepthwiseCase("few_channels", 2, 32, 17, 8, 3),
+    DepthwiseCase("fewer_channels", 1, 6, 5, 9, 5),
+    DepthwiseCase("one_channel", 2, 1, 6, 7, 5, act="silu"),
+    DepthwiseCase("no_bias", 1, 64, 8, 8, 3, bias=False),
+    DepthwiseCase("image_slice", 2, 64, 8, 8, 3, layout="image_slice"),
+    DepthwiseCase("row_slice", 2, 64, 8, 8, 3, layout="row_slice"),
+    DepthwiseCase("column_slice", 2, 64, 8, 8, 3, layout="column_slice"),
+    DepthwiseCase("channel_slice", 1, 64, 8, 8, 3, layout="channel_slice"),
+    DepthwiseCase("odd_channel_slice", 1, 64, 8, 8, 3, layout="odd_channel_slice"),
+    DepthwiseCase("nchw", 1, 64, 8, 8, 3, layout="nchw"),
+    DepthwiseCase("width_1536", 4, 1536, 32, 32, 9, large=True),
+    DepthwiseCase("width_768", 8, 768, 32, 32, 7, act="relu", large=True),
+    DepthwiseCase("width_1024", 8, 1024, 16, 16, 9, large=True),
+    DepthwiseCase("taps_of_31", 1, 192, 56, 56, 31, large=True),
+    DepthwiseCase("ragged_large", 3, 771, 31, 37, 9, large=True),
+)
+
+
+@dataclass
+class DepthwiseOperands:
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    scale: Tensor
+    shift: Tensor
+
+
+def draw_depthwise(
+    case: DepthwiseCase, dtype: torch.dtype, device: str = "cpu", seed: int = 0
+) -> DepthwiseOperands:
+    """Random operands whose statistics are those of a trained layer."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(case.n, case.c, case.h, case.w, generator=g).to(dtype).to(device)
+    if case.layout == "row_slice":
+        # Rows of another tensor between ours: NaN shows who reads them.
+        base = torch.full((case.n, 2 * case.h, case.w, case.c), float("nan"), dtype=dtype)
+        x = base.to(device)[:, ::2].permute(0, 3, 1, 2).copy_(x)
+    else:
+        x = lay_out(x, case.layout)
+    weight = torch.randn(case.c, 1, case.k, case.k, generator=g) / case.k
+    bias = torch.randn(case.c, generator=g).to(dtype).to(device) if case.bias else None
+    scale = 0.5 + torch.rand(case.c, generator=g)
+    shift = torch.randn(case.c, generator=g)
+    return DepthwiseOperands(
+        x, weight.to(dtype).to(device), bias, scale.to(device), shift.to(device)
+    )
+
+
+def plain_depthwise(o: DepthwiseOperands, act: str, dtype: torch.dtype) -> Tensor:
+    """The same by PyTorch's operators in ``dtype``."""
+    k, x = o.weight.shape[-1], o.x.to(dtype)
+    before, after = (k - 1) // 2, k // 2
+    bias = None if o.bias is None else o.bias.to(dtype)
+    padded = F.pad(x, [before, after, before, after])
+    h = F.conv2d(padded, o.weight.to(dtype), bias, groups=x.shape[1])
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return x + affine(activation(h, act), o.scale.to(wide), o.shift.to(wide))
+
+
+def check_depthwise(
+    kernel: Callable[..., Tensor],
+    pack: Callable[[Tensor], Tensor],
+    case: DepthwiseCase,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    **kw: object,
+) -> None:
+    """As `check`: the numerics rule, every output written, nothing beside them."""
+    o = draw_depthwise(case, dtype, device)
+    shape = (case.n, case.h, case.w, case.c)
+    count, guard = torch.Size(shape).numel(), 256
+    room = torch.full((count + 2 * guard,), 7.0, dtype=dtype, device=device)
+    out = room[guard : guard + count].view(shape).permute(0, 3, 1, 2)
+    out.fill_(float("nan"))
+    taps = pack(o.weight)
+    y = kernel(o.x, taps, o.bias, o.scale, o.shift, case.act, case.k, out=out, **kw)
+    if y is not out:
+        raise AssertionError("the result is not the tensor that was given for it")
+    if not (room[:guard].eq(7.0).all() and room[guard + count :].eq(7.0).all()):
+        raise AssertionError("written outside the result")
+    same, exact = (plain_depthwise(o, case.act, d) for d in (dtype, torch.float64))
+    assert_numerics(y, same, exact)
