@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 
 import pytest
 import torch
@@ -19,6 +20,10 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 #: Sides that no tile and no patch divides.
 IMAGES = (1, 3, 27, 45)
+#: Width, kernel size and activation of the published variants.
+WIDTHS = [(768, 7, "relu"), (1024, 9, "gelu"), (1536, 9, "gelu")]
+#: Asks for the tests of all of them in the simulator.
+ALL = "CONVMIXER_FAST_ALL_WIDTHS"
 
 
 def make(dim: int, k: int, act: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
@@ -68,6 +73,23 @@ def test_simulator(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("dim", "k", "act"), WIDTHS)
+def test_simulator_at_published_widths(
+    dim: int, k: int, act: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if dim != WIDTHS[0][0] and not os.environ.get(ALL):
+        pytest.skip(f"half a minute: set {ALL}=1")
+    sim = ptxsim()
+    monkeypatch.setenv(first_use.ENVIRONMENT, "0")
+    # Without counters of memory accesses, which are not looked at.
+    with support.emulated(), sim.triton_on_cpu(cc=80, strict=True, counters=False) as log:
+        check(dim, k, act, dtype)
+    assert not any(stats.races for stats in log)
+
+
+@compiler
 def test_simulator_finds_the_first_use_right() -> None:
     sim = ptxsim()
     first_use.forget()
@@ -83,9 +105,7 @@ def test_simulator_finds_the_first_use_right() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(
-    ("dim", "k", "act"), [(768, 7, "relu"), (1024, 9, "gelu"), (1536, 9, "gelu"), (37, 4, "silu")]
-)
+@pytest.mark.parametrize(("dim", "k", "act"), [*WIDTHS, (37, 4, "silu")])
 def test_hardware(dim: int, k: int, act: str, dtype: torch.dtype) -> None:
     check(dim, k, act, dtype, "cuda")
     assert not any(first_use.results().values())
