@@ -305,6 +305,8 @@ def test_reasons_why_kernels_cannot_run(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (8, 9))
     assert support.why_not(gpu0) == ""
     monkeypatch.setenv("CONVMIXER_FAST_DISABLE_TRITON", "1")
+    assert support.why_not(gpu0) == ""  # asked once: this is the path of every call
+    monkeypatch.setattr(support, "_capable", set())
     assert "CONVMIXER_FAST_DISABLE_TRITON" in support.why_not(gpu0)
     monkeypatch.delenv("CONVMIXER_FAST_DISABLE_TRITON")
     assert support.why_not(torch.device("cpu")) == "the tensors are on cpu"

@@ -56,15 +56,18 @@ def is_kernel_device(device: torch.device) -> bool:
 
 
 def why_not(device: torch.device) -> str:
-    """Why Triton kernels cannot run on tensors of ``device``; ``""`` where they can."""
+    """Why Triton kernels cannot run on tensors of ``device``; ``""`` where they can.
+
+    A GPU that was found able stays so: the environment is not asked again.
+    """
+    if device.type == "cuda" and device.index in _capable:
+        return ""
     if os.environ.get(DISABLE, "0") not in ("", "0"):
         return f"switched off by {DISABLE}"
     if device.type == "cpu" and is_emulated():
         return _why_no_triton()
     if device.type != "cuda":
         return f"the tensors are on {device.type}"
-    if device.index in _capable:
-        return ""
     why = _why_no_triton() or _why_not_gpu(device.index)
     if not why and device.index is not None:
         _capable.add(device.index)
