@@ -82,14 +82,14 @@ def test_interpreter_drawn_shapes(
 
 
 @interpreter
-def test_interpreter_rows_past_two_to_the_31_elements() -> None:
-    # Four images, 2^30 elements apart: the last begins at element 3.2e9. Most of the memory is
-    # never touched, and so never there.
-    case = DepthwiseCase("far", 4, 8, 2, 4, 3)
-    o = draw_depthwise(case, torch.float16)
+@pytest.mark.parametrize(("n", "h"), [(4, 2), (1, 4)], ids=["images", "rows"])
+def test_interpreter_past_two_to_the_31_elements(n: int, h: int) -> None:
+    # Four images or rows, 2^30 elements apart: the last begins at element 3.2e9. Most of the
+    # memory is never touched, and so never there.
+    o = draw_depthwise(DepthwiseCase("far", n, 8, h, 4, 3), torch.float16)
     apart = 2**30
     room = torch.empty(3 * apart + 64, dtype=torch.float16)
-    far = room.as_strided((4, 8, 2, 4), (apart, 1, 32, 8))
+    far = room.as_strided((n, 8, h, 4), (apart, 1, 32 if n > 1 else apart, 8))
     far.copy_(o.x)
     rest = (pack_taps(o.weight), o.bias, o.scale, o.shift, "gelu", 3)
     ours = depthwise_mix(far, *rest, config=LITTLE)

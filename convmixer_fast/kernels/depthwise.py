@@ -85,7 +85,7 @@ def _row(
 ):
     """acc + the taps K0..K1 of one kernel row, over the columns FIRST..LAST of a tile's window."""
     WORDS: tl.constexpr = C // 2 if PAIR else C
-    weights = ()
+    weights = acc[:0]
     for kw in tl.static_range(K0, K1):
         if MASKED:
             weight = tl.load(taps + kw * C, mask=channels, other=0.0)
@@ -229,7 +229,7 @@ def depthwise_kernel(
             start += tl.load(BIAS + c).to(tl.float32)
     acc = ()
     for _ in tl.static_range(T):
-        acc = acc + (start,)  # noqa: RUF005
+        acc = acc + (start,)  # type: ignore[assignment]  # noqa: RUF005
 
     # The window of a tile is T + K - 1 columns wide: BEFORE left of it, AFTER right of it.
     if MASKED:
