@@ -92,7 +92,10 @@ def _row(
         else:
             weight = tl.load(taps + kw * C)
         weights = weights + (tl.broadcast_to(weight, acc[0].shape),)  # noqa: RUF005
-    for column in tl.static_range(max(K0, FIRST), min(K1 - 1 + T, LAST)):
+    # Not min() and max(): of Triton 3.4 they make tensors of constants.
+    for column in tl.static_range(
+        K0 if K0 > FIRST else FIRST, K1 - 1 + T if K1 - 1 + T < LAST else LAST
+    ):
         if MASKED:
             iw = ow + (column - (K - 1) // 2)
             v = tl.load(x + column * WORDS, mask=inside & (iw >= 0) & (iw < W), other=0)
@@ -100,10 +103,12 @@ def _row(
             v = tl.load(x + column * WORDS)
         value = _to_float(v, PAIR)
         # The accumulators t with K0 <= column - t < K1; the others stay as they are.
-        new = acc[: max(0, column - K1 + 1)]
-        for t in tl.static_range(max(0, column - K1 + 1), min(T, column - K0 + 1)):
+        new = acc[: (column - K1 + 1 if column >= K1 else 0)]
+        for t in tl.static_range(
+            (column - K1 + 1 if column >= K1 else 0), (column - K0 + 1 if column - K0 < T else T)
+        ):
             new = new + (tl.fma(value, weights[column - t - K0], acc[t]),)  # noqa: RUF005
-        acc = new + acc[min(T, column - K0 + 1) :]
+        acc = new + acc[(column - K0 + 1 if column - K0 < T else T) :]
     return acc
 
 
@@ -142,7 +147,7 @@ def _window(
         for k0 in tl.static_range(0, K, CHUNK):
             acc = _row(
                 acc, row, taps, inside, channels, ow, W, C, K, T, FIRST, LAST,
-                k0, min(k0 + CHUNK, K), MASKED, PAIR,
+                k0, k0 + CHUNK if k0 + CHUNK < K else K, MASKED, PAIR,
             )  # fmt: skip
         x += row_step
         taps += K * C
