@@ -109,7 +109,7 @@ def _hooked(module: nn.Module) -> bool:
     )
 
 
-def _why_composed(conv: Any, act: nn.Module, bn: Any, x: Tensor) -> str:
+def _why_composed(conv: Any, act: nn.Module, bn: Any, x: Tensor, op: str) -> str:
     """Why these three children must run one by one on ``x``; ``""`` when fusing is the same."""
     compiling = torch.compiler.is_compiling()
     if isinstance(x, torch.fx.Proxy) or (not compiling and torch._C._get_tracing_state()):
@@ -139,7 +139,7 @@ def _why_composed(conv: Any, act: nn.Module, bn: Any, x: Tensor) -> str:
         return f"the input is {x.dtype}"
     if x.device != weight.device:
         return f"the input is on {x.device}, the weights on {weight.device}"
-    if device != "cpu" and compiling and not backends.compiled_kernels_run(x.device, x.dtype):
+    if device != "cpu" and compiling and not backends.compiled_kernels_run(x.device, x.dtype, op):
         # The operator is opaque to the compiler; where no kernel of ours stands behind it, the
         # plain operators are the faster graph.
         return "no fused kernel for this device: the compiler gets plain operators"
@@ -287,7 +287,7 @@ class DepthwiseMix(_Fused):
         if self.training and self.drop_path is not None:
             return "drop_path drops samples"
         conv, act, bn = fn
-        return _why_composed(conv, act, bn, x)
+        return _why_composed(conv, act, bn, x, "depthwise_mix")
 
 
 class PointwiseMix(_FusedSequential):
@@ -470,7 +470,7 @@ class MixerBlock(_FusedSequential):
         if bn.training or not isinstance(spatial, DepthwiseMix) or _hooked(spatial):
             return None
         branch: Any = spatial._modules[spatial._branch]
-        if spatial._why_composed(branch, x) or _why_composed(conv, act, bn, x):
+        if spatial._why_composed(branch, x) or _why_composed(conv, act, bn, x, "pointwise_mix"):
             return None
         depthwise, spatial_act, spatial_bn = branch
         name = activation_name(act)
@@ -618,7 +618,7 @@ class MixerStack(_FusedSequential):
             branch: Any = spatial._modules[spatial._branch]
             if spatial._why_composed(branch, x) or not is_pointwise(conv):
                 return None
-            if _why_composed(conv, act, bn, x):
+            if _why_composed(conv, act, bn, x, "pointwise_mix"):
                 return None
             depthwise, _, spatial_bn = branch
             tensors = sources_of(depthwise, spatial_bn) + sources_of(conv, bn)
@@ -656,7 +656,7 @@ def _fused_pointwise(
     elif not stem and not is_pointwise(conv):
         why = "the convolution is not a plain dense 1x1 one"
     else:
-        why = _why_composed(conv, act, bn, x)
+        why = _why_composed(conv, act, bn, x, "patch_embed" if stem else "pointwise_mix")
     if not owner._decide("pointwise_mix", why, x, conv, act):
         return None
     weight, bias, scale, shift = _operands(cache, conv, bn, x, depthwise=False)

@@ -209,6 +209,7 @@ def examine() -> dict[str, Any]:
         "backends": backends,
         # What became of GPU kernels at their first use; of a fresh process, in the checks above.
         "kernels": {str(case): why for case, why in first_use.results().items()},
+        "kernels_without_copy_engine": {str(c): why for c, why in first_use.retreats().items()},
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(PREFIX)},
         "environment_error": _environment_error(backends),
         "self_check": self_check,
@@ -306,6 +307,9 @@ def render(report: dict[str, Any]) -> str:
     bad_kernels = {case: why for case, why in report["kernels"].items() if why}
     if bad_kernels:
         parts.append(_section("GPU kernels that PyTorch replaces", list(bad_kernels.items())))
+    plainer = report["kernels_without_copy_engine"]
+    if plainer:
+        parts.append(_section("GPU kernels without the copy engine", list(plainer.items())))
     if report["environment"]:
         parts.append(_section("Environment", list(report["environment"].items())))
     failures: dict[tuple[str, str], list[str]] = {}

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .arch import VARIANTS
-from .kernels import support
+from .kernels import precision, support
 from .ops import BackendError, first_use, gpu, verdicts
 from .ops.cases import Case, case_of
 from .timing import gpu_seconds
@@ -134,10 +134,7 @@ def report(
     return {
         "format": FORMAT,
         "machine": verdicts.machine(device) | _limits(device),
-        "tf32": {
-            "matmul": torch.backends.cuda.matmul.allow_tf32,
-            "cudnn": torch.backends.cudnn.allow_tf32,
-        },
+        "tf32": dict(zip(("matmul", "convolutions"), precision.settings(), strict=True)),
         "rows": rows,
     }
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .kernels import precision
 from .ops.backends import requested_backend
 
 #: Larger batches keep the GPU busy for longer than their launches take.
@@ -77,11 +78,17 @@ def key_of(x: Tensor) -> Hashable:
     The stream is part of it: replays on two streams would share buffers.
     """
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.device.type == "cuda" else 0
-    matmul: Any = torch.backends.cuda.matmul
-    precision = getattr(matmul, "fp32_precision", "") or matmul.allow_tf32
     # A buffer made in inference mode cannot be written outside of it.
     mode = torch.is_inference_mode_enabled()
-    return str(x.device), stream, tuple(x.shape), x.dtype, precision, mode, requested_backend()
+    return (
+        str(x.device),
+        stream,
+        tuple(x.shape),
+        x.dtype,
+        precision.settings(),
+        mode,
+        requested_backend(),
+    )
 
 
 class Recorder(Protocol):

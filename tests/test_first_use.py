@@ -11,8 +11,9 @@ import torch
 from gpu_double import installed
 from test_ops import OPS, make_operands
 
-from convmixer_fast import BackendError, ConvMixer, explain
-from convmixer_fast.ops import backends, depthwise, first_use, pointwise
+from convmixer_fast import BackendError, ConvMixer, doctor, explain
+from convmixer_fast.kernels.configs import lookup_pointwise
+from convmixer_fast.ops import backends, depthwise, first_use, gpu, pointwise
 from convmixer_fast.ops.cases import MANY_OUTPUTS, WIDE
 from convmixer_fast.testing import trained_like_
 
@@ -28,6 +29,7 @@ def double(monkeypatch):
         monkeypatch.setattr(backends, "requested_backend", lambda: "auto")
         monkeypatch.setattr(backends, "_auto_is_triton", lambda device: True)
         monkeypatch.setattr(backends, "whole_blocks_run", lambda device, dtype: False)
+        monkeypatch.setattr(backends, "_why_slower", lambda op, dtype: "")
         yield kernels
 
 
@@ -95,6 +97,65 @@ def test_a_bad_kernel_warns_once_and_pytorch_serves(double, op, fault, monkeypat
 
 def gpu_reference(op: str):
     return depthwise._reference if op == "depthwise" else pointwise._reference
+
+
+@pytest.fixture
+def copy_engine(double, monkeypatch):
+    """Tells which tiles are right: `Double.pointwise_mix`, as on a GPU with a copy engine."""
+    operands = pytest.importorskip("convmixer_fast.kernels.operands", reason="needs Triton")
+    monkeypatch.setattr(operands, "architecture", lambda device: 90)
+    good, allowed = double.pointwise_mix, []
+
+    def pointwise_mix(*args, config=None, **kwargs):
+        out = good(*args, config=config, **kwargs)
+        return out if config in allowed else out.mul_(1.5)
+
+    table = gpu.kernels()._replace(pointwise_mix=pointwise_mix)
+    monkeypatch.setattr(gpu, "kernels", lambda: table)
+    return allowed
+
+
+def test_a_bad_form_of_the_copy_engine_is_replaced_by_a_plain_one(double, copy_engine):
+    plain = lookup_pointwise(90, torch.bfloat16, rows=1 << 20, columns=1024, descriptors=False)
+    assert not plain.descriptors
+    copy_engine.append(plain)
+    weight = torch.randn(1024, 8, 1, 1).bfloat16()
+    x = torch.randn(1, 8, 1, MANY_OUTPUTS // 1024 + 1).bfloat16()
+    given = (x, weight, None, torch.rand(1024) + 0.5, torch.randn(1024), "gelu")
+    with pytest.warns(RuntimeWarning, match=r"copy engine's form.*not used: wrong numbers") as seen:
+        got = OPS["pointwise"](*given)
+    assert len(seen) == 1
+    assert double.configs == [None, plain, plain]
+    torch.testing.assert_close(got, pointwise._reference(*given), rtol=0.02, atol=0.02)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(OPS["pointwise"](*given), got)
+    assert double.configs == [None, plain, plain, plain]
+    (case,) = first_use.results()
+    assert first_use.results() == {case: ""}
+    assert "wrong numbers" in first_use.retreats()[case]
+    call = backends.call_of("pointwise_mix", x, weight, None, "gelu")
+    choice = backends.choose("pointwise_mix", x.device, x.dtype, call)
+    assert choice.backend == "triton"
+    assert "checked against PyTorch, without the copy engine: wrong numbers" in choice.reason
+    # A product of few outputs has no such form: nothing else is tried.
+    few = torch.randn(1, 6, 3, 3)
+    with pytest.warns(RuntimeWarning, match="PyTorch's own operators are"):
+        OPS["pointwise"](few, *make_operands("pointwise", 6, 1), "gelu")
+    assert double.configs[4:] == [None]
+    copy_engine.append(None)  # for what the doctor runs
+    assert "GPU kernels without the copy engine" in doctor.render(doctor.examine())
+
+
+def test_where_neither_form_is_right_pytorch_serves(double, copy_engine):
+    weight = torch.randn(1024, 8, 1, 1).bfloat16()
+    x = torch.randn(1, 8, 1, MANY_OUTPUTS // 1024 + 1).bfloat16()
+    given = (x, weight, None, torch.rand(1024) + 0.5, torch.randn(1024), "gelu")
+    with pytest.warns(RuntimeWarning, match="PyTorch's own operators are") as seen:
+        got = OPS["pointwise"](*given)
+    assert len(seen) == 1
+    torch.testing.assert_close(got, pointwise._reference(*given))
+    assert first_use.retreats() == {}
 
 
 def test_a_launch_that_fails_later(double):

@@ -246,14 +246,42 @@ def fake_model_rows(dtype: torch.dtype) -> list[tuple]:
     return [(r.op, r.choice.backend, r.choice.reason, channels_last) for r in rows]
 
 
+KERNEL = ("triton", "one Triton kernel, to be checked at its first use", True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_auto_takes_the_kernels_on_a_gpu(monkeypatch, dtype):
     on_a_fake_gpu(monkeypatch)
-    rows = fake_model_rows(dtype)
-    assert {row[1:] for row in rows} == {
-        ("triton", "one Triton kernel, to be checked at its first use", True)
-    }
+    monkeypatch.setattr(backends.precision, "dot_precision", lambda dtype: "tf32")
+    assert {row[1:] for row in fake_model_rows(dtype)} == {KERNEL}
     assert available_backends()["triton"] == ""
+
+
+def test_auto_leaves_exact_float32_products_to_pytorch(monkeypatch):
+    on_a_fake_gpu(monkeypatch)
+    stem, *rows = fake_model_rows(torch.float32)
+    assert stem[1:] == KERNEL
+    assert {row[1:] for row in rows if row[0] == "depthwise_mix"} == {KERNEL}
+    products = {row[1:] for row in rows if row[0] == "pointwise_mix"}
+    assert len(products) == 1
+    ((backend, reason, channels_last),) = products
+    assert backend == "reference"
+    assert reason.startswith("expected to be faster: float32 without TF32")
+    assert channels_last
+    with use_backend("triton"):
+        assert {row[1] for row in fake_model_rows(torch.float32)} == {"triton"}
+
+
+def test_a_compiler_gets_plain_operators_for_exact_float32_products(monkeypatch):
+    on_a_fake_gpu(monkeypatch)
+    runs = {
+        (op, dtype): backends.compiled_kernels_run(torch.device("cuda"), dtype, op)
+        for op in ("depthwise_mix", "pointwise_mix", "patch_embed")
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    assert [call for call, runs_here in runs.items() if not runs_here] == [
+        ("pointwise_mix", torch.float32)
+    ]
 
 
 def test_auto_falls_through_on_a_gpu_and_says_why(monkeypatch):
@@ -281,7 +309,7 @@ def test_a_compiler_on_a_gpu_gets_the_operators_only_where_kernels_run(monkeypat
             half = PointwiseMix(8, device="cuda").eval()
             x = torch.empty(2, 8, 4, 4, device="cuda")
             patch.setattr(torch.compiler, "is_compiling", lambda: True)
-            reason = _why_composed(*half, x)
+            reason = _why_composed(*half, x, "depthwise_mix")
         assert reason == (
             why and "no fused kernel for this device: the compiler gets plain operators"
         )

@@ -28,6 +28,7 @@ def double(monkeypatch):
         monkeypatch.setattr(backends, "requested_backend", lambda: "auto")
         monkeypatch.setattr(backends, "_auto_is_triton", lambda device: True)
         monkeypatch.setattr(backends, "whole_blocks_run", lambda device, dtype: False)
+        monkeypatch.setattr(backends, "_why_slower", lambda op, dtype: "")
         monkeypatch.setattr(gpu, "pointwise_tiles", lambda device, dtype: TILES)
         yield kernels
 
@@ -107,6 +108,16 @@ def test_noise_does_not_displace_the_shipped_tile(double, model):
     ours = {**KERNELS_WIN, TILES[0]: 0.99e-3, TILES[1]: 0.985e-3}
     report = cf.tune(model, [IMAGES], timer=Stopwatch(double, (1e-3, 0.99e-3), ours))
     assert {(row.verdict.winner, row.verdict.config) for row in report} == {("triton", None)}
+
+
+@torch.no_grad()
+def test_a_measurement_counts_for_more_than_an_expectation(double, model, monkeypatch):
+    monkeypatch.setattr(backends, "_why_slower", lambda op, dtype: "it looks slow")
+    x = torch.randn(IMAGES)
+    before = {(r.backend, r.reason) for r in explain(model, x)}
+    assert before == {("reference", "expected to be faster: it looks slow")}
+    cf.tune(model, [IMAGES], timer=Stopwatch(double, (5e-3, 5e-3), KERNELS_WIN))
+    assert {r.backend for r in explain(model, x)} == {"triton"}
 
 
 def test_a_tile_that_is_wrong_or_cannot_run_never_wins(double, model, monkeypatch):

@@ -6,7 +6,7 @@ counts of a simulator; none was timed. Nothing is tuned at first use.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -247,6 +247,14 @@ _WITHOUT_DESCRIPTORS = {
 }
 
 
+def without_descriptors(config: PointwiseConfig, architecture: int) -> PointwiseConfig:
+    """The tile that takes the place of ``config`` where the copy engine is not to be used."""
+    if not config.descriptors:
+        return config
+    plain = replace(config, descriptors=False, halves=False)
+    return _WITHOUT_DESCRIPTORS.get(family(architecture), plain)
+
+
 def arithmetic_of(dtype: torch.dtype, tf32: bool) -> str:
     if dtype != torch.float32:
         return "half"
@@ -281,9 +289,7 @@ def lookup_pointwise(
             and (row.columns is None or columns <= row.columns)
             and (row.narrower_than is None or vector_bytes < row.narrower_than)
         ):
-            if row.config.descriptors and not descriptors:
-                return _WITHOUT_DESCRIPTORS[group]
-            return row.config
+            return row.config if descriptors else without_descriptors(row.config, architecture)
     raise LookupError(f"no tile for sm_{architecture}, {dtype}")
 
 

@@ -1,4 +1,4 @@
-"""What may a matrix product be given, and what must it know about it? Checks, layout, precision."""
+"""What may a matrix product be given, and what must it know about it? Checks and layout."""
 
 from __future__ import annotations
 
@@ -127,21 +127,6 @@ def architecture(device: torch.device) -> int:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
-
-
-def dot_precision(dtype: torch.dtype) -> str:
-    """``input_precision`` of `tl.dot`: what PyTorch's matrix products do with float32.
-
-    ``tf32`` where ``torch.backends.cuda.matmul`` allows TF32 (by ``fp32_precision``, by
-    ``allow_tf32`` before torch 2.9, or by `torch.set_float32_matmul_precision`), else ``ieee``.
-    """
-    if dtype != torch.float32:
-        return "ieee"
-    matmul: Any = torch.backends.cuda.matmul
-    # Asking by the old name raises once the new one was used to set.
-    if hasattr(matmul, "fp32_precision"):
-        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
-    return "tf32" if matmul.allow_tf32 else "ieee"
 
 
 def interpreted(kernel: Any) -> bool:

@@ -29,6 +29,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import operands
 from .configs import PointwiseConfig, lookup_pointwise
 from .epilogue import finish, tile_of
+from .precision import dot_precision
 
 
 # M changes with every batch size and says nothing about alignment: no kernel of its own for it.
@@ -196,7 +197,7 @@ def pointwise_mix(
         return out
     weight = weight.contiguous()
     x, stride = operands.pixel_rows(x, M)
-    precision = operands.dot_precision(x.dtype)
+    precision = dot_precision(x.dtype)
     vector_n, vector_k = operands.vector_width(N), operands.vector_width(K, stride)
     describable = _describable(x, weight, out, M, stride)
     if config is None:

@@ -24,6 +24,7 @@ from torch import Tensor
 from . import operands
 from .configs import PointwiseConfig, lookup_stem
 from .epilogue import finish, tile_of
+from .precision import dot_precision
 
 
 @triton.jit(do_not_specialize=["M", "patches", "patches_w"])
@@ -185,7 +186,7 @@ def patch_embed(
         P=p,
         VECTOR_N=vector_n,
         VECTOR_K=vector_k,
-        PRECISION=operands.dot_precision(weight.dtype),
+        PRECISION=dot_precision(weight.dtype),
         WIDEN=operands.interpreted(stem_kernel),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import _native
-from ..kernels import support
+from ..kernels import precision, support
+from ..kernels.configs import why_slower
 from . import first_use, verdicts
 from .cases import Case, case_of
 
@@ -133,13 +134,25 @@ def gpu_kernels_run(device: torch.device, dtype: torch.dtype) -> bool:
     return wanted and not _why_not_triton(device, dtype)
 
 
+def _why_slower(op: str, dtype: torch.dtype) -> str:
+    """Why PyTorch is expected to be faster at ``op`` than a kernel; ``""`` where the kernel is."""
+    if op != "pointwise_mix":
+        return ""
+    return why_slower(dtype, precision.dot_precision(dtype) == "tf32")
+
+
 def _auto_is_triton(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def compiled_kernels_run(device: torch.device, dtype: torch.dtype) -> bool:
-    """`gpu_kernels_run`, asked once while a compiler traces."""
-    return gpu_kernels_run(device, dtype)
+def compiled_kernels_run(device: torch.device, dtype: torch.dtype, op: str = "") -> bool:
+    """Whether a compiler is to see our operators, ``op`` among them; asked once while it traces.
+
+    Where no kernel of ours stands behind an operator, plain ones make the faster graph.
+    """
+    if not gpu_kernels_run(device, dtype):
+        return False
+    return requested_backend() == "triton" or not _why_slower(op, dtype)
 
 
 # What torch.compiler.assume_constant_result does, which would import the compiler and Triton here.
@@ -193,8 +206,13 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, call: Call | None 
         if why_not:
             return Choice("reference", f"triton: {why_not}")
         verdict = None if call is None else call.verdict
-        if verdict is not None and verdict.winner != "triton" and asked == "auto":
-            return Choice("reference", f"tuned: {verdict.reason()}", _FORMATS[verdict.winner])
+        if asked == "auto":
+            if verdict is not None and verdict.winner != "triton":
+                return Choice("reference", f"tuned: {verdict.reason()}", _FORMATS[verdict.winner])
+            # What was measured counts for more than what is expected.
+            slower = _why_slower(op if call is None else call.case.op, dtype)
+            if slower and verdict is None:
+                return Choice("reference", f"expected to be faster: {slower}")
         reason = f"one Triton kernel, {_trust(call)}"
         if verdict is not None:
             reason += f"; tuned: {verdict.reason()}"
@@ -217,7 +235,9 @@ def _named(asked: str, what: str) -> str:
 
 def _trust(call: Call | None) -> str:
     if call is not None and first_use.verdict(call.case) == "":
-        return "checked against PyTorch"
+        _, why = first_use.retreat(call.case)
+        plain = f", without the copy engine: {why}" if why else ""
+        return f"checked against PyTorch{plain}"
     return "to be checked at its first use" if first_use.is_on() else "not checked"
 
 

@@ -4,7 +4,8 @@ A kernel that was compiled for a device, a dtype and a size for the first time i
 random input and held against PyTorch by the numerics rule (`convmixer_fast.testing`). Where it
 disagrees, or cannot be compiled or launched, one warning says so and PyTorch's own operators serve
 that case for as long as the process lives; `explain` and ``convmixer-fast doctor`` show it.
-``CONVMIXER_FAST_VERIFY=0`` switches the check off.
+A kernel that moves its tiles by the copy engine is first given a second chance without. In both
+cases ``CONVMIXER_FAST_VERIFY=0`` switches the check off.
 
 The check waits for the GPU, so it does not run while a CUDA graph is captured: a case that comes up
 there for the first time is PyTorch's until a call outside a capture.
@@ -16,6 +17,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -25,6 +27,8 @@ ENVIRONMENT = "CONVMIXER_FAST_VERIFY"
 
 #: "" for a case that was found right, else the reason why PyTorch serves it.
 _verdicts: dict[Case, str] = {}
+#: The tile that serves a case in the place of its own, and what was wrong with that one.
+_retreats: dict[Case, tuple[Any, str]] = {}
 _lock = threading.RLock()
 
 
@@ -44,10 +48,22 @@ def results() -> dict[Case, str]:
         return dict(_verdicts)
 
 
+def retreats() -> dict[Case, str]:
+    """Every case that another tile serves than its own, and what was wrong with that one."""
+    with _lock:
+        return {case: why for case, (_, why) in _retreats.items()}
+
+
+def retreat(case: Case) -> tuple[Any, str]:
+    """The tile that was found right where the case's own was not, and why; (None, "") for none."""
+    return _retreats.get(case, (None, ""))
+
+
 def forget() -> None:
     """Forget every verdict: the next call of each case checks anew."""
     with _lock:
         _verdicts.clear()
+        _retreats.clear()
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -55,12 +71,16 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def ready(case: Case, check: Callable[[Case], str]) -> bool:
-    """Whether the kernel serves ``case``; the first time, ``check`` finds out.
+def ready(
+    case: Case, check: Callable[[Any], str], plainer: Callable[[], Any] = lambda: None
+) -> bool:
+    """Whether a kernel serves ``case``, the one of `retreat` if any; the first time, finds out.
 
     Args:
-        check: runs the kernel beside PyTorch; returns ``""`` or what is wrong, or raises.
-            `torch.OutOfMemoryError` proves nothing: PyTorch serves this call, the next one checks.
+        check: runs the kernel with a tile (None: the case's own) beside PyTorch; returns ``""`` or
+            what is wrong, or raises. `torch.OutOfMemoryError` proves nothing: PyTorch serves this
+            call, the next one checks.
+        plainer: the tile to try where the case's own is not right; None for none.
     """
     known = _verdicts.get(case)
     if known is not None:
@@ -74,13 +94,27 @@ def ready(case: Case, check: Callable[[Case], str]) -> bool:
         known = _verdicts.get(case)
         if known is None:
             try:
-                known = check(case)
+                known = _found(check, None)
+                tile = plainer() if known else None
+                if tile is not None and not _found(check, tile):
+                    _retreats[case] = (tile, known)
+                    _warn(
+                        f"the copy engine's form of the Triton kernel for {case} is not used", known
+                    )
+                    known = ""
             except torch.OutOfMemoryError:
                 return False
-            except Exception as error:  # whatever a compiler or a driver raises is the finding
-                known = describe(error)
             _settle(case, known)
     return not known
+
+
+def _found(check: Callable[[Any], str], tile: Any) -> str:
+    try:
+        return check(tile)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a compiler or a driver raises is the finding
+        return describe(error)
 
 
 def fail(case: Case, error: BaseException) -> None:
@@ -106,9 +140,12 @@ def describe(error: BaseException) -> str:
 def _settle(case: Case, why: str) -> None:
     _verdicts[case] = why
     if why:
-        warnings.warn(
-            f"the Triton kernel for {case} is not used, PyTorch's own operators are: {why}. "
-            "`convmixer-fast doctor --gpu` writes a report to send in",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        _warn(f"the Triton kernel for {case} is not used, PyTorch's own operators are", why)
+
+
+def _warn(what: str, why: str) -> None:
+    warnings.warn(
+        f"{what}: {why}. `convmixer-fast doctor --gpu` writes a report to send in",
+        RuntimeWarning,
+        stacklevel=2,
+    )
