@@ -4,9 +4,9 @@
 
 Needs Triton and ptxsim, no GPU. Three kinds of numbers, none of them a measurement:
 
-* from the machine code of every shipped depthwise tile: registers, spills, the hot loop's mix, and
-  how many programs fit a multiprocessor;
-* from a simulated run on one image: instructions, sectors and bytes for each output;
+* from the machine code of every kernel with its tile for the published widths: registers, spills,
+  the hot loop's mix, and how many programs fit a multiprocessor;
+* from simulated runs: instructions, sectors and bytes for each output;
 * from both and the vendors' peak rates: the time no run can beat, and the time at the shares of
   peak that good kernels reach.
 """
@@ -21,45 +21,61 @@ from types import ModuleType
 from typing import Any
 
 import gpu_depthwise
+import gpu_pointwise
+import gpu_stem
 import torch
 
 from convmixer_fast.arch import VARIANTS as PUBLISHED
 from convmixer_fast.arch import Arch
-from convmixer_fast.kernels.configs import lookup_depthwise
+from convmixer_fast.kernels.configs import lookup_depthwise, lookup_pointwise, lookup_stem
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SIZES = (3, 5, 7, 9)
+#: dtype, and whether float32 is multiplied as TF32.
+ARITHMETICS = (*((dtype, False) for dtype in DTYPES), (torch.float32, True))
 
-#: The GPUs of the prediction: TFMA/s in float32, thread instructions issued in 1e12/s, tensor
-#: TFLOP/s with float32 sums, TB/s. Vendors' figures.
+#: The GPUs of the prediction: TFMA/s in float32, thread instructions issued in 1e12/s, TB/s.
+#: Vendors' figures.
 GPUS = {
-    "A100": (9.75, 19.5, 312.0, 2.04),
-    "RTX 4090": (41.3, 41.3, 165.0, 1.01),
-    "H100": (33.5, 33.5, 989.0, 3.35),
+    "A100": (9.75, 19.5, 2.04),
+    "RTX 4090": (41.3, 41.3, 1.01),
+    "H100": (33.5, 33.5, 3.35),
 }
-#: Shares of peak that good kernels reach: matrix products, DRAM, multipliers.
-GEMM_SHARE, DRAM_SHARE, FMA_SHARE = 0.75, 0.85, 0.9
+#: Shares of peak that good kernels reach: DRAM, multipliers. Those of products: `gpu_pointwise`.
+DRAM_SHARE, FMA_SHARE = gpu_pointwise.REACHED["dram"], 0.9
 SIMULATED_CHANNELS = 128
 
 
 def static_rows(ptxsim: ModuleType, architectures: list[int]) -> list[dict[str, Any]]:
-    rows = []
+    rows: list[dict[str, Any]] = []
+
+    def add(op: str, dtype: torch.dtype, tf32: bool = False, **rest: Any) -> None:
+        name = "tf32" if tf32 else str(dtype).removeprefix("torch.")
+        rows.append({"op": op, "dtype": name, **rest})
+        print(rows[-1], file=sys.stderr)
+
     for architecture in architectures:
         for dtype in DTYPES:
             for k in SIZES:
                 config = lookup_depthwise(dtype, k, 1536)
                 built = gpu_depthwise.build(ptxsim, config, architecture, dtype, k)
-                rows.append(
-                    {
-                        "op": "depthwise_mix",
-                        "dtype": str(dtype).removeprefix("torch."),
-                        "k": k,
-                        **gpu_depthwise.facts(built, config, k),
-                        "broken_bars": gpu_depthwise.broken_bars(built, config, dtype, k),
-                    }
-                )
-                print(rows[-1], file=sys.stderr)
+                broken = gpu_depthwise.broken_bars(built, config, dtype, k)
+                facts = gpu_depthwise.facts(built, config, k)
+                add("depthwise_mix", dtype, kernel=f"k = {k}", **facts, broken_bars=broken)
+        for dtype, tf32 in ARITHMETICS:
+            tile = lookup_pointwise(architecture, dtype, rows=2**16, columns=1536, tf32=tf32)
+            built = gpu_pointwise.build(ptxsim, tile, architecture, dtype, tf32=tf32)
+            broken = gpu_pointwise.broken_bars(built, tile, dtype, tf32)
+            kernel = f"{tile.block_m} x {tile.block_n} x {tile.block_k}, {tile.num_stages} stages"
+            kernel += ", copy engine" if tile.descriptors else ""
+            facts = gpu_pointwise.facts(built, tile)
+            add("pointwise_mix", dtype, tf32, kernel=kernel, **facts, broken_bars=broken)
+        for dtype, tf32 in ARITHMETICS:
+            built = gpu_stem.build(ptxsim, architecture, dtype, tf32=tf32)
+            broken = gpu_stem.broken_bars(built, dtype, tf32)
+            facts = gpu_pointwise.facts(built, lookup_stem(dtype))
+            add("patch_embed", dtype, tf32, kernel="p = 7", **facts, broken_bars=broken)
     return rows
 
 
@@ -95,52 +111,65 @@ def simulated(ptxsim: ModuleType, arch: Arch, grid: int) -> dict[str, Any]:
     }
 
 
-def predicted(arch: Arch, grid: int, counts: dict[str, Any]) -> dict[str, Any]:
-    """img/s in bfloat16 from DRAM at large batches, each with its arithmetic; blocks alone.
+def predicted(ptxsim: ModuleType, arch: Arch, grid: int, counts: dict[str, Any]) -> dict[str, Any]:
+    """img/s in bfloat16 from DRAM at large batches, each with its arithmetic; without the head.
 
     Every instruction of the simulated run counts as an issue slot, moves too, of which an assembler
     leaves few: the issue line is high.
     """
     values = arch.dim * grid * grid
     rows = {}
-    for gpu, (tfma, tissue, tflops, tbs) in GPUS.items():
-        # Microseconds for one block of one image. The activation's FMA are in the count.
+    for gpu, (tfma, tissue, tbs) in GPUS.items():
+        # Microseconds for one depthwise half of one image. The activation's FMA are in the count.
         us = {
             "fma": counts["fma_per_output"] * values / tfma / 1e6,
             "issue": counts["warp_instructions_per_output"] * values / tissue / 1e6,
             "dram": 2 * 2 * values / tbs / 1e6,
-            "tensor": 2 * values * arch.dim / tflops / 1e6,
         }
-        real = us | {
-            "fma": us["fma"] / FMA_SHARE,
-            "dram": us["dram"] / DRAM_SHARE,
-            "tensor": us["tensor"] / GEMM_SHARE,
-        }
-        halves = {"depthwise": ("fma", "issue", "dram"), "pointwise": ("tensor", "dram")}
+        real = us | {"fma": us["fma"] / FMA_SHARE, "dram": us["dram"] / DRAM_SHARE}
+        pointwise = gpu_pointwise.predict(
+            ptxsim, gpu, arch.dim, grid * grid, act=arch.act or "gelu"
+        )
+        stem = gpu_stem.predict(ptxsim, gpu, arch.dim, arch.patch_size, grid * arch.patch_size)
+        block = max(real.values()) + 1e6 * pointwise["expected"]
+        at_peak = max(us["fma"], us["dram"]) + 1e6 * pointwise["bound"]
         rows[gpu] = {
-            "us_per_block": us,
-            "bound_by": {h: max(lines, key=real.__getitem__) for h, lines in halves.items()},
-            "img_per_s": _rate(arch, real, halves),
-            "img_per_s_at_peak": _rate(arch, us, {**halves, "depthwise": ("fma", "dram")}),
+            "depthwise_us": us,
+            "pointwise_us": {line: 1e6 * t for line, t in pointwise["times"].items()},
+            "pointwise_tile": pointwise["tile"],
+            "stem_us": {line: 1e6 * t for line, t in stem["times"].items()},
+            "bound_by": {
+                "depthwise": max(real, key=real.__getitem__),
+                "pointwise": pointwise["limit"],
+                "stem": stem["limit"],
+            },
+            "us_per_block": block,
+            "img_per_s": 1e6 / (arch.depth * block + 1e6 * stem["expected"]),
+            "img_per_s_at_peak": 1e6 / (arch.depth * at_peak + 1e6 * stem["bound"]),
         }
     return rows
 
 
-def _rate(arch: Arch, us: dict[str, float], halves: dict[str, tuple[str, ...]]) -> float:
-    return 1e6 / (arch.depth * sum(max(us[line] for line in lines) for lines in halves.values()))
-
-
 def markdown(result: dict[str, Any]) -> str:
-    out = ["# GPU kernels before they run", "", "Nothing here was timed.", ""]
-    out += ["| arch | dtype | k | registers | stack | programs | FMA share | FMA/load | bars |"]
-    out += ["|---|---|---|---|---|---|---|---|---|"]
+    out = ["# GPU kernels before they run", ""]
+    out += ["**Predicted. Nothing here was timed: no GPU has run these kernels.**", ""]
+    out += ["## Machine code", ""]
+    out += [
+        "`programs`: how many of a kernel's programs share a multiprocessor; `loop`: the share of",
+        "float32 multiply-adds among the hot loop's instructions, or its matrix instructions.",
+        "",
+    ]
+    out += ["| arch | kernel | dtype | | registers | stack | shared | programs | loop | bars |"]
+    out += ["|---|---|---|---|---|---|---|---|---|---|"]
     for r in result["static"]:
+        loop = _matrix_instruction(r) or f"{r['fma_share']:.3f}"
         out.append(
-            f"| sm_{r['architecture']} | {r['dtype']} | {r['k']} | {r['registers']} | {r['stack']} "
-            f"| {r['programs']} | {r['fma_share']:.3f} | {r['fma_per_load']:.1f} "
+            f"| sm_{r['architecture']} | {r['op']} | {r['dtype']} | {r['kernel']} "
+            f"| {r['registers']} | {r['stack']} | {r['shared']} | {r['programs']} | {loop} "
             f"| {'; '.join(r['broken_bars']) or 'met'} |"
         )
-    out += ["", "| variant | instructions | FMA | bytes asked | bytes once | binding |"]
+    out += ["", "## The depthwise half in the simulator, bfloat16, for one output", ""]
+    out += ["| variant | instructions | FMA | bytes asked | bytes once | binding |"]
     out += ["|---|---|---|---|---|---|"]
     for name, r in result["simulated"].items():
         out.append(
@@ -148,24 +177,36 @@ def markdown(result: dict[str, Any]) -> str:
             f"| {r['requested_bytes_per_output']:.1f} | {r['footprint_bytes_per_output']:.2f} "
             f"| {', '.join(f'{g} {b}' for g, b in r['binding'].items())} |"
         )
-    out += ["", "Each figure for one output of the depthwise half, bfloat16.", ""]
+    shares = gpu_pointwise.REACHED
+    out += ["", "## Predicted images a second, bfloat16, large batches, without the head", ""]
     out += [
-        f"Predicted img/s of the blocks at {GEMM_SHARE:.0%} of the tensor rate, {DRAM_SHARE:.0%} "
-        f"of bandwidth, {FMA_SHARE:.0%} of the multipliers and every issue slot:",
-        "1e6 / (depth * (max(fma, issue, dram) + max(tensor, dram))); in brackets without the",
-        "issue line, at 100 % of the others.",
+        "1e6 / (depth * (depthwise + pointwise) + stem), each the longest of its lines in",
+        f"microseconds an image, at {shares['tensor']:.0%} of the tensor rate, {DRAM_SHARE:.0%} of "
+        f"bandwidth, {FMA_SHARE:.0%} of the",
+        "multipliers and every issue slot; in brackets without the depthwise half's issue line, at",
+        "100 % of the others.",
         "",
     ]
-    out += ["| variant | GPU | us a block: FMA / issue / DRAM a half / tensor | bound by | img/s |"]
-    out += ["|---|---|---|---|---|"]
+    out += ["| variant | GPU | depthwise: FMA / issue / DRAM | pointwise: tensor / DRAM | stem |"]
+    out[-1] += " bound by | img/s |"
+    out += ["|---|---|---|---|---|---|---|"]
     for name, gpus in result["predicted"].items():
         for gpu, r in gpus.items():
-            us = " / ".join(f"{v:.2f}" for v in r["us_per_block"].values())
+            depthwise = " / ".join(f"{v:.2f}" for v in r["depthwise_us"].values())
+            pointwise = " / ".join(f"{r['pointwise_us'][line]:.2f}" for line in ("tensor", "dram"))
+            stem = r["stem_us"][r["bound_by"]["stem"]]
             out.append(
-                f"| {name} | {gpu} | {us} | {', '.join(r['bound_by'].values())} "
+                f"| {name} | {gpu} | {depthwise} | {pointwise} | {stem:.2f} "
+                f"| {', '.join(r['bound_by'].values())} "
                 f"| {r['img_per_s']:.0f} ({r['img_per_s_at_peak']:.0f}) |"
             )
     return "\n".join(out) + "\n"
+
+
+def _matrix_instruction(row: dict[str, Any]) -> str:
+    if row["op"] == "depthwise_mix":
+        return ""
+    return next((f for f in ("HGMMA", "UTCHMMA", "HMMA") if f in row["features"]), "")
 
 
 def main() -> None:
@@ -187,7 +228,7 @@ def main() -> None:
         grid = 224 // arch.patch_size
         counts = simulated(ptxsim, arch, grid)
         result["simulated"][name] = counts
-        result["predicted"][name] = predicted(arch, grid, counts)
+        result["predicted"][name] = predicted(ptxsim, arch, grid, counts)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "gpu_static.json").write_text(json.dumps(result, indent=1) + "\n")
     (options.out / "gpu_static.md").write_text(markdown(result))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,9 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from . import _native, graphs
 from .arch import activation_layer, activation_name
-from .ops import backends, gpu
+from .kernels import support
+from .kernels.precision import dot_precision
+from .ops import backends, first_use, gpu
 from .ops.common import accumulation_dtype, memory_format_of
 from .ops.depthwise import depthwise_mix
 from .ops.mixer import mixer_stack
@@ -177,6 +180,74 @@ def _operands(cache: PackedCache[Packed], conv: Any, bn: Any, x: Tensor, depthwi
     return Packed(conv.weight.to(x.dtype), bias, *batch_norm_affine(bn, x.dtype))
 
 
+class _Plan(NamedTuple):
+    """How a half was served on a GPU, and all that was looked up on the way.
+
+    At small batches a GPU waits for Python. A call that is like the last one in all of this need
+    not ask again who serves it; what the modules and torch's modes say, it does ask.
+    """
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    asked: str
+    epoch: int
+    precision: str
+    act: str
+    launch: Callable[..., Tensor | None]
+
+    def holds(self, x: Tensor) -> bool:
+        return (
+            type(x) is Tensor
+            and x.shape == self.shape
+            and x.stride() == self.stride
+            and x.dtype is self.dtype
+            and x.device == self.device
+            and self.epoch == support.epoch()
+            and self.asked == backends.requested_backend()
+            and (x.dtype is not torch.float32 or self.precision == dot_precision(x.dtype))
+            # Whoever watches operators is to see ours.
+            and not torch.is_grad_enabled()
+            and torch._C._len_torch_dispatch_stack() == torch._C._len_torch_function_stack() == 0
+            and not torch.autograd.profiler._is_profiler_enabled
+            and not backends.is_recording()
+        )
+
+
+def _planned(cache: PackedCache[Packed], conv: Any, act: Any, bn: Any, x: Tensor) -> Tensor | None:
+    """A half by the plan of an earlier call, or None where there is none that holds."""
+    plan: _Plan | None = cache.plan
+    if plan is None or not plan.holds(x) or activation_name(act) != plan.act:
+        return None
+    packed = cache.fresh((False, True, x.dtype, bn.eps), sources_of(conv, bn))
+    return None if packed is None else plan.launch(x, *packed, plan.act)
+
+
+def _plan(cache: PackedCache[Packed], op: str, conv: Any, act: Any, x: Tensor) -> None:
+    """Keep how a call that was just served was served, where the next may be served alike."""
+    cache.plan = None
+    if torch.compiler.is_compiling() or not backends.gpu_kernels_run(x.device, x.dtype):
+        return
+    call = backends.call_of(op, x, conv.weight, conv.bias, activation_name(act))
+    if call is None or backends.choose(op, x.device, x.dtype, call).backend != "triton":
+        return
+    if first_use.verdict(call.case) != "":
+        return
+    config = None if call.verdict is None else call.verdict.config
+    cache.plan = _Plan(
+        x.shape,
+        x.stride(),
+        x.dtype,
+        x.device,
+        backends.requested_backend(),
+        support.epoch(),
+        dot_precision(x.dtype),
+        call.case.act,
+        partial(gpu.launch, call.case, first_use.retreat(call.case)[0] or config),
+    )
+
+
 class _Fused(nn.Module):
     """What the fused modules share: a cache that no copy or pickle carries, and a report."""
 
@@ -271,11 +342,17 @@ class DepthwiseMix(_Fused):
         why = self._why_composed(fn, x)
         # Where it is not three modules, `why` says so and they are not looked at.
         conv, act, bn = (None, None, None) if why else fn
+        if not why and not torch.compiler.is_compiling():
+            out = _planned(self._packed, conv, act, bn, x)
+            if out is not None:
+                return out
         if not self._decide("depthwise_mix", why, x, conv, act):
             branch = fn(x)
             return (branch if self.drop_path is None else self.drop_path(branch)) + x
         weight, bias, scale, shift = _operands(self._packed, conv, bn, x, depthwise=True)
-        return depthwise_mix(x, weight, bias, scale, shift, activation_name(act))
+        out = depthwise_mix(x, weight, bias, scale, shift, activation_name(act))
+        _plan(self._packed, "depthwise_mix", conv, act, x)
+        return out
 
     def _why_composed(self, fn: nn.Module, x: Tensor) -> str:
         if type(fn) is not nn.Sequential or len(fn) != 3:
@@ -529,6 +606,8 @@ def _laid_out(module: nn.Module, x: Tensor) -> Tensor:
     """
     if isinstance(x, torch.fx.Proxy) or module.training or x.dim() != 4:
         return x
+    if not torch.compiler.is_compiling() and x.is_contiguous(memory_format=torch.channels_last):
+        return x
     if torch.compiler.is_compiling():
         serve = backends.compiled_kernels_run(x.device, x.dtype)
     elif torch._C._get_tracing_state():
@@ -657,10 +736,16 @@ def _fused_pointwise(
         why = "the convolution is not a plain dense 1x1 one"
     else:
         why = _why_composed(conv, act, bn, x, "patch_embed" if stem else "pointwise_mix")
+        if not why and not torch.compiler.is_compiling():
+            out = _planned(cache, conv, act, bn, x)
+            if out is not None:
+                return out
     if not owner._decide("pointwise_mix", why, x, conv, act):
         return None
     weight, bias, scale, shift = _operands(cache, conv, bn, x, depthwise=False)
-    return pointwise_mix(x, weight, bias, scale, shift, activation_name(act))
+    out = pointwise_mix(x, weight, bias, scale, shift, activation_name(act))
+    _plan(cache, "pointwise_mix", conv, act, x)
+    return out
 
 
 def refresh(model: nn.Module) -> None:

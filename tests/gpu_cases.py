@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -150,32 +152,57 @@ def plain(o: MatrixOperands, act: str, dtype: torch.dtype) -> Tensor:
     return affine(activation(h, act), o.scale.to(wide), o.shift.to(wide))
 
 
+def enough_draws(*shape: int) -> int:
+    """How often to draw operands of a shape that was drawn itself: until there are 256 outputs.
+
+    The rule compares errors, and of a few outputs PyTorch's can be small by luck.
+    """
+    return min(16, -(-256 // max(1, math.prod(shape))))
+
+
+def guarded(
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    device: str,
+    run: Callable[..., Tensor],
+) -> Tensor:
+    """What ``run`` writes into a result of ``shape`` (N, D, H, W), every output and nothing beside.
+
+    The result starts as NaN and lies between two guards, inside one tensor: a simulator that knows
+    tensors does not see a write next to it.
+    """
+    n, d, h, w = shape
+    count, guard = n * d * h * w, 256
+    room = torch.full((count + 2 * guard,), 7.0, dtype=dtype, device=device)
+    out = room[guard : guard + count].view(n, h, w, d).permute(0, 3, 1, 2)
+    out.fill_(float("nan"))
+    if run(out=out) is not out:
+        raise AssertionError("the result is not the tensor that was given for it")
+    if not (room[:guard].eq(7.0).all() and room[guard + count :].eq(7.0).all()):
+        raise AssertionError("written outside the result")
+    return out.flatten()
+
+
 def check(
     kernel: Callable[..., Tensor],
     case: MatrixCase,
     dtype: torch.dtype,
     device: str = "cpu",
+    draws: int = 1,
     **kw: object,
 ) -> None:
-    """Run a kernel on a case: the numerics rule, every output written, nothing beside them.
-
-    The result starts as NaN and lies between two guards, inside one tensor: a simulator that knows
-    tensors does not see a write next to it.
-    """
-    o = draw(case, dtype, device)
-    shape = (case.n, case.h // case.p, case.w // case.p, case.d)
-    count, guard = torch.Size(shape).numel(), 256
-    room = torch.full((count + 2 * guard,), 7.0, dtype=dtype, device=device)
-    out = room[guard : guard + count].view(shape).permute(0, 3, 1, 2)
-    out.fill_(float("nan"))
-    if o.mean is not None:
-        kw |= {"mean": o.mean, "std": o.std}
-    y = kernel(o.x, o.weight, o.bias, o.scale, o.shift, case.act, out=out, **kw)
-    if y is not out:
-        raise AssertionError("the result is not the tensor that was given for it")
-    if not (room[:guard].eq(7.0).all() and room[guard + count :].eq(7.0).all()):
-        raise AssertionError("written outside the result")
-    assert_numerics(y, plain(o, case.act, dtype), plain(o, case.act, torch.float64))
+    """Run a kernel on a case, ``draws`` times: `guarded`, and the numerics rule on all outputs."""
+    shape = (case.n, case.d, case.h // case.p, case.w // case.p)
+    ours, same, exact = [], [], []
+    for seed in range(draws):
+        o = draw(case, dtype, device, seed)
+        normal = {} if o.mean is None else {"mean": o.mean, "std": o.std}
+        rest = (o.x, o.weight, o.bias, o.scale, o.shift, case.act)
+        run = partial(kernel, *rest, **normal, **kw)
+        ours.append(guarded(shape, dtype, device, run))
+        same.append(plain(o, case.act, dtype).flatten())
+        exact.append(plain(o, case.act, torch.float64).flatten())
+    assert_numerics(torch.cat(ours), torch.cat(same), torch.cat(exact))
 
 
 @dataclass(frozen=True)
@@ -283,20 +310,16 @@ def check_depthwise(
     case: DepthwiseCase,
     dtype: torch.dtype,
     device: str = "cpu",
+    draws: int = 1,
     **kw: object,
 ) -> None:
-    """As `check`: the numerics rule, every output written, nothing beside them."""
-    o = draw_depthwise(case, dtype, device)
-    shape = (case.n, case.h, case.w, case.c)
-    count, guard = torch.Size(shape).numel(), 256
-    room = torch.full((count + 2 * guard,), 7.0, dtype=dtype, device=device)
-    out = room[guard : guard + count].view(shape).permute(0, 3, 1, 2)
-    out.fill_(float("nan"))
-    taps = pack(o.weight)
-    y = kernel(o.x, taps, o.bias, o.scale, o.shift, case.act, case.k, out=out, **kw)
-    if y is not out:
-        raise AssertionError("the result is not the tensor that was given for it")
-    if not (room[:guard].eq(7.0).all() and room[guard + count :].eq(7.0).all()):
-        raise AssertionError("written outside the result")
-    same, exact = (plain_depthwise(o, case.act, d) for d in (dtype, torch.float64))
-    assert_numerics(y, same, exact)
+    """As `check`."""
+    shape = (case.n, case.c, case.h, case.w)
+    ours, same, exact = [], [], []
+    for seed in range(draws):
+        o = draw_depthwise(case, dtype, device, seed)
+        rest = (o.x, pack(o.weight), o.bias, o.scale, o.shift, case.act, case.k)
+        ours.append(guarded(shape, dtype, device, partial(kernel, *rest, **kw)))
+        same.append(plain_depthwise(o, case.act, dtype).flatten())
+        exact.append(plain_depthwise(o, case.act, torch.float64).flatten())
+    assert_numerics(torch.cat(ours), torch.cat(same), torch.cat(exact))

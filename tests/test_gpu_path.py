@@ -14,6 +14,7 @@ from test_ops import LAYOUTS, OPS, check, make_input, make_operands
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from convmixer_fast import (
     BackendError,
@@ -357,3 +358,78 @@ def test_under_auto_emulation_leaves_cpu_tensors_to_the_cpu(model):
     with installed("auto") as double, torch.no_grad():
         model(torch.randn(IMAGES))
         assert not double.calls
+
+
+class Watching(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_a_steady_call_looks_nothing_up_and_notices_what_changes(double, model, monkeypatch):
+    x = torch.randn(IMAGES)
+    model(x)  # finds the kernels right, which is news to every half before the last kind
+    want = model(x)
+    with monkeypatch.context() as patch:
+        # Who serves it, what was tuned and what was found out are not asked again.
+        for name in ("call_of", "choose"):
+            patch.setattr(backends, name, lambda *args: pytest.fail("looked up"))
+        before = double.calls.copy()
+        assert torch.equal(model(x), want)
+        assert sum((double.calls - before).values()) == 7
+    assert torch.equal(copy.deepcopy(model)(x), want)
+    spatial, _conv, _act, norm = model.blocks[1]
+
+    def differs(how: str) -> None:
+        got = model(x)
+        assert not torch.equal(got, want), how
+        with use_backend("reference"):
+            torch.testing.assert_close(got, model(x), rtol=1e-3, atol=1e-3)
+
+    norm.bias.add_(1.0)
+    differs("a parameter")
+    norm.bias.sub_(1.0)
+    norm.eps = 10.0
+    differs("epsilon")
+    norm.eps = 1e-5
+    spatial.fn[1] = nn.ReLU()
+    differs("an activation")
+    spatial.fn[1] = nn.GELU(approximate="tanh")
+    differs("an activation that has no kernel")
+    spatial.fn[1] = nn.GELU()
+    handle = norm.register_forward_hook(lambda m, a, out: out + 1.0)
+    differs("a hook")
+    handle.remove()
+    torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-4)
+    with Watching() as watching:
+        model(x)
+    assert {"convmixer_fast::depthwise_mix", "convmixer_fast::pointwise_mix"} <= watching.seen
+    before = double.calls.copy()
+    model(x[:, :, :-4]), model(x[:1].contiguous(memory_format=torch.channels_last))
+    assert double.calls["depthwise_mix"] > before["depthwise_mix"]
+    monkeypatch.setenv("CONVMIXER_FAST_BACKEND", "reference")
+    before = double.calls.copy()
+    model(x)
+    assert double.calls == before
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:the Triton kernel")
+def test_a_steady_call_whose_launch_fails(double, model, monkeypatch):
+    monkeypatch.setattr(backends, "requested_backend", lambda: "auto")
+    monkeypatch.setattr(backends, "_auto_is_triton", lambda device: True)
+    monkeypatch.setattr(backends, "whole_blocks_run", lambda device, dtype: False)
+    monkeypatch.setattr(backends, "_why_slower", lambda op, dtype: "")
+    x = torch.randn(IMAGES)
+    want = model(x)
+    assert torch.equal(model(x), want)
+    double.error["depthwise_mix"] = RuntimeError("too many resources requested")
+    torch.testing.assert_close(model(x), want, rtol=1e-3, atol=1e-3)
+    before = double.calls.copy()
+    torch.testing.assert_close(model(x), want, rtol=1e-3, atol=1e-3)
+    assert double.calls["depthwise_mix"] == before["depthwise_mix"]

@@ -13,6 +13,7 @@ from gpu_cases import (
     DepthwiseCase,
     check_depthwise,
     draw_depthwise,
+    enough_draws,
     plain_depthwise,
 )
 from hypothesis import given, settings
@@ -78,7 +79,8 @@ def test_interpreter_drawn_shapes(
     n: int, c: int, h: int, w: int, k: int, layout: str, half: bool
 ) -> None:
     case = DepthwiseCase("drawn", n, c, h, w, k, layout=layout)
-    run(case, torch.float16 if half else torch.float32, config=LITTLE)
+    dtype, draws = torch.float16 if half else torch.float32, enough_draws(n, c, h, w)
+    run(case, dtype, config=LITTLE, draws=draws)
 
 
 @interpreter
@@ -138,7 +140,8 @@ def test_simulated(simulator: ModuleType, name: str, dtype: torch.dtype) -> None
 )
 def test_simulated_drawn_shapes(c: int, h: int, w: int, k: int) -> None:
     with ptxsim().triton_on_cpu(cc=80, strict=True, poison=("Y",)):
-        run(DepthwiseCase("drawn", 1, c, h, w, k), torch.bfloat16)
+        case = DepthwiseCase("drawn", 1, c, h, w, k)
+        run(case, torch.bfloat16, draws=enough_draws(c, h, w))
 
 
 @compiler

@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 from eyes import compiler, interpreter, run_in_interpreter
-from gpu_cases import POINTWISE_CASES, MatrixCase, check, draw
+from gpu_cases import POINTWISE_CASES, MatrixCase, check, draw, enough_draws
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulator import ptxsim
@@ -77,7 +77,8 @@ def test_interpreter_drawn_shapes(
     n: int, c: int, h: int, w: int, d: int, layout: str, half: bool
 ) -> None:
     case = MatrixCase("drawn", n, c, h, w, d, layout=layout)
-    check(pointwise_mix, case, torch.float16 if half else torch.float32)
+    dtype, draws = torch.float16 if half else torch.float32, enough_draws(n, d, h, w)
+    check(pointwise_mix, case, dtype, draws=draws)
 
 
 @interpreter

@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 import torch
 from eyes import compiler, interpreter, run_in_interpreter
-from gpu_cases import STEM_CASES, MatrixCase, check, draw
+from gpu_cases import STEM_CASES, MatrixCase, check, draw, enough_draws
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulator import ptxsim
@@ -69,7 +69,8 @@ def test_interpreter_drawn_images(
     # Up to p - 1 rows and columns fill no patch.
     h, w = rows * p + rest % p, columns * p + (rest // 2) % p
     case = MatrixCase("drawn", n, c, h, w, d, p, layout=layout, pixels=pixels)
-    check(patch_embed, case, torch.float16 if half else torch.float32)
+    dtype, draws = torch.float16 if half else torch.float32, enough_draws(n, d, rows, columns)
+    check(patch_embed, case, dtype, draws=draws)
 
 
 @interpreter

@@ -448,15 +448,17 @@ def _check(
             f"taps must be pack_taps of a ({c}, 1, {k}, {k}) weight, "
             f"got {tuple(taps.shape)} {taps.dtype}"
         )
-    vectors = {"scale": scale, "shift": shift} | ({} if bias is None else {"bias": bias})
-    for name, v in vectors.items():
+    for name, v in (("scale", scale), ("shift", shift), ("bias", bias)):
+        if v is None:
+            continue
         if v.shape != (c,) or not v.is_floating_point():
             fail(f"{name} must be ({c},) and floating, got {tuple(v.shape)} {v.dtype}")
         if name != "bias" and v.dtype != torch.float32:
             fail(f"{name} must be float32, got {v.dtype}")
-    for name, v in (vectors | {"taps": taps}).items():
         if v.device != x.device:
             fail(f"{name} is on {v.device} but x is on {x.device}")
+    if taps.device != x.device:
+        fail(f"taps is on {taps.device} but x is on {x.device}")
 
 
 def _is_dense(t: Tensor) -> bool:

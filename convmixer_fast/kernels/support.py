@@ -26,6 +26,7 @@ MIN_TRITON = (3, 4)
 _DISTRIBUTIONS = ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm")
 
 _emulating = 0
+_epoch = 0
 #: Devices that were found able: this is asked at every call of an operator.
 _capable: set[int] = set()
 
@@ -39,10 +40,25 @@ def emulated() -> Iterator[None]:
     """
     global _emulating
     _emulating += 1
+    new_epoch()
     try:
         yield
     finally:
         _emulating -= 1
+        new_epoch()
+
+
+def epoch() -> int:
+    """Counts the changes of what decides who serves a call: a kernel's verdicts, emulation.
+
+    What was decided in another epoch has to be decided anew.
+    """
+    return _epoch
+
+
+def new_epoch() -> None:
+    global _epoch
+    _epoch += 1
 
 
 def is_emulated() -> bool:

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from ..kernels import support
 from .cases import Case
 
 ENVIRONMENT = "CONVMIXER_FAST_VERIFY"
@@ -64,6 +65,7 @@ def forget() -> None:
     with _lock:
         _verdicts.clear()
         _retreats.clear()
+        support.new_epoch()
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -139,6 +141,7 @@ def describe(error: BaseException) -> str:
 
 def _settle(case: Case, why: str) -> None:
     _verdicts[case] = why
+    support.new_epoch()
     if why:
         _warn(f"the Triton kernel for {case} is not used, PyTorch's own operators are", why)
 

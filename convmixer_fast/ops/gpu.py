@@ -205,7 +205,21 @@ def serve(
             lambda: plainer_tile(case, config),
         ):
             return None
-        config = first_use.retreat(case)[0] or config
+    return launch(case, first_use.retreat(case)[0] or config, x, weight, bias, scale, shift, act)
+
+
+def launch(
+    case: Case,
+    config: Any,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    act: str,
+) -> Tensor | None:
+    """The result of a kernel that was found right, or None where it could not be launched."""
+    with _on_device(x):
         try:
             return _RUN[case.op](x, weight, bias, scale, shift, act, config)
         except torch.OutOfMemoryError:

@@ -143,10 +143,12 @@ class PackedCache(Generic[T]):
     as a whole, and two threads that both find it stale build equal ones.
     """
 
-    __slots__ = ("_entry",)
+    __slots__ = ("_entry", "plan")
 
     def __init__(self) -> None:
         self._entry: _Entry | None = None
+        #: How calls that take this copy were served last; whoever keeps it asks whether it holds.
+        self.plan: Any = None
 
     def fresh(self, key: Any, sources: tuple[Tensor, ...]) -> T | None:
         """The packed copy for ``key`` and ``sources`` if there is one that is still true."""
@@ -201,7 +203,7 @@ class PackedCache(Generic[T]):
         return packed
 
     def clear(self) -> None:
-        self._entry = None
+        self._entry = self.plan = None
 
     def __reduce__(self) -> tuple[type[PackedCache[T]], tuple[()]]:
         return (PackedCache, ())

@@ -114,6 +114,7 @@ def forget() -> None:
     """Forget what was read: the next look reads the files again."""
     with _lock:
         _known.clear()
+        support.new_epoch()
     _file_of.cache_clear()
     machine.cache_clear()
 
@@ -156,6 +157,7 @@ def keep(
         # What another process wrote meanwhile stays, and so does what is known here alone.
         held = _read(path)
         _known[path] = held | _known.get(path, {}) | new
+        support.new_epoch()
         if save:
             _write(path, device, held | new)
     return path
