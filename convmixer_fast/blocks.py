@@ -226,8 +226,10 @@ def _planned(cache: PackedCache[Packed], conv: Any, act: Any, bn: Any, x: Tensor
 
 def _plan(cache: PackedCache[Packed], op: str, conv: Any, act: Any, x: Tensor) -> None:
     """Keep how a call that was just served was served, where the next may be served alike."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not Tensor:
+        return
     cache.plan = None
-    if torch.compiler.is_compiling() or not backends.gpu_kernels_run(x.device, x.dtype):
+    if not backends.gpu_kernels_run(x.device, x.dtype):
         return
     call = backends.call_of(op, x, conv.weight, conv.bias, activation_name(act))
     if call is None or backends.choose(op, x.device, x.dtype, call).backend != "triton":
