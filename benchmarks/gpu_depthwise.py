@@ -9,14 +9,12 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
+import gpu_build
 import torch
+from gpu_build import REGISTERS_ALL, TRITON_TYPES, WARPS_ALL
 
-from convmixer_fast.kernels.configs import DepthwiseConfig
+from convmixer_fast.kernels.configs import DepthwiseConfig, family
 
-TRITON_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-#: What a multiprocessor has for all its programs: registers, and warps by architecture.
-REGISTERS_ALL = 65536
-WARPS_ALL = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
 #: The least share of multiply-adds among the hot loop's instructions, by kernel size, in 16 bits
 #: and in float32; there is no bar for k = 3 and 5.
 LEAST_SHARE = {9: (0.70, 0.85), 7: (0.67, 0.85)}
@@ -88,24 +86,7 @@ def build_hip(
     config: DepthwiseConfig, architecture: str, dtype: torch.dtype, k: int, **of: Any
 ) -> Any:
     """Compile a tile for a GPU of ROCm, such as gfx942."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernel, signature, constants, divisible = source(config, dtype, k, **of)
-    names = list(kernel.arg_names)
-    types = {n: "constexpr" if n in constants else signature[n] for n in names}
-    aligned = [n for n in names if types[n].startswith("*") or n in divisible]
-    return triton.compile(
-        ASTSource(
-            fn=kernel,
-            signature=types,
-            constexprs={(names.index(n),): v for n, v in constants.items()},
-            attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
-        ),
-        target=GPUTarget("hip", architecture, 64),
-        options={"num_warps": config.warps, "num_stages": 1},
-    )
+    return gpu_build.build_hip(*source(config, dtype, k, **of), architecture, config.warps, 1)
 
 
 def facts(built: Any, config: DepthwiseConfig, k: int) -> dict[str, Any]:
@@ -126,7 +107,7 @@ def facts(built: Any, config: DepthwiseConfig, k: int) -> dict[str, Any]:
         "stack": report.stack,
         "spills": report.spills,
         "shared": built.shared,
-        "programs": min(REGISTERS_ALL // packed, WARPS_ALL[built.arch] // config.warps),
+        "programs": min(REGISTERS_ALL // packed, WARPS_ALL[family(built.arch)] // config.warps),
         "fma": fma,
         "hot_instructions": hot.size,
         "fma_share": fma / hot.size,

@@ -9,17 +9,14 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
+import gpu_build
 import torch
+from gpu_build import REGISTERS_ALL, SHARED_ALL, TRITON_TYPES, WARPS_ALL
 
 from convmixer_fast.kernels.configs import PointwiseConfig, family, lookup_pointwise
 
-TRITON_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 #: Shared memory of one program, bytes, by family.
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
-#: What a multiprocessor has for all its programs: shared bytes, warps.
-SHARED_ALL = {80: 164 * 1024, 86: 100 * 1024, 90: 228 * 1024, 100: 228 * 1024, 120: 100 * 1024}
-WARPS_ALL = {80: 64, 86: 48, 90: 64, 100: 64, 120: 48}
-REGISTERS_ALL = 65536
 #: Tiles that may have fewer mma than 3 a load from shared memory, and the reason: where outputs are
 #: few, more tiles are worth more; with 64 channels out there is nothing to widen the tile with.
 LEAST_MMA_PER_LOAD = {(64, 64): 2, (128, 64): 2.6}
@@ -96,24 +93,8 @@ def build(
 
 def build_hip(config: PointwiseConfig, architecture: str, dtype: torch.dtype, **of: Any) -> Any:
     """Compile a tile for a GPU of ROCm, such as gfx942."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernel, signature, constants, _ = source(config, dtype, **of)
-    names = list(kernel.arg_names)
-    types = {n: "constexpr" if n in constants else signature[n] for n in names}
-    pointers = [n for n in names if types[n].startswith("*")]
-    return triton.compile(
-        ASTSource(
-            fn=kernel,
-            signature=types,
-            constexprs={(names.index(n),): v for n, v in constants.items()},
-            attrs={(names.index(n),): [["tt.divisibility", 16]] for n in pointers},
-        ),
-        target=GPUTarget("hip", architecture, 64),
-        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
-    )
+    given = source(config, dtype, **of)
+    return gpu_build.build_hip(*given, architecture, config.num_warps, config.num_stages)
 
 
 def facts(built: Any, config: PointwiseConfig) -> dict[str, Any]:

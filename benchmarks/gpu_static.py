@@ -27,6 +27,7 @@ import torch
 
 from convmixer_fast.arch import VARIANTS as PUBLISHED
 from convmixer_fast.arch import Arch
+from convmixer_fast.kernels import support
 from convmixer_fast.kernels.configs import lookup_depthwise, lookup_pointwise, lookup_stem
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -153,10 +154,11 @@ def predicted(ptxsim: ModuleType, arch: Arch, grid: int, counts: dict[str, Any])
 def markdown(result: dict[str, Any]) -> str:
     out = ["# GPU kernels before they run", ""]
     out += ["**Predicted. Nothing here was timed: no GPU has run these kernels.**", ""]
-    out += ["## Machine code", ""]
+    out += [f"## Machine code, by Triton {result['triton']}", ""]
     out += [
         "`programs`: how many of a kernel's programs share a multiprocessor; `loop`: the share of",
-        "float32 multiply-adds among the hot loop's instructions, or its matrix instructions.",
+        "float32 multiply-adds among the hot loop's instructions (sm_100 does two in one), or its",
+        "matrix instructions.",
         "",
     ]
     out += ["| arch | kernel | dtype | | registers | stack | shared | programs | loop | bars |"]
@@ -220,7 +222,13 @@ def main() -> None:
     import ptxsim
 
     static = static_rows(ptxsim, options.architectures)
-    result: dict[str, Any] = {"static": static, "simulated": {}, "predicted": {}}
+    result: dict[str, Any] = {
+        "measured": False,
+        "triton": support.triton_version(),
+        "static": static,
+        "simulated": {},
+        "predicted": {},
+    }
     for variant in PUBLISHED.values():
         name, arch = variant.paper_name, variant.arch
         if variant.input_size[1] != 224:

@@ -10,7 +10,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from gpu_pointwise import GPUS, REACHED, SHARED_LIMIT, TRITON_TYPES, facts
+from gpu_build import TRITON_TYPES
+from gpu_pointwise import GPUS, REACHED, SHARED_LIMIT, facts
 
 from convmixer_fast.kernels.configs import arithmetic_of, family, lookup_stem
 

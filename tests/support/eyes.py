@@ -24,7 +24,7 @@ def run_in_interpreter(test_file: str) -> str:
     done = fresh_python.run(
         *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "interpreter", test_file),
         env={"TRITON_INTERPRET": "1"},
-        timeout=600,
+        timeout=1200,
     )
     if done.returncode:
         raise AssertionError(f"in the interpreter:\n{done.stdout}\n{done.stderr}")
