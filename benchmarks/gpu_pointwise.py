@@ -194,7 +194,7 @@ def predict(
 
     Returns:
         ``times``: seconds an image by resource; ``bound``: the longest, named by ``limit``;
-        ``expected``: the longest at the shares of `REACHED`, as GPU.md's roofline takes them.
+        ``expected``: the longest at the shares of `REACHED`.
         ``l2`` counts as if the L1 never hit and limits nothing.
     """
     model, card = ptxsim.model, ptxsim.model.GPUS[gpu]
