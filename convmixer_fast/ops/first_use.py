@@ -4,8 +4,8 @@ A kernel that was compiled for a device, a dtype and a size for the first time i
 random input and held against PyTorch by the numerics rule (`convmixer_fast.testing`). Where it
 disagrees, or cannot be compiled or launched, one warning says so and PyTorch's own operators serve
 that case for as long as the process lives; `explain` and ``convmixer-fast doctor`` show it.
-A kernel that moves its tiles by the copy engine is first given a second chance without. In both
-cases ``CONVMIXER_FAST_VERIFY=0`` switches the check off.
+A kernel that moves its tiles by the copy engine (TMA) is tried without it before that, and a
+warning says so too. ``CONVMIXER_FAST_VERIFY=0`` switches the check off.
 
 The check waits for the GPU, so it does not run while a CUDA graph is captured: a case that comes up
 there for the first time is PyTorch's until a call outside a capture.
