@@ -9,6 +9,7 @@ from .explain import explain
 from .model import ConvMixer, create_model, list_models
 from .ops import BackendError, available_backends, use_backend
 from .optimize import optimization_report, optimize, restore, to_reference
+from .tune import tune
 
 try:
     __version__ = version("convmixer_fast")
@@ -39,5 +40,6 @@ __all__ = [
     "restore",
     "save_checkpoint",
     "to_reference",
+    "tune",
     "use_backend",
 ]

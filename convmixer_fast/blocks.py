@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,9 +21,11 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
-from . import _native
+from . import _native, graphs
 from .arch import activation_layer, activation_name
-from .ops import backends
+from .kernels import support
+from .kernels.precision import dot_precision
+from .ops import backends, first_use, gpu
 from .ops.common import accumulation_dtype, memory_format_of
 from .ops.depthwise import depthwise_mix
 from .ops.mixer import mixer_stack
@@ -109,7 +112,7 @@ def _hooked(module: nn.Module) -> bool:
     )
 
 
-def _why_composed(conv: Any, act: nn.Module, bn: Any, x: Tensor) -> str:
+def _why_composed(conv: Any, act: nn.Module, bn: Any, x: Tensor, op: str) -> str:
     """Why these three children must run one by one on ``x``; ``""`` when fusing is the same."""
     compiling = torch.compiler.is_compiling()
     if isinstance(x, torch.fx.Proxy) or (not compiling and torch._C._get_tracing_state()):
@@ -139,7 +142,7 @@ def _why_composed(conv: Any, act: nn.Module, bn: Any, x: Tensor) -> str:
         return f"the input is {x.dtype}"
     if x.device != weight.device:
         return f"the input is on {x.device}, the weights on {weight.device}"
-    if device != "cpu" and compiling:
+    if device != "cpu" and compiling and not backends.compiled_kernels_run(x.device, x.dtype, op):
         # The operator is opaque to the compiler; where no kernel of ours stands behind it, the
         # plain operators are the faster graph.
         return "no fused kernel for this device: the compiler gets plain operators"
@@ -157,21 +160,94 @@ def _operands(cache: PackedCache[Packed], conv: Any, bn: Any, x: Tensor, depthwi
     sources = sources_of(conv, bn)
     inference = not (torch.is_grad_enabled() and any(t.requires_grad for t in sources))
     if inference and not torch.compiler.is_compiling() and cacheable(sources):
-        # Only the channels-last kernel wants another order than the parameter's own.
-        repack = depthwise and memory_format_of(x) == torch.channels_last
+        on_gpu = backends.gpu_kernels_run(x.device, x.dtype)
+        # Only the channels-last kernels want another order than the parameter's own.
+        repack = depthwise and not on_gpu and memory_format_of(x) == torch.channels_last
 
         def pack() -> Packed:
             weight = conv.weight.detach().to(x.dtype)
             if repack:
                 weight = weight.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
+            elif on_gpu:
+                weight = gpu.keep_taps(weight) if depthwise else weight.contiguous()
             bias = None if conv.bias is None else conv.bias.detach().to(x.dtype)
             wide = accumulation_dtype(x.dtype)
             scale, shift = (v.to(wide) for v in batch_norm_affine(bn, torch.float64))
             return Packed(weight, bias, scale, shift)
 
-        return cache.get((repack, x.dtype, bn.eps), sources, pack)
+        return cache.get((repack, on_gpu, x.dtype, bn.eps), sources, pack)
     bias = None if conv.bias is None else conv.bias.to(x.dtype)
     return Packed(conv.weight.to(x.dtype), bias, *batch_norm_affine(bn, x.dtype))
+
+
+class _Plan(NamedTuple):
+    """How a half was served on a GPU, and all that was looked up on the way.
+
+    At small batches a GPU waits for Python. A call that is like the last one in all of this need
+    not ask again who serves it; what the modules and torch's modes say, it does ask.
+    """
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    asked: str
+    epoch: int
+    precision: str
+    act: str
+    launch: Callable[..., Tensor | None]
+
+    def holds(self, x: Tensor) -> bool:
+        return (
+            type(x) is Tensor
+            and x.shape == self.shape
+            and x.stride() == self.stride
+            and x.dtype is self.dtype
+            and x.device == self.device
+            and self.epoch == support.epoch()
+            and self.asked == backends.requested_backend()
+            and (x.dtype is not torch.float32 or self.precision == dot_precision(x.dtype))
+            # Whoever watches operators is to see ours.
+            and not torch.is_grad_enabled()
+            and torch._C._len_torch_dispatch_stack() == torch._C._len_torch_function_stack() == 0
+            and not torch.autograd.profiler._is_profiler_enabled
+            and not backends.is_recording()
+        )
+
+
+def _planned(cache: PackedCache[Packed], conv: Any, act: Any, bn: Any, x: Tensor) -> Tensor | None:
+    """A half by the plan of an earlier call, or None where there is none that holds."""
+    plan: _Plan | None = cache.plan
+    if plan is None or not plan.holds(x) or activation_name(act) != plan.act:
+        return None
+    packed = cache.fresh((False, True, x.dtype, bn.eps), sources_of(conv, bn))
+    return None if packed is None else plan.launch(x, *packed, plan.act)
+
+
+def _plan(cache: PackedCache[Packed], op: str, conv: Any, act: Any, x: Tensor) -> None:
+    """Keep how a call that was just served was served, where the next may be served alike."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not Tensor:
+        return
+    cache.plan = None
+    if not backends.gpu_kernels_run(x.device, x.dtype):
+        return
+    call = backends.call_of(op, x, conv.weight, conv.bias, activation_name(act))
+    if call is None or backends.choose(op, x.device, x.dtype, call).backend != "triton":
+        return
+    if first_use.verdict(call.case) != "":
+        return
+    config = None if call.verdict is None else call.verdict.config
+    cache.plan = _Plan(
+        x.shape,
+        x.stride(),
+        x.dtype,
+        x.device,
+        backends.requested_backend(),
+        support.epoch(),
+        dot_precision(x.dtype),
+        call.case.act,
+        partial(gpu.launch, call.case, first_use.retreat(call.case)[0] or config),
+    )
 
 
 class _Fused(nn.Module):
@@ -179,17 +255,20 @@ class _Fused(nn.Module):
 
     _packed: PackedCache[Any]
 
-    def _decide(self, op: str, why_composed: str, x: Tensor) -> bool:
+    def _decide(self, op: str, why_composed: str, x: Tensor, conv: Any, act: Any) -> bool:
         """Whether to call the fused operator, reporting the choice to `backends.recording`."""
         if torch.compiler.is_compiling():
             return not why_composed
+        call = None
         if why_composed:
             choice = backends.composed(why_composed)
         else:
-            choice = backends.choose(op, x.device, x.dtype)
+            call = backends.call_of(op, x, conv.weight, conv.bias, activation_name(act))
+            choice = backends.choose(op, x.device, x.dtype, call)
         if backends.is_recording():
-            backends.record(self, op, choice)
-        return choice.backend != "reference"
+            backends.record(self, op, choice, call)
+        # The operator also knows PyTorch's own calls, in the layout that was measured.
+        return choice.backend != "reference" or choice.memory_format is not None
 
 
 class _FusedSequential(_Fused, nn.Sequential):
@@ -263,12 +342,19 @@ class DepthwiseMix(_Fused):
     def forward(self, x: Tensor) -> Tensor:
         fn: Any = getattr(self, self._branch)
         why = self._why_composed(fn, x)
-        if not self._decide("depthwise_mix", why, x):
+        # Where it is not three modules, `why` says so and they are not looked at.
+        conv, act, bn = (None, None, None) if why else fn
+        if not why and not torch.compiler.is_compiling():
+            out = _planned(self._packed, conv, act, bn, x)
+            if out is not None:
+                return out
+        if not self._decide("depthwise_mix", why, x, conv, act):
             branch = fn(x)
             return (branch if self.drop_path is None else self.drop_path(branch)) + x
-        conv, act, bn = fn
         weight, bias, scale, shift = _operands(self._packed, conv, bn, x, depthwise=True)
-        return depthwise_mix(x, weight, bias, scale, shift, activation_name(act))
+        out = depthwise_mix(x, weight, bias, scale, shift, activation_name(act))
+        _plan(self._packed, "depthwise_mix", conv, act, x)
+        return out
 
     def _why_composed(self, fn: nn.Module, x: Tensor) -> str:
         if type(fn) is not nn.Sequential or len(fn) != 3:
@@ -280,7 +366,7 @@ class DepthwiseMix(_Fused):
         if self.training and self.drop_path is not None:
             return "drop_path drops samples"
         conv, act, bn = fn
-        return _why_composed(conv, act, bn, x)
+        return _why_composed(conv, act, bn, x, "depthwise_mix")
 
 
 class PointwiseMix(_FusedSequential):
@@ -339,8 +425,9 @@ class PointwiseMix(_FusedSequential):
 class PatchEmbed(_FusedSequential):
     """``BN(act(conv(x)))`` of p x p patches that do not overlap: the stem of a ConvMixer.
 
-    (N, in_chans, H, W) -> (N, dim, H // p, W // p), channels-last if the input is. Children as in
-    timm: ``0`` Conv2d (p x p, stride p), ``1`` activation, ``2`` BatchNorm2d.
+    (N, in_chans, H, W) -> (N, dim, H // p, W // p), channels-last if the input is, and always where
+    Triton kernels serve it (on a GPU, in eval mode). Children as in timm: ``0`` Conv2d (p x p,
+    stride p), ``1`` activation, ``2`` BatchNorm2d.
 
     Args:
         in_chans, dim: channels of the image and of the map.
@@ -378,8 +465,9 @@ class PatchEmbed(_FusedSequential):
 class MixerBlock(_FusedSequential):
     """One ConvMixer block: `DepthwiseMix`, then the channel half.
 
-    (N, dim, H, W) -> (N, dim, H, W), channels-last if the input is. Children as in timm: ``0``
-    `DepthwiseMix`, ``1`` Conv2d (1x1), ``2`` activation, ``3`` BatchNorm2d.
+    (N, dim, H, W) -> (N, dim, H, W), channels-last if the input is, and always where Triton kernels
+    serve the block (on a GPU, in eval mode). Children as in timm: ``0`` `DepthwiseMix`, ``1``
+    Conv2d (1x1), ``2`` activation, ``3`` BatchNorm2d.
 
     Args:
         dim: channels.
@@ -434,6 +522,7 @@ class MixerBlock(_FusedSequential):
         whole = self._whole(x) if _stacks_run_on(x) else None
         if whole is not None:
             return _run_stack([self], [whole], x)
+        x = _laid_out(self, x)
         spatial, conv, act, bn = self
         x = spatial(x)
         out = _fused_pointwise(self, self._halves, conv, act, bn, x)
@@ -460,7 +549,7 @@ class MixerBlock(_FusedSequential):
         if bn.training or not isinstance(spatial, DepthwiseMix) or _hooked(spatial):
             return None
         branch: Any = spatial._modules[spatial._branch]
-        if spatial._why_composed(branch, x) or _why_composed(conv, act, bn, x):
+        if spatial._why_composed(branch, x) or _why_composed(conv, act, bn, x, "pointwise_mix"):
             return None
         depthwise, spatial_act, spatial_bn = branch
         name = activation_name(act)
@@ -512,12 +601,35 @@ def _stacks_run_on(x: Tensor) -> bool:
     return backends.whole_blocks_run(x.device, x.dtype)
 
 
+def _laid_out(module: nn.Module, x: Tensor) -> Tensor:
+    """``x`` as blocks want it: channels-last where GPU kernels will serve them, else as it is.
+
+    Converted once, not in each half: a block that gets channels-last gives channels-last.
+    """
+    if isinstance(x, torch.fx.Proxy) or module.training or x.dim() != 4:
+        return x
+    if not torch.compiler.is_compiling() and x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    if torch.compiler.is_compiling():
+        serve = backends.compiled_kernels_run(x.device, x.dtype)
+    elif torch._C._get_tracing_state():
+        return x
+    else:
+        serve = backends.gpu_kernels_run(x.device, x.dtype)
+    return x.contiguous(memory_format=torch.channels_last) if serve else x
+
+
 class MixerStack(_FusedSequential):
     """Blocks one after the other, a Sequential of `MixerBlock`; for inference on a CPU, one call.
 
-    (N, dim, H, W) -> (N, dim, H, W), channels-last if the input is. Children and keys are those of
-    `nn.Sequential`. Where a block cannot be fused whole (see `explain`), the blocks run one by one.
+    (N, dim, H, W) -> (N, dim, H, W), channels-last if the input is, and always where Triton kernels
+    serve the blocks (on a GPU, in eval mode). Children and keys are those of `nn.Sequential`. Where
+    a block cannot be fused whole (see `explain`), the blocks run one by one. On a GPU, `optimize`
+    lets them run as a CUDA graph or depth first.
     """
+
+    _graphs: graphs.StackGraphs | None = None
+    _depth_first = False
 
     def __init__(self, *blocks: nn.Module) -> None:
         super().__init__(*blocks)
@@ -533,12 +645,15 @@ class MixerStack(_FusedSequential):
         if isinstance(index, slice):
             part = MixerStack()
             part._modules.update(list(self._modules.items())[index])
+            part._depth_first = self._depth_first
+            part._graphs = None if self._graphs is None else graphs.StackGraphs()
             return part.train(self.training)
         return super().__getitem__(index)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self._modules or not _stacks_run_on(x):
-            return super().forward(x)
+            asked = self._graphs is not None or self._depth_first
+            return self._on_gpu(x) if asked and self._modules else super().forward(x)
         wholes: list[_Whole] = []
         for block in self._modules.values():
             if not isinstance(block, MixerBlock) or _hooked(block):
@@ -548,6 +663,53 @@ class MixerStack(_FusedSequential):
                 return super().forward(x)
             wholes.append(whole)
         return _run_stack(list(self), wholes, x)
+
+    def _on_gpu(self, x: Tensor) -> Tensor:
+        """The blocks as a CUDA graph or depth first, where that was asked for and can be."""
+        packed = self._packed_now(x)
+        if packed is None:
+            return super().forward(x)
+        x = _laid_out(self, x)
+        if self._graphs is not None and x.shape[0] <= graphs.MAX_BATCH:
+            return self._graphs.run(graphs.key_of(x), packed, super().forward, x)
+        if self._depth_first:
+            return graphs.depth_first(super().forward, x, graphs.l2_bytes(x.device))
+        return super().forward(x)
+
+    def _packed_now(self, x: Tensor) -> tuple[Packed, ...] | None:
+        """What GPU kernels would be given of the blocks, or None where they do not run them all."""
+        if (
+            self.training
+            or torch.compiler.is_compiling()
+            or isinstance(x, torch.fx.Proxy)
+            or backends.is_recording()
+            or x.dim() != 4
+            or x.numel() == 0
+            or not backends.gpu_kernels_run(x.device, x.dtype)
+            or gpu.is_capturing(x.device)
+        ):
+            return None
+        found: list[Packed] = []
+        for block in self._modules.values():
+            if not isinstance(block, MixerBlock) or _hooked(block) or len(block) != 4:
+                return None
+            spatial, conv, act, bn = block
+            if not isinstance(spatial, DepthwiseMix) or _hooked(spatial):
+                return None
+            branch: Any = spatial._modules[spatial._branch]
+            if spatial._why_composed(branch, x) or not is_pointwise(conv):
+                return None
+            if _why_composed(conv, act, bn, x, "pointwise_mix"):
+                return None
+            depthwise, _, spatial_bn = branch
+            tensors = sources_of(depthwise, spatial_bn) + sources_of(conv, bn)
+            if torch.is_grad_enabled() and (
+                x.requires_grad or any(t.requires_grad for t in tensors)
+            ):
+                return None
+            found.append(_operands(spatial._packed, depthwise, spatial_bn, x, depthwise=True))
+            found.append(_operands(block._halves, conv, bn, x, depthwise=False))
+        return tuple(found)
 
 
 def _run_stack(blocks: Sequence[nn.Module], wholes: list[_Whole], x: Tensor) -> Tensor:
@@ -575,11 +737,17 @@ def _fused_pointwise(
     elif not stem and not is_pointwise(conv):
         why = "the convolution is not a plain dense 1x1 one"
     else:
-        why = _why_composed(conv, act, bn, x)
-    if not owner._decide("pointwise_mix", why, x):
+        why = _why_composed(conv, act, bn, x, "patch_embed" if stem else "pointwise_mix")
+        if not why and not torch.compiler.is_compiling():
+            out = _planned(cache, conv, act, bn, x)
+            if out is not None:
+                return out
+    if not owner._decide("pointwise_mix", why, x, conv, act):
         return None
     weight, bias, scale, shift = _operands(cache, conv, bn, x, depthwise=False)
-    return pointwise_mix(x, weight, bias, scale, shift, activation_name(act))
+    out = pointwise_mix(x, weight, bias, scale, shift, activation_name(act))
+    _plan(cache, "pointwise_mix", conv, act, x)
+    return out
 
 
 def refresh(model: nn.Module) -> None:
@@ -593,3 +761,5 @@ def refresh(model: nn.Module) -> None:
             module._packed.clear()
         if isinstance(module, MixerBlock):
             module._halves.clear()
+        if isinstance(module, MixerStack) and module._graphs is not None:
+            module._graphs.clear()

@@ -348,11 +348,25 @@ def _predict(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
+    if args.gpu:
+        return _doctor_gpu(args)
     from . import doctor
 
     report = doctor.examine()
     print(json.dumps(report, indent=2) if args.format == "json" else doctor.render(report))
     return 0 if doctor.healthy(report) else 1
+
+
+def _doctor_gpu(args: argparse.Namespace) -> int:
+    from . import gpu_report
+
+    as_json = args.format == "json"
+    report = gpu_report.report(progress=_note if as_json else lambda line: print(line, flush=True))
+    gpu_report.write(report, args.output)
+    if as_json:
+        print(json.dumps(report, indent=2))
+    _note(f"wrote {args.output}")
+    return 0 if gpu_report.healthy(report) else 1
 
 
 def _convert(args: argparse.Namespace) -> int:
@@ -434,9 +448,19 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_predict(command("predict", _predict, "classify images"))
 
-    output_format(
-        command("doctor", _doctor, "say what is installed, which backends run, and check them")
+    doctor = command("doctor", _doctor, "say what is installed, which backends run, and check them")
+    doctor.add_argument(
+        "--gpu",
+        action="store_true",
+        help="check and time every operator on the GPU, some minutes, and write one JSON file",
     )
+    doctor.add_argument(
+        "--output",
+        metavar="FILE",
+        default="convmixer_fast-gpu.json",
+        help="of --gpu (default: %(default)s)",
+    )
+    output_format(doctor)
 
     convert = command("convert", _convert, "rewrite a checkpoint in another library's keys")
     convert.add_argument("source", metavar="SRC", help="checkpoint in any published format")

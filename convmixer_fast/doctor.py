@@ -20,7 +20,14 @@ from torch import Tensor
 from . import __version__, _native
 from .arch import ACTIVATIONS
 from .blocks import MixerBlock
-from .ops import BackendError, available_backends, depthwise_mix, pointwise_mix, use_backend
+from .ops import (
+    BackendError,
+    available_backends,
+    depthwise_mix,
+    first_use,
+    pointwise_mix,
+    use_backend,
+)
 from .ops.backends import ENVIRONMENT, requested_backend
 from .reference import reference_block
 from .testing import error_report, trained_like_
@@ -200,6 +207,9 @@ def examine() -> dict[str, Any]:
         "cuda": {"torch_built_with": torch.version.cuda, "gpus": _gpus()},
         "extension": _extension(),
         "backends": backends,
+        # What became of GPU kernels at their first use; of a fresh process, in the checks above.
+        "kernels": {str(case): why for case, why in first_use.results().items()},
+        "kernels_without_copy_engine": {str(c): why for c, why in first_use.retreats().items()},
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(PREFIX)},
         "environment_error": _environment_error(backends),
         "self_check": self_check,
@@ -294,6 +304,12 @@ def render(report: dict[str, Any]) -> str:
             + [(name, optional(name)) for name in report["optional"]],
         ),
     ]
+    bad_kernels = {case: why for case, why in report["kernels"].items() if why}
+    if bad_kernels:
+        parts.append(_section("GPU kernels that PyTorch replaces", list(bad_kernels.items())))
+    plainer = report["kernels_without_copy_engine"]
+    if plainer:
+        parts.append(_section("GPU kernels without the copy engine", list(plainer.items())))
     if report["environment"]:
         parts.append(_section("Environment", list(report["environment"].items())))
     failures: dict[tuple[str, str], list[str]] = {}

@@ -64,6 +64,18 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
     names: dict[nn.Module, str] = {}
     for name, module in model.named_modules():
         names.setdefault(module, name or type(module).__name__)
+    return Explanation(
+        Row(names.get(r.module, type(r.module).__name__), r.op, r.choice.backend, r.choice.reason)
+        for r in _records(model, x)
+    )
+
+
+def recorded_calls(model: nn.Module, x: Tensor) -> list[backends.Call]:
+    """Every call that GPU kernels may serve in a forward pass of ``model`` on inputs like ``x``."""
+    return [record.call for record in _records(model, x) if record.call is not None]
+
+
+def _records(model: nn.Module, x: Tensor) -> list[backends.Record]:
     model, compiled = unwrapped(model)
     fake = FakeTensorMode()
     state: dict[str, Tensor] = {
@@ -72,7 +84,4 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
     }
     with fake, backends.recording(whole_blocks=not compiled) as records:
         torch.func.functional_call(model, state, (fake.from_tensor(x),))
-    return Explanation(
-        Row(names.get(r.module, type(r.module).__name__), r.op, r.choice.backend, r.choice.reason)
-        for r in records
-    )
+    return records

@@ -34,6 +34,7 @@ from .blocks import (
     is_depthwise,
     is_pointwise,
 )
+from .graphs import StackGraphs
 from .reference import Residual
 
 
@@ -53,7 +54,9 @@ _FUSED_TYPES = (
 #: What every module has: children, tensors, hooks, training. All else is the class's or the user's.
 _STATE = frozenset(nn.Module().__dict__)
 #: Attributes of the fused modules themselves.
-_OWN = frozenset({"_packed", "_halves", "_branch", "_original", "drop_path"})
+_OWN = frozenset(
+    {"_packed", "_halves", "_branch", "_original", "_graphs", "_depth_first", "drop_path"}
+)
 #: Methods of `nn.Module` that a container may define without computing or storing anything else.
 _HARMLESS = frozenset(
     {"__init__", "forward", "extra_repr", "__repr__", "_get_name", "__dir__"}
@@ -108,7 +111,13 @@ class OptimizationReport(list[OptimizationRow]):
         )
 
 
-def optimize(model: nn.Module, *, inplace: bool = True) -> nn.Module:
+def optimize(
+    model: nn.Module,
+    *,
+    inplace: bool = True,
+    cuda_graph: bool | None = None,
+    depth_first: bool | None = None,
+) -> nn.Module:
     """Replace the ConvMixer blocks inside ``model`` by fused ones.
 
     Takes timm's, mmpretrain's and locuslab's ConvMixers in all their forms, and any network with
@@ -130,6 +139,12 @@ def optimize(model: nn.Module, *, inplace: bool = True) -> nn.Module:
     Args:
         model: any module, in training or eval mode.
         inplace: False leaves ``model`` alone and works on a deep copy.
+        cuda_graph: on a GPU, in inference, run the stack of blocks as one CUDA graph for batches of
+            at most 8 images. Inputs and weights may change from call to call; each shape has a
+            graph of its own, the 8 last used are kept, and each holds one more input and output.
+            None leaves it as it is, which is off at first.
+        depth_first: on a GPU, send as many images at a time through all blocks as leave their
+            activations in the L2 cache. None as above.
 
     Returns:
         ``model`` (or its copy); another object only where ``model`` itself is a block.
@@ -160,7 +175,24 @@ def optimize(model: nn.Module, *, inplace: bool = True) -> nn.Module:
         if finding.target is not None:
             fused[id(finding.module)] = _fuse(finding, fused)
     _substitute(model, fused)
-    return fused.get(id(model), model)
+    model = fused.get(id(model), model)
+    _set_stacks(model, cuda_graph, depth_first)
+    return model
+
+
+def _set_stacks(model: nn.Module, cuda_graph: bool | None, depth_first: bool | None) -> None:
+    stacks = [module for module in model.modules() if isinstance(module, MixerStack)]
+    if not stacks and (cuda_graph or depth_first):
+        warnings.warn(
+            f"optimize: {type(model).__name__} has no stack of blocks of its own for cuda_graph or "
+            "depth_first to act on: put its blocks in one nn.Sequential",
+            stacklevel=3,
+        )
+    for stack in stacks:
+        if cuda_graph is not None:
+            stack._graphs = StackGraphs() if cuda_graph else None
+        if depth_first is not None:
+            stack._depth_first = depth_first
 
 
 def restore(model: nn.Module) -> nn.Module:

@@ -8,9 +8,11 @@ import os
 import fresh_python
 import pytest
 import torch
+from gpu_double import installed
 
-from convmixer_fast import _native, cli, doctor
+from convmixer_fast import BackendError, _native, cli, doctor
 from convmixer_fast.arch import ACTIVATIONS
+from convmixer_fast.ops import depthwise_mix, first_use, pointwise_mix
 from convmixer_fast.ops.backends import requested_backend
 
 
@@ -152,3 +154,19 @@ def test_triton_is_not_imported():
     )
     done = fresh_python.run("-c", code)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.filterwarnings("ignore:the Triton kernel")
+def test_gpu_kernels_that_failed_at_their_first_use_are_shown(report):
+    with installed() as double:
+        double.error["depthwise_mix"] = RuntimeError("out of resource")
+        x, one = torch.randn(1, 4, 6, 6), torch.ones(4)
+        with pytest.raises(BackendError):
+            depthwise_mix(x, torch.ones(4, 1, 3, 3), None, one, one, "relu")
+        pointwise_mix(x, torch.ones(4, 4, 1, 1), None, one, one, "relu")
+        kernels = {str(case): why for case, why in first_use.results().items()}
+    assert sorted(kernels.values()) == ["", "RuntimeError: out of resource"]
+    text = doctor.render(report | {"kernels": kernels})
+    (shown,) = [line for line in text.splitlines() if "out of resource" in line]
+    assert "depthwise_mix of 4 -> 4 channels, kernel 3, relu, no bias, float32 on cpu" in shown
+    assert "GPU kernels" not in doctor.render(report | {"kernels": {}})

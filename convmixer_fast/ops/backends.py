@@ -15,9 +15,13 @@ from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import _native
+from ..kernels import precision, support
+from ..kernels.configs import why_slower
+from . import first_use, verdicts
+from .cases import Case, case_of
 
 ENVIRONMENT = "CONVMIXER_FAST_BACKEND"
 #: From the most general to the most special.
@@ -33,10 +37,14 @@ class BackendError(RuntimeError):
 
 
 class Choice(NamedTuple):
-    """The backend that serves a call, and why it and no faster one."""
+    """The backend that serves a call, and why it and no faster one.
+
+    ``memory_format``: the layout in which PyTorch's operators were found to be fastest, if known.
+    """
 
     backend: str
     reason: str
+    memory_format: torch.memory_format | None = None
 
 
 def _check_name(name: str, where: str) -> str:
@@ -73,12 +81,9 @@ def available_backends() -> dict[str, str]:
     return {
         "reference": "",
         "cpu": "" if _native.load() else _native.why_unavailable(),
-        "triton": _NOT_IN_RELEASE,
-        "cuda": _NOT_IN_RELEASE,
+        "triton": support.why_not_here(),
+        "cuda": "this release has no C++ kernels for GPUs: triton's serve them",
     }
-
-
-_NOT_IN_RELEASE = "this release has no GPU kernels: PyTorch's own operators serve the GPU"
 
 
 #: Whole blocks convert half precision at their edges, two passes for a stack; for one half of a
@@ -105,8 +110,86 @@ _CPU_KERNELS = {
 }
 
 
-def choose(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str:
+    if dtype not in _TRITON_DTYPES:
+        return (
+            "the Triton kernels compute float32, bfloat16 and float16, "
+            f"not {str(dtype).removeprefix('torch.')}"
+        )
+    return support.why_not(device)
+
+
+def gpu_kernels_run(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether Triton kernels, as far as is known before a call, serve activations like these.
+
+    Under ``auto`` only on a GPU; by name on CPU tensors too, where kernels are emulated.
+    """
+    if not support.is_kernel_device(device):
+        return False
+    asked = requested_backend()
+    wanted = asked == "triton" or (asked == "auto" and _auto_is_triton(device))
+    return wanted and not _why_not_triton(device, dtype)
+
+
+def _why_slower(op: str, dtype: torch.dtype) -> str:
+    """Why PyTorch is expected to be faster at ``op`` than a kernel; ``""`` where the kernel is."""
+    if op != "pointwise_mix":
+        return ""
+    return why_slower(dtype, precision.dot_precision(dtype) == "tf32")
+
+
+def _auto_is_triton(device: torch.device) -> bool:
+    return device.type != "cpu"
+
+
+def compiled_kernels_run(device: torch.device, dtype: torch.dtype, op: str = "") -> bool:
+    """Whether a compiler is to see our operators, ``op`` among them; asked once while it traces.
+
+    Where no kernel of ours stands behind an operator, plain ones make the faster graph.
+    """
+    if not gpu_kernels_run(device, dtype):
+        return False
+    return requested_backend() == "triton" or not _why_slower(op, dtype)
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler and Triton here.
+compiled_kernels_run._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+class Call(NamedTuple):
+    """What `choose` wants to know of a call that a GPU kernel may serve.
+
+    ``shape``: N, H, W; ``verdict``: what `convmixer_fast.tune` found out about such calls.
+    """
+
+    case: Case
+    shape: tuple[int, int, int]
+    verdict: verdicts.Verdict | None
+
+
+def call_of(
+    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None
+) -> Call | None:
+    """The `Call` of an operator on ``x``; None where no GPU kernel may serve it."""
+    if act is None or not support.is_kernel_device(x.device):
+        return None
+    case = case_of(op, x, weight, bias, act)
+    shape = (x.shape[0], x.shape[2], x.shape[3])
+    verdict = None if support.why_not(x.device) else verdicts.lookup(case, shape)
+    if verdict is not None and verdict.config is not None:
+        case = case._replace(tile=str(verdict.config))
+    return Call(case, shape, verdict)
+
+
+def choose(op: str, device: torch.device, dtype: torch.dtype, call: Call | None = None) -> Choice:
     """The backend for the operator ``op`` on activations of that device and dtype.
+
+    Args:
+        call: of a call on a GPU, what `call_of` makes of it; what was found out about its kernel
+            then counts.
 
     Raises:
         BackendError: the backend asked for by name cannot run, with the reason.
@@ -114,13 +197,64 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
     asked = requested_backend()
     if asked == "reference":
         return Choice("reference", "asked for by name")
+    if asked == "triton" or (asked == "auto" and _auto_is_triton(device)):
+        why_not = _why_not_triton(device, dtype)
+        if not why_not and call is not None:
+            why_not = first_use.verdict(call.case) or ""
+        if asked == "triton":
+            _refuse(asked, why_not)
+        if why_not:
+            return Choice("reference", f"triton: {why_not}")
+        verdict = None if call is None else call.verdict
+        if asked == "auto":
+            if verdict is not None and verdict.winner != "triton":
+                return Choice("reference", f"tuned: {verdict.reason()}", _FORMATS[verdict.winner])
+            # What was measured counts for more than what is expected.
+            slower = _why_slower(op if call is None else call.case.op, dtype)
+            if slower and verdict is None:
+                return Choice("reference", f"expected to be faster: {slower}")
+        reason = f"one Triton kernel, {_trust(call)}"
+        if verdict is not None:
+            reason += f"; tuned: {verdict.reason()}"
+        return Choice("triton", _named(asked, reason))
     why_not_cpu = _why_not_cpu(op, device, dtype)
     if asked == "auto":
         if why_not_cpu:
             return Choice("reference", f"cpu: {why_not_cpu}")
         return Choice("cpu", _CPU_KERNELS[op])
     _refuse(asked, why_not_cpu if asked == "cpu" else available_backends()[asked])
-    return Choice(asked, f"asked for by name: {_CPU_KERNELS[op]}")
+    return Choice(asked, _named(asked, _CPU_KERNELS[op]))
+
+
+_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+
+
+def _named(asked: str, what: str) -> str:
+    return what if asked == "auto" else f"asked for by name: {what}"
+
+
+def _trust(call: Call | None) -> str:
+    if call is not None and first_use.verdict(call.case) == "":
+        _, why = first_use.retreat(call.case)
+        plain = f", without the copy engine: {why}" if why else ""
+        return f"checked against PyTorch{plain}"
+    return "to be checked at its first use" if first_use.is_on() else "not checked"
+
+
+def fall_back(op: str, call: Call | None) -> None:
+    """PyTorch is to serve a call that `choose` gave to Triton, whose kernel is not to be trusted.
+
+    Raises:
+        BackendError: ``triton`` was asked for by name.
+    """
+    if requested_backend() == "triton":
+        why = first_use.verdict(call.case) if call is not None else None
+        _refuse(
+            "triton",
+            why
+            or f"the kernel of {op} could not be checked here (a CUDA graph is being captured, or "
+            "memory is short): run the model once before",
+        )
 
 
 def composed(reason: str) -> Choice:
@@ -159,6 +293,7 @@ class Record(NamedTuple):
     module: nn.Module
     op: str
     choice: Choice
+    call: Call | None = None
 
 
 @contextmanager
@@ -181,7 +316,7 @@ def is_recording() -> bool:
     return _log.get() is not None
 
 
-def record(module: nn.Module, op: str, choice: Choice) -> None:
+def record(module: nn.Module, op: str, choice: Choice, call: Call | None = None) -> None:
     rows = _log.get()
     if rows is not None:
-        rows.append(Record(module, op, choice))
+        rows.append(Record(module, op, choice, call))

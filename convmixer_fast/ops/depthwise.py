@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _native
-from . import backends
+from . import backends, gpu
 from .common import (
     LIBRARY,
     accumulation_dtype,
@@ -76,11 +76,20 @@ def _kernel(
     _check(x, weight, bias, scale, shift, act)
     if x.numel() == 0:
         return torch.empty_like(x, memory_format=memory_format_of(x))
-    if backends.choose(NAME, x.device, x.dtype).backend == "cpu":
+    call = backends.call_of(NAME, x, weight, bias, act)
+    choice = backends.choose(NAME, x.device, x.dtype, call)
+    backend = choice.backend
+    if backend == "cpu":
         return _native.depthwise_mix(x, weight, bias, scale, shift, act)
+    if backend == "triton" and call is not None:
+        out = gpu.serve(call, _reference, x, weight, bias, scale, shift, act)
+        if out is not None:
+            return out
+        backends.fall_back(NAME, call)
     # Operands have the dtype they are to be computed in: autocast has nothing to add.
     with torch.autocast(x.device.type, enabled=False):
-        return _reference(x, weight, bias, scale, shift, act)
+        operands = (weight, bias, scale, shift, act)
+        return gpu.in_layout(choice.memory_format, memory_format_of(x), _reference, x, *operands)
 
 
 LIBRARY.impl(NAME, _kernel, "CompositeExplicitAutograd")

@@ -8,9 +8,12 @@ asks first whether the parameters are still the ones that were copied:
 * their memory is at the same address, of the same dtype and device (``.to()``, ``.data = ...``),
 * torch's version counters stand still (optimizers, ``copy_``, ``load_state_dict``),
 * a sampled fingerprint of their bits is unchanged: writes through ``.data`` or numpy do not count
-  as versions, and every dense one (an EMA's, an old optimizer's) changes samples.
+  as versions, and every dense one (an EMA's, an old optimizer's) changes samples. On a GPU the
+  samples are compared by the GPU itself, so that nothing waits for it, and the answer can be a
+  second late: see `watch`.
 
-A write that passes all four, such as one element set through ``.data``, needs `refresh`.
+A write that passes all four, such as one element set through ``.data``, needs `refresh`; so does
+one through ``.data`` to a parameter on a GPU whose effect is wanted at once.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import _native
+from . import gpu
 from .common import accumulation_dtype
+from .watch import Watch
 
 
 class Packed(NamedTuple):
@@ -77,8 +82,8 @@ def cacheable(sources: tuple[Tensor, ...]) -> bool:
     """
     return all(
         type(t) in (Tensor, nn.Parameter)
-        and t.device.type == "cpu"
-        and t.is_contiguous()
+        # Samples of the memory under a view with gaps would read what is not its own.
+        and (t.device.type == "cuda" or (t.device.type == "cpu" and t.is_contiguous()))
         and not t.is_inference()
         for t in sources
     )
@@ -97,6 +102,35 @@ class _Entry(NamedTuple):
     spans: list[tuple[int, int]]
     fingerprint: int
     packed: Any
+    made: _Made | None
+    watch: Watch | None
+
+
+class _Made(NamedTuple):
+    """When a copy on a GPU was made: work on another stream has to wait for that."""
+
+    device: torch.device
+    stream: int
+    event: torch.cuda.Event
+
+    @classmethod
+    def now(cls, device: torch.device) -> _Made:
+        stream = torch.cuda.current_stream(device)
+        return cls(device, stream.cuda_stream, stream.record_event())
+
+    def join(self, packed: Any) -> None:
+        """Let the current stream wait for the copy, and the copy's memory for the stream.
+
+        Not while a graph is captured: that begins after all streams came to rest.
+        """
+        stream = torch.cuda.current_stream(self.device)
+        if stream.cuda_stream == self.stream:
+            return
+        stream.wait_event(self.event)
+        for tensor in packed:
+            if isinstance(tensor, Tensor):
+                for part in gpu.memory_of(tensor):
+                    part.record_stream(stream)
 
 
 T = TypeVar("T")
@@ -109,10 +143,12 @@ class PackedCache(Generic[T]):
     as a whole, and two threads that both find it stale build equal ones.
     """
 
-    __slots__ = ("_entry",)
+    __slots__ = ("_entry", "plan")
 
     def __init__(self) -> None:
         self._entry: _Entry | None = None
+        #: How calls that take this copy were served last; whoever keeps it asks whether it holds.
+        self.plan: Any = None
 
     def fresh(self, key: Any, sources: tuple[Tensor, ...]) -> T | None:
         """The packed copy for ``key`` and ``sources`` if there is one that is still true."""
@@ -127,9 +163,13 @@ class PackedCache(Generic[T]):
                 or stamp.dtype != tensor.dtype
             ):
                 return None
-        if entry.fingerprint != _native.fingerprint(entry.spans):
+        if entry.spans and entry.fingerprint != _native.fingerprint(entry.spans):
             return None
         packed: T = entry.packed
+        if entry.made is not None and not torch.cuda.is_current_stream_capturing():
+            if entry.watch is not None and entry.watch.changed():
+                return None
+            entry.made.join(packed)
         return packed
 
     def get(self, key: Any, sources: tuple[Tensor, ...], pack: Callable[[], T]) -> T:
@@ -144,17 +184,26 @@ class PackedCache(Generic[T]):
         if known is not None:
             return known
         stamps = tuple(_Stamp(weakref.ref(t), t._version, t.data_ptr(), t.dtype) for t in sources)
-        spans = [(t.data_ptr(), t.numel() * t.element_size()) for t in sources]
+        spans = [
+            (t.data_ptr(), t.numel() * t.element_size()) for t in sources if t.device.type == "cpu"
+        ]
         # Stamps and fingerprint before the copy: a write in between makes the entry stale, where
         # the other order would make a stale entry look true.
-        fingerprint = _native.fingerprint(spans)
+        fingerprint = _native.fingerprint(spans) if spans else 0
+        on_gpu = tuple(t for t in sources if t.device.type == "cuda")
+        if on_gpu and torch.cuda.is_current_stream_capturing():
+            # Made inside a CUDA graph, a copy is true only while that graph is replayed.
+            with torch.no_grad():
+                return pack()
         with torch.no_grad():
+            watch = Watch(on_gpu) if on_gpu else None
             packed = pack()
-        self._entry = _Entry(key, stamps, spans, fingerprint, packed)
+        made = _Made.now(on_gpu[0].device) if on_gpu else None
+        self._entry = _Entry(key, stamps, spans, fingerprint, packed, made, watch)
         return packed
 
     def clear(self) -> None:
-        self._entry = None
+        self._entry = self.plan = None
 
     def __reduce__(self) -> tuple[type[PackedCache[T]], tuple[()]]:
         return (PackedCache, ())

@@ -7,7 +7,8 @@ scale, shift: (D,) float32 (float64 for float64 x): BatchNorm's statistics as an
 Returns (N, D, H, W), channels-last if x is, else contiguous.
 
 A weight (D, C, p, p) is a 1x1 convolution of p x p patches that do not overlap, the stem of a
-ConvMixer: then H and W are at least p, and (N, D, H // p, W // p) comes back.
+ConvMixer: then H and W are at least p, and (N, D, H // p, W // p) comes back; on a GPU it is always
+channels-last, which the blocks after a stem want.
 
 Source: Trockman and Kolter 2022, section 2: ``BN(sigma(ConvPointwise(z)))``.
 """
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _native
-from . import backends
+from . import backends, gpu
 from .common import (
     LIBRARY,
     accumulation_dtype,
@@ -62,12 +63,21 @@ def _check(
 def _empty(x: Tensor, weight: Tensor) -> Tensor:
     p = weight.shape[2]
     shape = (x.shape[0], weight.shape[0], x.shape[2] // p, x.shape[3] // p)
-    return x.new_empty(shape).contiguous(memory_format=memory_format_of(x))
+    memory_format = gpu.stem_format(x, p)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    h = F.conv2d(x, weight, bias, stride=weight.shape[2])
-    return h.contiguous(memory_format=memory_format_of(x))
+    p = weight.shape[2]
+    h = F.conv2d(x, weight, bias, stride=p)
+    return h.contiguous(memory_format=gpu.stem_format(x, p))
+
+
+def _reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, act: str
+) -> Tensor:
+    out = affine(activation_(_convolve(x, weight, bias), act), scale, shift)
+    return out.contiguous(memory_format=gpu.stem_format(x, weight.shape[2]))
 
 
 def _kernel(
@@ -76,15 +86,24 @@ def _kernel(
     _check(x, weight, bias, scale, shift, act)
     if x.numel() == 0 or weight.numel() == 0:
         return _empty(x, weight)
-    backend = backends.choose(NAME, x.device, x.dtype).backend
+    call = backends.call_of(NAME, x, weight, bias, act)
+    choice = backends.choose(NAME, x.device, x.dtype, call)
+    backend = choice.backend
     if backend == "cpu" and memory_format_of(x) == torch.contiguous_format:
         return _native.channel_mix(x, weight, bias, scale, shift, act)
+    if backend == "triton" and call is not None:
+        out = gpu.serve(call, _reference, x, weight, bias, scale, shift, act)
+        if out is not None:
+            return out
+        backends.fall_back(NAME, call)
     # Operands have the dtype they are to be computed in: autocast has nothing to add.
     with torch.autocast(x.device.type, enabled=False):
-        h = _convolve(x, weight, bias)
         if backend == "cpu":
-            return _native.epilogue_(h, scale, shift, act)
-        return affine(activation_(h, act), scale, shift)
+            return _native.epilogue_(_convolve(x, weight, bias), scale, shift, act)
+        operands = (weight, bias, scale, shift, act)
+        return gpu.in_layout(
+            choice.memory_format, gpu.stem_format(x, weight.shape[2]), _reference, x, *operands
+        )
 
 
 LIBRARY.impl(NAME, _kernel, "CompositeExplicitAutograd")

@@ -1,0 +1,150 @@
+"""What does the GPU's depthwise kernel come to before it runs? Machine code and counted accesses.
+
+Everything here compiles for GPUs that are not there, or runs in a simulator. Functions take
+``ptxsim``, the simulator's module, as an argument: who calls knows where it is.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import gpu_build
+import torch
+from gpu_build import REGISTERS_ALL, TRITON_TYPES, WARPS_ALL
+
+from convmixer_fast.kernels.configs import DepthwiseConfig, family
+
+#: The least share of multiply-adds among the hot loop's instructions, by kernel size, in 16 bits
+#: and in float32; there is no bar for k = 3 and 5.
+LEAST_SHARE = {9: (0.70, 0.85), 7: (0.67, 0.85)}
+#: Multiply-adds a loaded value.
+LEAST_REUSE = {9: 4.0, 7: 3.5}
+
+
+def source(
+    config: DepthwiseConfig,
+    dtype: torch.dtype,
+    k: int,
+    channels: int = 1536,
+    act: str = "gelu",
+    edges: str = "many",
+    pair: bool | None = None,
+) -> tuple[Any, dict[str, str], dict[str, Any], tuple[str, ...]]:
+    """(kernel, signature, constants, integers divisible by 16) of one depthwise kernel."""
+    import triton.language as tl
+
+    from convmixer_fast.kernels.depthwise import depthwise_kernel
+
+    kind = TRITON_TYPES[dtype]
+    pair = dtype == torch.bfloat16 if pair is None else pair
+    element = "*i32" if pair else f"*{kind}"
+    signature = {
+        **dict.fromkeys(("X", "ZEROS"), element),
+        **dict.fromkeys(("Y", "BIAS"), f"*{kind}"),
+        **dict.fromkeys(("TAPS", "SCALE", "SHIFT"), "*fp32"),
+        **dict.fromkeys(("H", "W", "tiles_h", "tiles_w"), "i32"),
+        **dict.fromkeys(("image_pixels", "row_step"), "i64"),
+    }
+    constants = {
+        "C": channels,
+        "K": k,
+        "T": config.columns,
+        "R": config.rows,
+        "BC": config.channels,
+        "CHUNK": config.taps,
+        "EDGES": edges,
+        "ACT": act,
+        "DTYPE": getattr(tl, {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[kind]),
+        "PAIR": pair,
+    }
+    return depthwise_kernel, signature, constants, ("row_step",)
+
+
+def build(
+    ptxsim: ModuleType,
+    config: DepthwiseConfig,
+    architecture: int,
+    dtype: torch.dtype,
+    k: int,
+    **of: Any,
+) -> Any:
+    """Compile a tile for sm_``architecture`` and disassemble it; ``of`` as for `source`."""
+    kernel, signature, constants, divisible = source(config, dtype, k, **of)
+    return ptxsim.sass.aot(
+        kernel,
+        signature,
+        constants,
+        architecture,
+        num_warps=config.warps,
+        num_stages=1,
+        divisible=divisible,
+    )
+
+
+def build_hip(
+    config: DepthwiseConfig, architecture: str, dtype: torch.dtype, k: int, **of: Any
+) -> Any:
+    """Compile a tile for a GPU of ROCm, such as gfx942."""
+    return gpu_build.build_hip(*source(config, dtype, k, **of), architecture, config.warps, 1)
+
+
+def facts(built: Any, config: DepthwiseConfig, k: int) -> dict[str, Any]:
+    """What the machine code says, in numbers. The hot loop is one kernel row of an inner tile."""
+    report = built.report
+    hot = report.hot_loop
+    count = hot.histogram
+    # sm_100's FFMA2 is two multiply-adds.
+    fma = count["FFMA"] + 2 * count["FFMA2"]
+    threads = 32 * config.warps
+    values = config.rows * config.channels // threads
+    loaded = (config.columns + k - 1) * values
+    packed = threads * -(-report.registers // 8) * 8
+    unpack = sum(count[base] for base in ("SHF", "LOP3", "PRMT", "HADD2", "F2F"))
+    return {
+        "architecture": built.arch,
+        "registers": report.registers,
+        "stack": report.stack,
+        "spills": report.spills,
+        "shared": built.shared,
+        "programs": min(REGISTERS_ALL // packed, WARPS_ALL[family(built.arch)] // config.warps),
+        "fma": fma,
+        "hot_instructions": hot.size,
+        "fma_share": fma / hot.size,
+        "fma_per_load": config.columns * k * values / loaded,
+        "unpack_per_load": unpack / loaded,
+        "predicated": sum(bool(i.predicate) for i in hot.instructions if i.base == "LDG"),
+        "division": sum(count[base] for base in ("I2F", "F2I", "MUFU")),
+        "load_bits": dict(report.widths("LDG", hot.instructions)),
+        "store_bits": dict(report.widths("STG")),
+        "narrow": sum(i.width < 32 for i in report.sass if i.base in ("LDG", "STG")),
+        "instructions": len(report.sass),
+        "mix": dict(count.most_common()),
+    }
+
+
+def broken_bars(built: Any, config: DepthwiseConfig, dtype: torch.dtype, k: int) -> list[str]:
+    """The static bars that a build with aligned channels does not meet, in words."""
+    f = facts(built, config, k)
+    broken = []
+
+    def bar(holds: bool, text: str) -> None:
+        if not holds:
+            broken.append(text)
+
+    bar(f["spills"] == 0 and f["stack"] == 0, f"{f['spills']} spills, {f['stack']} bytes of stack")
+    bar(f["registers"] <= 128, f"{f['registers']} registers")
+    bar(f["shared"] <= 48 * 1024, f"{f['shared']} bytes of shared memory")
+    if k in LEAST_SHARE:
+        least = LEAST_SHARE[k][dtype == torch.float32]
+        bar(f["fma_share"] >= least, f"FMA are {f['fma_share']:.3f} of the loop, {least} wanted")
+    if k in LEAST_REUSE:
+        bar(f["fma_per_load"] >= LEAST_REUSE[k], f"{f['fma_per_load']:.2f} FMA a loaded value")
+    # A few shifts and masks belong to addresses.
+    bar(f["unpack_per_load"] <= 1.06, f"{f['unpack_per_load']:.2f} conversions a loaded value")
+    bar(f["narrow"] == 0, f"{f['narrow']} accesses of 16 bits")
+    bar(min(f["load_bits"]) >= 64, f"loads of {f['load_bits']} bits")
+    bar(min(f["store_bits"]) >= 64, f"stores of {f['store_bits']} bits")
+    bar(f["predicated"] == 0, f"{f['predicated']} loads under a predicate in the inner loop")
+    bar(f["division"] == 0, f"{f['division']} conversions for a division in the inner loop")
+    return broken

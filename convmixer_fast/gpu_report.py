@@ -1,0 +1,239 @@
+"""How right and how fast is every operator on this GPU? One JSON file, made to be sent in.
+
+``convmixer-fast doctor --gpu`` writes it. It holds the GPU's name and limits, versions, and a row
+for each operator, dtype and published width: errors against float64 beside PyTorch's own, and times
+beside PyTorch's in both layouts. No paths, no names of hosts or users.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .arch import VARIANTS
+from .kernels import precision, support
+from .ops import BackendError, first_use, gpu, verdicts
+from .ops.cases import Case, case_of
+from .timing import gpu_seconds
+from .tune import LAYOUTS, REFERENCES, layout_of
+
+FORMAT = 1
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+BATCHES = (1, 64)
+
+
+class Problem(NamedTuple):
+    """One operator of a published variant at its own image size."""
+
+    variant: str
+    op: str
+    dtype: torch.dtype
+    #: N, H, W of the activations; C and D channels; k of the convolution.
+    shape: tuple[int, int, int]
+    channels: int
+    out_channels: int
+    kernel_size: int
+    act: str
+
+    def case(self, device: torch.device) -> Case:
+        n, h, w = self.shape
+        k = self.kernel_size
+        inputs = 1 if self.op == "depthwise_mix" else self.channels
+        one = torch.empty((), dtype=self.dtype, device=device)
+        x = one.expand(n, self.channels, h, w)
+        weight = one.expand(self.out_channels, inputs, k, k)
+        op = "pointwise_mix" if self.op == "patch_embed" else self.op
+        return case_of(op, x, weight, one.expand(self.out_channels), self.act)
+
+    def macs(self) -> int:
+        n, h, w = self.shape
+        k, c, d = self.kernel_size, self.channels, self.out_channels
+        if self.op == "depthwise_mix":
+            return n * h * w * c * k * k
+        stride = k if self.op == "patch_embed" else 1
+        return n * (h // stride) * (w // stride) * d * c * k * k
+
+    def bytes(self) -> int:
+        """Read and written once: activations in, out, and the weight."""
+        n, h, w = self.shape
+        k, c, d = self.kernel_size, self.channels, self.out_channels
+        stride = k if self.op == "patch_embed" else 1
+        weight = d * k * k * (1 if self.op == "depthwise_mix" else c)
+        out = n * (h // stride) * (w // stride) * d
+        return self.dtype.itemsize * (n * h * w * c + out + weight)
+
+
+def problems(
+    dtypes: Iterable[torch.dtype] = DTYPES, batches: Iterable[int] = BATCHES
+) -> Iterator[Problem]:
+    """Every operator of every published variant, in each dtype and batch size."""
+    batches = tuple(batches)
+    for dtype in dtypes:
+        for variant in VARIANTS.values():
+            arch = variant.arch
+            size = variant.input_size[1:]
+            grid = arch.grid(size)
+            act = arch.act or "gelu"
+            for n in batches:
+                at = (n, *grid)
+                yield Problem(
+                    *(variant.paper_name, "patch_embed", dtype, (n, *size)),
+                    *(arch.in_chans, arch.dim, arch.patch_size, act),
+                )
+                yield Problem(
+                    *(variant.paper_name, "depthwise_mix", dtype, at),
+                    *(arch.dim, arch.dim, arch.kernel_size, act),
+                )
+                yield Problem(
+                    *(variant.paper_name, "pointwise_mix", dtype, at), *(arch.dim, arch.dim, 1, act)
+                )
+
+
+def report(
+    device: torch.device | None = None,
+    *,
+    which: Iterable[Problem] | None = None,
+    timer: Callable[[Callable[[], Any]], float] = gpu_seconds,
+    progress: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Check and time every operator on a GPU; takes some minutes, most of them for compiling.
+
+    Args:
+        device: the current GPU by default.
+        which: `problems` by default.
+        timer: seconds of a call.
+        progress: is told a line for each row.
+
+    Returns:
+        What the module's docstring says, ready for JSON. A kernel that fails is a row with a
+        ``reason``.
+
+    Raises:
+        BackendError: no GPU kernels can run here, with the reason.
+    """
+    device = torch.device("cuda") if device is None else device
+    why_not = support.why_not(device)
+    if why_not:
+        raise BackendError(f"there is no GPU to report on: {why_not}")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    rows = []
+    with torch.no_grad():
+        for problem in problems() if which is None else which:
+            row = _row(problem, device, timer)
+            rows.append(row)
+            progress(line(row))
+    return {
+        "format": FORMAT,
+        "machine": verdicts.machine(device) | _limits(device),
+        "tf32": dict(zip(("matmul", "convolutions"), precision.settings(), strict=True)),
+        "rows": rows,
+    }
+
+
+def _limits(device: torch.device) -> dict[str, Any]:
+    found: dict[str, Any] = {"python": platform.python_version(), "system": platform.system()}
+    if device.type != "cuda":
+        return found
+    p = torch.cuda.get_device_properties(device)
+    return found | {
+        "capability": f"{p.major}.{p.minor}",
+        "multiprocessors": p.multi_processor_count,
+        "memory_bytes": p.total_memory,
+        "l2_bytes": getattr(p, "L2_cache_size", None),
+        "cuda": torch.version.cuda,
+        "rocm": torch.version.hip,
+        "cudnn": torch.backends.cudnn.version(),
+    }
+
+
+def _row(
+    problem: Problem, device: torch.device, timer: Callable[[Callable[[], Any]], float]
+) -> dict[str, Any]:
+    case = problem.case(device)
+    row: dict[str, Any] = problem._asdict() | {
+        "dtype": str(problem.dtype).removeprefix("torch."),
+        "shape": list(problem.shape),
+        "macs": problem.macs(),
+        "bytes": problem.bytes(),
+        "ok": False,
+        "seconds": {},
+    }
+    reference = REFERENCES[case.op]
+    try:
+        errors = gpu.measure_errors(case, reference)
+        row |= {
+            "ok": errors.ok,
+            "max_error": errors.max_error,
+            "rms_error": errors.rms_error,
+            "torch_max_error": errors.torch_max_error,
+            "torch_rms_error": errors.torch_rms_error,
+            "max_bar": errors.max_bar,
+            "rms_bar": errors.rms_bar,
+        }
+        operands = gpu.operands_for(case, problem.shape)
+        if errors.ok:  # a speed of wrong numbers is none
+            row["seconds"]["triton"] = timer(gpu.launcher(case, operands))
+        wanted = layout_of(case, operands[0])
+        for name, memory_format in LAYOUTS.items():
+            arguments = (memory_format, wanted, reference, *operands, case.act)
+            row["seconds"][name] = timer(lambda arguments=arguments: gpu.in_layout(*arguments))  # type: ignore[misc]
+    except Exception as error:  # whatever a broken kernel raises is the finding
+        row |= {"ok": False, "reason": first_use.describe(error)}
+    return row
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row as text: operator, shape, errors or what went wrong, times, rates of ours."""
+    n, h, w = row["shape"]
+    what = (
+        f"{row['op']:<13} {row['variant']:<8} {row['dtype']:<8} {n} x {row['channels']} x {h} x {w}"
+    )
+    if "max_error" in row:
+        verdict = "ok" if row["ok"] else "WRONG"
+        found = (
+            f"{verdict}, max error {row['max_error']:.1e} (PyTorch {row['torch_max_error']:.1e})"
+        )
+    else:
+        found = "no result"
+    if "reason" in row:
+        found += f", FAILED: {row['reason']}"
+    times = ", ".join(f"{name} {1e3 * t:.3g} ms" for name, t in row["seconds"].items())
+    ours = row["seconds"].get("triton")
+    if ours:
+        times += (
+            f" ({2e-12 * row['macs'] / ours:.3g} TFLOP/s, {1e-9 * row['bytes'] / ours:.3g} GB/s)"
+        )
+    return f"{what}: {found}; {times}" if times else f"{what}: {found}"
+
+
+def write(report: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """The report as a JSON file, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written; what was there before is left.
+    """
+    target = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump(report, file, indent=1)
+            file.write("\n")
+        os.replace(temporary, target)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def healthy(report: dict[str, Any]) -> bool:
+    """Whether every operator computes right numbers."""
+    return all(row["ok"] for row in report["rows"])

@@ -1,0 +1,141 @@
+"""Can Triton kernels run on this device? Asked without importing Triton.
+
+They run where Triton is installed and the device is a GPU of compute capability 8.0 or later, or
+one that ROCm drives. On CPU tensors they run only in emulation: in Triton's own interpreter
+(``TRITON_INTERPRET=1``, before Triton is imported), or inside `emulated`, which is for tests that
+bring a simulator.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import metadata
+from importlib.util import find_spec
+
+import torch
+
+DISABLE = "CONVMIXER_FAST_DISABLE_TRITON"
+#: bf16 tensor-core instructions and asynchronous copies begin here.
+MIN_CAPABILITY = (8, 0)
+MIN_TRITON = (3, 4)
+
+#: Names under which Triton is distributed.
+_DISTRIBUTIONS = ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm")
+
+_emulating = 0
+_epoch = 0
+#: Devices that were found able: this is asked at every call of an operator.
+_capable: set[int] = set()
+
+
+@contextmanager
+def emulated() -> Iterator[None]:
+    """Inside the block, kernels run on CPU tensors too: something stands in for the GPU.
+
+    For the whole process, as what stands in is. Under ``auto`` the CPU's own backend keeps serving
+    CPU tensors; ask for ``triton`` by name.
+    """
+    global _emulating
+    _emulating += 1
+    new_epoch()
+    try:
+        yield
+    finally:
+        _emulating -= 1
+        new_epoch()
+
+
+def epoch() -> int:
+    """Counts the changes of what decides who serves a call: a kernel's verdicts, emulation.
+
+    What was decided in another epoch has to be decided anew.
+    """
+    return _epoch
+
+
+def new_epoch() -> None:
+    global _epoch
+    _epoch += 1
+
+
+def is_emulated() -> bool:
+    """Whether kernels run on CPU tensors."""
+    return _emulating > 0 or os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def is_kernel_device(device: torch.device) -> bool:
+    """Whether tensors of that device are laid out for these kernels, channels-last."""
+    return device.type == "cuda" or (device.type == "cpu" and is_emulated())
+
+
+def why_not(device: torch.device) -> str:
+    """Why Triton kernels cannot run on tensors of ``device``; ``""`` where they can.
+
+    A GPU that was found able stays so: the environment is not asked again.
+    """
+    if device.type == "cuda" and device.index in _capable:
+        return ""
+    if os.environ.get(DISABLE, "0") not in ("", "0"):
+        return f"switched off by {DISABLE}"
+    if device.type == "cpu" and is_emulated():
+        return _why_no_triton()
+    if device.type != "cuda":
+        return f"the tensors are on {device.type}"
+    why = _why_no_triton() or _why_not_gpu(device.index)
+    if not why and device.index is not None:
+        _capable.add(device.index)
+    return why
+
+
+def why_not_here() -> str:
+    """Why Triton kernels run on no device of this machine; ``""`` where they run on one."""
+    return why_not(torch.device("cpu" if is_emulated() else "cuda"))
+
+
+@cache
+def _why_no_triton() -> str:
+    # find_spec looks for the package and does not run it.
+    if find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    version = triton_version()
+    numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
+    if len(numbers) == 2 and numbers < MIN_TRITON:
+        wanted = ".".join(map(str, MIN_TRITON))
+        return f"Triton {version} is too old: the kernels need {wanted}"
+    return ""
+
+
+def triton_version() -> str:
+    """The installed Triton's version from its metadata, ``""`` where that is not known."""
+    for name in _DISTRIBUTIONS:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return ""
+
+
+def _why_not_gpu(index: int | None) -> str:
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        return "torch sees no GPU" + ("" if built else ": it is built without CUDA and ROCm")
+    return _why_not_capable(torch.cuda.current_device() if index is None else index)
+
+
+def _why_not_capable(index: int) -> str:
+    if index >= torch.cuda.device_count():
+        return f"torch sees no device cuda:{index}"
+    if torch.version.hip:
+        # ROCm's capability numbers are those of another maker; Triton decides at compile time.
+        return ""
+    capability = torch.cuda.get_device_capability(index)
+    if capability < MIN_CAPABILITY:
+        have, need = (".".join(map(str, pair)) for pair in (capability, MIN_CAPABILITY))
+        return (
+            f"{torch.cuda.get_device_name(index)} has compute capability {have}, "
+            f"the kernels need {need}"
+        )
+    return ""

@@ -1,0 +1,351 @@
+"""How does an operator become a kernel launch on a GPU?
+
+Between the operators, which take any strides, and the Triton kernels, which want channels-last:
+the layout in and out, the depthwise taps in the kernel's order, the device that the launch is for,
+and the check before a kernel's first result (`first_use`). Triton is imported here, at the first
+call that a kernel may serve, and nowhere above.
+
+Every function returns None where the kernel is not to be trusted with the call: PyTorch's operators
+then serve it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels import support
+from ..kernels.configs import (
+    PointwiseConfig,
+    lookup_pointwise,
+    pointwise_candidates,
+    without_descriptors,
+)
+from ..kernels.precision import dot_precision
+from ..testing import ErrorReport, error_report
+from . import first_use
+from .cases import MANY_OUTPUTS, Case
+from .common import accumulation_dtype, memory_format_of
+from .first_use import is_capturing as is_capturing
+
+if TYPE_CHECKING:
+    from .backends import Call
+
+
+class Kernels(NamedTuple):
+    """The functions of `convmixer_fast.kernels`, as a test may replace them."""
+
+    pack_taps: Callable[[Tensor], Tensor]
+    depthwise_mix: Callable[..., Tensor]
+    pointwise_mix: Callable[..., Tensor]
+    patch_embed: Callable[..., Tensor]
+
+
+@cache
+def kernels() -> Kernels:
+    """The Triton kernels. Importing them imports Triton."""
+    from ..kernels.depthwise import depthwise_mix, pack_taps
+    from ..kernels.pointwise import pointwise_mix
+    from ..kernels.stem import patch_embed
+
+    return Kernels(pack_taps, depthwise_mix, pointwise_mix, patch_embed)
+
+
+#: An attribute of weights that are private copies (see `keep_taps`).
+_TAPS = "_convmixer_fast_taps"
+
+
+def keep_taps(weight: Tensor) -> Tensor:
+    """Pack a depthwise weight (C, 1, k, k) in the kernel's order, and keep that with it.
+
+    Only for a tensor object that its owner never writes to and that stands for one version of a
+    parameter, such as a packed copy: what is kept is not checked again.
+    """
+    # What does not work here does not work in the operator either, which finds out and says so.
+    with suppress(Exception):
+        setattr(weight, _TAPS, kernels().pack_taps(weight))
+    return weight
+
+
+def taps_of(weight: Tensor) -> Tensor:
+    kept: Tensor | None = getattr(weight, _TAPS, None)
+    return kernels().pack_taps(weight.detach()) if kept is None else kept
+
+
+def memory_of(packed: Tensor) -> list[Tensor]:
+    """A packed copy and what is kept with it."""
+    kept = getattr(packed, _TAPS, None)
+    return [packed] if kept is None else [packed, kept]
+
+
+def as_channels_last(x: Tensor) -> Tensor:
+    """``x`` with the strides of a packed (N, H, W, C): itself, a view, or a copy.
+
+    Where an axis has one element several strides mean the same memory; kernels see this one. A
+    slice that begins between two 16-byte words is copied too: kernels would fall back to narrower
+    loads, and to a form that nobody checked.
+    """
+    n, c, h, w = x.shape
+    strides = (h * w * c, 1, w * c, c)
+    if x.data_ptr() % 16:
+        x = x.clone(memory_format=torch.channels_last)
+    if x.stride() == strides:
+        return x
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        x = x.contiguous(memory_format=torch.channels_last)
+    return x.as_strided((n, c, h, w), strides)
+
+
+def stem_format(x: Tensor, patch_size: int) -> torch.memory_format:
+    """The layout of a stem's result: channels-last on a GPU, whatever the image's is.
+
+    There the kernel that reads the patches writes what the blocks want to read. The rule depends on
+    nothing that can change between tracing and running a graph.
+    """
+    if patch_size > 1 and support.is_kernel_device(x.device):
+        return torch.channels_last
+    return memory_format_of(x)
+
+
+def _on_device(x: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device's current stream: make that the tensor's device."""
+    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)
+
+
+def _vectors(*vectors: Tensor | None) -> list[Tensor | None]:
+    return [None if v is None else v.detach().contiguous() for v in vectors]
+
+
+def _depthwise(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    act: str,
+    config: Any = None,
+) -> Tensor:
+    out = torch.empty_like(x, memory_format=memory_format_of(x))
+    x = as_channels_last(x.detach().resolve_neg())
+    operands = [taps_of(weight), *_vectors(bias, scale, shift), act, weight.shape[-1]]
+    return _into(out, lambda out: kernels().depthwise_mix(x, *operands, out=out, config=config))
+
+
+def _pointwise(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    act: str,
+    config: Any = None,
+) -> Tensor:
+    n, _, h, w = x.shape
+    d, _, p, _ = weight.shape
+    out = torch.empty(
+        (n, d, h // p, w // p),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=stem_format(x, p),
+    )
+    x = x.detach().resolve_neg()
+    operands = [weight.detach().contiguous(), *_vectors(bias, scale, shift), act]
+    if p == 1:
+        pixels = as_channels_last(x)
+        run = kernels().pointwise_mix
+        return _into(out, lambda out: run(pixels, *operands, out=out, config=config))
+    return _into(out, lambda out: kernels().patch_embed(x, *operands, out=out, config=config))
+
+
+def _into(out: Tensor, launch: Callable[[Tensor], Tensor]) -> Tensor:
+    """``out``, filled by a kernel that writes channels-last, whatever layout ``out`` has."""
+    if out.is_contiguous(memory_format=torch.channels_last):
+        launch(as_channels_last(out))
+        return out
+    return out.copy_(launch(torch.empty_like(out, memory_format=torch.channels_last)))
+
+
+_RUN: dict[str, Callable[..., Tensor]] = {
+    "depthwise_mix": _depthwise,
+    "pointwise_mix": _pointwise,
+    "patch_embed": _pointwise,
+}
+
+
+def serve(
+    call: Call,
+    reference: Callable[..., Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    act: str,
+) -> Tensor | None:
+    """The result of an operator by its kernel, or None where PyTorch is to compute it.
+
+    Args:
+        call: what `backends.call_of` makes of the operator's arguments.
+        reference: the operator in PyTorch's own calls, against which a kernel is checked.
+        x, weight, bias, scale, shift, act: see the operator; checked, and not empty.
+    """
+    case = call.case
+    config = None if call.verdict is None else call.verdict.config
+    with _on_device(x):
+        if not first_use.ready(
+            case,
+            lambda tile: check(case, reference, config if tile is None else tile),
+            lambda: plainer_tile(case, config),
+        ):
+            return None
+    return launch(case, first_use.retreat(case)[0] or config, x, weight, bias, scale, shift, act)
+
+
+def launch(
+    case: Case,
+    config: Any,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    act: str,
+) -> Tensor | None:
+    """The result of a kernel that was found right, or None where it could not be launched."""
+    with _on_device(x):
+        try:
+            return _RUN[case.op](x, weight, bias, scale, shift, act, config)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a launch can fail in as many ways as a first one
+            if not first_use.is_on():
+                raise
+            first_use.fail(case, error)
+            return None
+
+
+def in_layout(
+    memory_format: torch.memory_format | None,
+    wanted: torch.memory_format,
+    reference: Callable[..., Tensor],
+    x: Tensor,
+    *operands: Any,
+) -> Tensor:
+    """``reference`` on x converted to ``memory_format``, if any; its result in ``wanted``."""
+    if memory_format is None:
+        return reference(x, *operands)
+    out = reference(x.contiguous(memory_format=memory_format), *operands)
+    return out.contiguous(memory_format=wanted)
+
+
+def operands_for(case: Case, shape: tuple[int, int, int]) -> list[Any]:
+    """Random x, weight, bias, scale and shift of a case, x (N, C, H, W) being channels-last.
+
+    Statistics are those of a trained layer, and the user's random numbers stay what they would have
+    been.
+
+    Args:
+        shape: N, H, W of x.
+    """
+    device = torch.device(case.device)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int, dtype: torch.dtype = case.dtype) -> Tensor:
+        wide = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
+        return wide.to(dtype)
+
+    n, h, w = shape
+    k, d = case.kernel_size, case.out_channels
+    inputs = 1 if case.op == "depthwise_mix" else case.channels
+    wide = accumulation_dtype(case.dtype)
+    return [
+        draw(n, case.channels, h, w).contiguous(memory_format=torch.channels_last),
+        (draw(d, inputs, k, k, dtype=wide) / (inputs * k * k) ** 0.5).to(case.dtype),
+        draw(d) if case.bias else None,
+        draw(d, dtype=wide),
+        draw(d, dtype=wide),
+    ]
+
+
+def launcher(case: Case, operands: list[Any], config: Any = None) -> Callable[[], Tensor]:
+    """A call of the kernel of ``case`` on ``operands``, as an operator launches it.
+
+    A depthwise weight is packed here, once, as a module keeps it.
+    """
+    x, weight, *rest = operands
+    if case.op == "depthwise_mix":
+        weight = keep_taps(weight.detach())
+    run = _RUN[case.op]
+
+    def launch() -> Tensor:
+        with _on_device(x):
+            return run(x, weight, *rest, case.act, config)
+
+    return launch
+
+
+def plainer_tile(case: Case, config: Any = None) -> PointwiseConfig | None:
+    """The tile to try where the copy engine's form of a product is not right; None for others.
+
+    Args:
+        config: the tile of the call; None: the shipped one.
+    """
+    if case.op != "pointwise_mix":
+        return None
+    from ..kernels import operands
+
+    architecture = operands.architecture(torch.device(case.device))
+    if config is None:
+        rows = MANY_OUTPUTS // case.out_channels + 1 if case.size else 1
+        config = lookup_pointwise(
+            architecture,
+            case.dtype,
+            rows=rows,
+            columns=case.out_channels,
+            tf32=dot_precision(case.dtype) == "tf32",
+        )
+    return without_descriptors(config, architecture) if config.descriptors else None
+
+
+def pointwise_tiles(device: torch.device, dtype: torch.dtype) -> tuple[PointwiseConfig, ...]:
+    """Every tile shipped for 1x1 convolutions on ``device``. Imports Triton."""
+    from ..kernels import operands
+
+    tf32 = dot_precision(dtype) == "tf32"
+    return pointwise_candidates(operands.architecture(device), dtype, tf32)
+
+
+def check(case: Case, reference: Callable[..., Tensor], config: Any = None) -> str:
+    """What is wrong with the kernel of ``case`` on a small random input; ``""`` for nothing."""
+    report = measure_errors(case, reference, config)
+    return "" if report.ok else f"wrong numbers, {report}"
+
+
+def measure_errors(case: Case, reference: Callable[..., Tensor], config: Any = None) -> ErrorReport:
+    """Errors of the kernel of ``case`` on a small random input, against float64.
+
+    As small as reaches every kind of tile that the case's own calls have: inside, at every border,
+    cut off.
+    """
+    k = case.kernel_size
+    if case.op == "patch_embed":
+        shape = (2, 11 * k + 1, 13 * k)
+    elif case.op == "depthwise_mix":
+        shape = (2, 2 * k + 11, case.size)
+    else:
+        pixels = MANY_OUTPUTS // case.out_channels + 150 if case.size else 390
+        shape = (2, -(-pixels // 26), 13)
+    device = torch.device(case.device)
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        operands = operands_for(case, shape)
+        ours = _RUN[case.op](*operands, case.act, config)
+        theirs = reference(*operands, case.act)
+        exact = reference(*(t if t is None else t.to(torch.float64) for t in operands), case.act)
+        return error_report(ours, theirs, exact)

@@ -1,0 +1,230 @@
+"""What did `convmixer_fast.tune` find out on this GPU? Kept on disk between processes.
+
+One file for each GPU model, driver, version of torch, Triton and this package: a verdict of another
+combination is never used. The folder is the platform's cache folder, or ``CONVMIXER_FAST_CACHE``.
+Files are replaced as a whole; one that cannot be read is left alone, with a warning, and counts as
+empty.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..kernels import configs, support
+from .cases import Case
+
+ENVIRONMENT = "CONVMIXER_FAST_CACHE"
+#: Of the files; another number is another format, and not read.
+FORMAT = 1
+
+Config = configs.DepthwiseConfig | configs.PointwiseConfig
+
+#: The winners there can be: our kernel, PyTorch's operators on channels-last activations, and those
+#: on contiguous ones, with both conversions counted.
+WINNERS = ("triton", "channels_last", "contiguous")
+_TYPES = {kind.__name__: kind for kind in (configs.DepthwiseConfig, configs.PointwiseConfig)}
+
+
+class Verdict(NamedTuple):
+    """Who was fastest at a call.
+
+    ``config``: our kernel's tile where it is not the shipped one; ``seconds``: of each candidate.
+    """
+
+    winner: str
+    config: Config | None
+    seconds: Mapping[str, float]
+
+    def reason(self) -> str:
+        best = {
+            kind: min(t for name, t in self.seconds.items() if name.startswith(kind))
+            for kind in WINNERS
+            if any(name.startswith(kind) for name in self.seconds)
+        }
+        return ", ".join(f"{kind} {1e3 * t:.3g} ms" for kind, t in best.items())
+
+
+def folder() -> Path:
+    """Where the files are."""
+    named = os.environ.get(ENVIRONMENT)
+    if named:
+        return Path(named).expanduser()
+    if sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    elif sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "convmixer_fast"
+
+
+@cache
+def machine(device: torch.device) -> dict[str, str]:
+    """What a verdict depends on besides the call: the GPU, its driver, and versions."""
+    try:
+        own = metadata.version("convmixer_fast")
+    except metadata.PackageNotFoundError:
+        own = "unknown"
+    return {
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "emulated",
+        "driver": _driver(),
+        "torch": torch.__version__,
+        "triton": support.triton_version(),
+        "convmixer_fast": own,
+    }
+
+
+def _driver() -> str:
+    with suppress(OSError):
+        # "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.14  ..."
+        words = Path("/proc/driver/nvidia/version").read_text().split()
+        numbers = [w for w in words if w.count(".") >= 1 and w.replace(".", "").isdigit()]
+        if numbers:
+            return numbers[0]
+    with suppress(AttributeError, RuntimeError):
+        return str(torch._C._cuda_getDriverVersion())  # type: ignore[attr-defined]
+    return "unknown"
+
+
+def file_for(device: torch.device) -> Path:
+    text = json.dumps(machine(device), sort_keys=True)
+    return folder() / f"tuned-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+
+
+_known: dict[Path, dict[str, Verdict]] = {}
+_lock = threading.Lock()
+
+
+def forget() -> None:
+    """Forget what was read: the next look reads the files again."""
+    with _lock:
+        _known.clear()
+        support.new_epoch()
+    _file_of.cache_clear()
+    machine.cache_clear()
+
+
+@cache
+def _file_of(device: str, environment: str | None) -> Path:
+    return file_for(torch.device(device))
+
+
+def lookup(case: Case, shape: tuple[int, int, int]) -> Verdict | None:
+    """The verdict for exactly this call, or None.
+
+    Args:
+        shape: N, H, W of the activations.
+    """
+    path = _file_of(case.device, os.environ.get(ENVIRONMENT))
+    table = _known.get(path)
+    if table is None:
+        with _lock:
+            table = _known.setdefault(path, _read(path))
+    return table.get(_key(case, shape)) if table else None
+
+
+def keep(
+    device: torch.device,
+    found: Mapping[tuple[Case, tuple[int, int, int]], Verdict],
+    save: bool = True,
+) -> Path:
+    """Use verdicts from now on, and add them to the device's file; returns the file.
+
+    Args:
+        save: False leaves the file as it is.
+
+    Raises:
+        OSError: it cannot be written; the verdicts hold for this process all the same.
+    """
+    path = file_for(device)
+    new = {_key(*call): verdict for call, verdict in found.items()}
+    with _lock:
+        # What another process wrote meanwhile stays, and so does what is known here alone.
+        held = _read(path)
+        _known[path] = held | _known.get(path, {}) | new
+        support.new_epoch()
+        if save:
+            _write(path, device, held | new)
+    return path
+
+
+def _key(case: Case, shape: tuple[int, int, int]) -> str:
+    dtype = str(case.dtype).removeprefix("torch.")
+    fields = (case.op, dtype, case.channels, case.out_channels, case.kernel_size, case.act)
+    return " ".join(map(str, (*fields, int(case.bias), *shape)))
+
+
+def _read(path: Path) -> dict[str, Verdict]:
+    try:
+        held = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        _warn(path, error)
+        return {}
+    try:
+        if held["format"] != FORMAT:
+            return {}
+        return {key: _verdict(row) for key, row in held["verdicts"].items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        _warn(path, error)
+        return {}
+
+
+def _warn(path: Path, error: Exception) -> None:
+    warnings.warn(
+        f"{path} is not used, the shipped choices are: {type(error).__name__}: {error}. "
+        "Delete it, or let convmixer_fast.tune write it anew",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def _verdict(row: dict[str, Any]) -> Verdict:
+    if row["winner"] not in WINNERS:
+        raise ValueError(f"unknown winner {row['winner']!r}")
+    config = None
+    if row["config"] is not None:
+        fields = dict(row["config"])
+        config = _TYPES[fields.pop("type")](**fields)
+    return Verdict(row["winner"], config, {str(k): float(v) for k, v in row["seconds"].items()})
+
+
+def _row(verdict: Verdict) -> dict[str, Any]:
+    config = verdict.config
+    held = None if config is None else {"type": type(config).__name__, **asdict(config)}
+    return {"winner": verdict.winner, "config": held, "seconds": dict(verdict.seconds)}
+
+
+def _write(path: Path, device: torch.device, table: Mapping[str, Verdict]) -> None:
+    held = {
+        "format": FORMAT,
+        "machine": machine(device),
+        "verdicts": {key: _row(verdict) for key, verdict in sorted(table.items())},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A reader sees the old file or the new one, whenever this process dies.
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump(held, file, indent=1)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise

@@ -1,0 +1,126 @@
+"""Does every shipped depthwise tile compile to what its row promises? Needs no GPU."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from eyes import compiler
+from simulator import ptxsim
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from convmixer_fast.kernels.configs import DEPTHWISE, DepthwiseConfig, lookup_depthwise
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+gpu_depthwise = __import__("gpu_depthwise")
+
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+DTYPES = (BF16, FP16, FP32)
+SIZES = (3, 5, 7, 9)
+
+pytestmark = compiler
+
+
+def meets_the_bars(
+    config: DepthwiseConfig, architecture: int, dtype: torch.dtype, k: int, **of: object
+) -> None:
+    built = gpu_depthwise.build(ptxsim(), config, architecture, dtype, k, **of)
+    assert gpu_depthwise.broken_bars(built, config, dtype, k) == []
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "k"),
+    [
+        *((a, BF16, 9) for a in ARCHITECTURES),
+        *((a, BF16, 7) for a in (80, 89, 90)),
+        (80, FP16, 9),
+        (89, FP16, 9),
+        (80, FP32, 9),
+        (86, FP32, 7),
+        (120, FP16, 7),
+    ],
+)
+def test_the_published_variants_meet_the_bars(
+    architecture: int, dtype: torch.dtype, k: int
+) -> None:
+    meets_the_bars(lookup_depthwise(dtype, k, 1536), architecture, dtype, k)
+
+
+@pytest.mark.parametrize("edges", ["one", "two", "any"])
+def test_rows_of_few_tiles_do_not_spill(edges: str) -> None:
+    config = lookup_depthwise(BF16, 9, 1536)
+    built = gpu_depthwise.build(ptxsim(), config, 90, BF16, 9, edges=edges)
+    f = gpu_depthwise.facts(built, config, 9)
+    assert (f["spills"], f["stack"], f["narrow"]) == (0, 0, 0)
+    assert f["registers"] <= 128
+
+
+def test_odd_channels_compile_without_spilling() -> None:
+    config = lookup_depthwise(BF16, 5, 1537)
+    built = gpu_depthwise.build(ptxsim(), config, 80, BF16, 5, channels=1537, pair=False)
+    f = gpu_depthwise.facts(built, config, 5)
+    assert (f["spills"], f["stack"]) == (0, 0)
+
+
+def test_kernels_of_31_taps_fit_the_registers() -> None:
+    config = lookup_depthwise(BF16, 31, 256)
+    built = gpu_depthwise.build(ptxsim(), config, 80, BF16, 31, channels=256, edges="one")
+    f = gpu_depthwise.facts(built, config, 31)
+    assert (f["spills"], f["stack"]) == (0, 0)
+    assert f["registers"] <= 128
+
+
+def test_the_tile_compiles_for_gfx942() -> None:
+    config = lookup_depthwise(BF16, 9, 1536)
+    built = gpu_depthwise.build_hip(config, "gfx942", BF16, 9)
+    assert "v_fma" in built.asm["amdgcn"] or "v_pk_fma_f32" in built.asm["amdgcn"]
+    assert built.metadata.shared == 0
+
+
+@pytest.mark.gpu_static_full
+@pytest.mark.parametrize("k", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("channels", [256, 768, 1024, 1536])
+def test_every_shipped_tile(architecture: int, dtype: torch.dtype, k: int, channels: int) -> None:
+    config = lookup_depthwise(dtype, k, channels)
+    meets_the_bars(config, architecture, dtype, k, channels=channels)
+
+
+@pytest.mark.gpu_static_full
+@pytest.mark.parametrize("k", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("edges", ["one", "two", "any"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_row_of_tiles(architecture: int, dtype: torch.dtype, k: int, edges: str) -> None:
+    config = lookup_depthwise(dtype, k, 1536)
+    built = gpu_depthwise.build(ptxsim(), config, architecture, dtype, k, edges=edges)
+    f = gpu_depthwise.facts(built, config, k)
+    assert (f["spills"], f["stack"], f["narrow"]) == (0, 0, 0)
+    assert f["registers"] <= 128
+
+
+@pytest.mark.gpu_static_full
+@pytest.mark.parametrize("k", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_tile_compiles_for_gfx942(dtype: torch.dtype, k: int) -> None:
+    for row in DEPTHWISE:
+        if k in row.kernel_sizes:
+            channels = 1536 if 1536 in row.channels else 32
+            gpu_depthwise.build_hip(row.config, "gfx942", dtype, k, channels=channels)
+
+
+def test_every_row_has_a_reason_and_can_be_reached() -> None:
+    assert all(len(row.reason) > 20 for row in DEPTHWISE)
+    reached = {lookup_depthwise(BF16, k, c) for k in range(1, 32) for c in (1, 32, 63, 64, 1536)}
+    assert {row.config for row in DEPTHWISE} == reached
+
+
+def test_no_tile_is_wider_than_the_zeros_behind_the_taps() -> None:
+    from convmixer_fast.kernels.depthwise import MAX_COLUMNS
+
+    assert all(row.config.columns <= MAX_COLUMNS for row in DEPTHWISE)

@@ -1,0 +1,59 @@
+"""Does the shipped tile of the patch embedding compile to what is said of it? Needs no GPU."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from eyes import compiler
+from simulator import ptxsim
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+gpu_stem = __import__("gpu_stem")
+
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+pytestmark = compiler
+
+
+def meets_the_bars(
+    architecture: int,
+    dtype: torch.dtype,
+    tf32: bool = False,
+    uint8: bool = False,
+    **of: object,
+) -> None:
+    built = gpu_stem.build(ptxsim(), architecture, dtype, tf32=tf32, uint8=uint8, **of)
+    assert gpu_stem.broken_bars(built, dtype, tf32, uint8) == []
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_patches_of_7_in_bf16_meet_the_bars(architecture: int) -> None:
+    meets_the_bars(architecture, BF16)
+
+
+@pytest.mark.parametrize("architecture", [80, 89, 90])
+def test_patches_of_14_from_uint8_meet_the_bars(architecture: int) -> None:
+    meets_the_bars(architecture, BF16, dim=1024, patch=14, uint8=True)
+
+
+def test_float32_meets_the_bars_on_80() -> None:
+    meets_the_bars(80, FP32)
+
+
+@pytest.mark.gpu_static_full
+@pytest.mark.parametrize("uint8", [False, True], ids=["float", "uint8"])
+@pytest.mark.parametrize(("dim", "patch"), [(1536, 7), (768, 7), (1024, 14)])
+@pytest.mark.parametrize(
+    ("dtype", "tf32"), [(BF16, False), (FP16, False), (FP32, True), (FP32, False)]
+)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_published_stem(
+    architecture: int, dtype: torch.dtype, tf32: bool, dim: int, patch: int, uint8: bool
+) -> None:
+    meets_the_bars(architecture, dtype, tf32, dim=dim, patch=patch, uint8=uint8)

@@ -1,0 +1,31 @@
+"""Through whose eyes is a kernel seen? Triton's interpreter, the simulator, or a GPU."""
+
+from __future__ import annotations
+
+import os
+
+import fresh_python
+import pytest
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+#: For tests that run in the interpreter's own process, started by `run_in_interpreter`.
+interpreter = pytest.mark.skipif(not INTERPRETING, reason="runs in the interpreter's own process")
+#: For tests that compile kernels: the interpreter takes the compiler's place in its process.
+compiler = pytest.mark.skipif(INTERPRETING, reason="kernels are interpreted here, not compiled")
+
+
+def run_in_interpreter(test_file: str) -> str:
+    """Run the tests of a file that have ``interpreter`` in their names where Triton interprets.
+
+    Triton decides when it decorates a kernel, so that one process cannot have both.
+    """
+    pytest.importorskip("triton", reason="Triton is not installed")
+    done = fresh_python.run(
+        *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "interpreter", test_file),
+        env={"TRITON_INTERPRET": "1"},
+        timeout=1200,
+    )
+    if done.returncode:
+        raise AssertionError(f"in the interpreter:\n{done.stdout}\n{done.stderr}")
+    return done.stdout

@@ -1,0 +1,115 @@
+"""The Triton kernels' functions computed by PyTorch, on CPU tensors, as strict about arguments.
+
+What the operators do around a kernel can then be tested where there is neither GPU nor Triton.
+`Double.calls` counts; `Double.wrong` and `Double.error` make it a bad kernel.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from convmixer_fast.arch import ACTIVATIONS
+from convmixer_fast.kernels import support
+from convmixer_fast.ops import first_use, gpu, use_backend, verdicts
+
+
+def is_packed_channels_last(x: Tensor) -> bool:
+    _, c, h, w = x.shape
+    return x.stride() == (h * w * c, 1, w * c, c)
+
+
+class Double:
+    def __init__(self) -> None:
+        self.calls: Counter[str] = Counter()
+        self.shapes: list[tuple[str, tuple[int, ...]]] = []
+        self.wrong: set[str] = set()
+        self.error: dict[str, Exception] = {}
+        self.configs: list[object] = []
+
+    def _finish(
+        self, name: str, x: Tensor, y: Tensor, out: Tensor | None, config: object
+    ) -> Tensor:
+        self.configs.append(config)
+        self.calls[name] += 1
+        self.shapes.append((name, tuple(x.shape)))
+        if name in self.error:
+            raise self.error[name]
+        if name in self.wrong:
+            y = y * 1.01
+        if out is None:
+            return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
+        assert out.shape == y.shape, (out.shape, y.shape)
+        assert out.dtype == x.dtype
+        assert is_packed_channels_last(out)
+        out.copy_(y)
+        return out
+
+    @staticmethod
+    def _affine(h: Tensor, scale: Tensor, shift: Tensor, act: str) -> Tensor:
+        assert scale.dtype == shift.dtype == torch.float32
+        assert scale.is_contiguous()
+        assert shift.is_contiguous()
+        return ACTIVATIONS[act]()(h) * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+
+    def pack_taps(self, weight: Tensor) -> Tensor:
+        self.calls["pack_taps"] += 1
+        c, _, k, _ = weight.shape
+        return weight.reshape(c, k * k).t().contiguous()
+
+    def depthwise_mix(
+        self, x, taps, bias, scale, shift, act, kernel_size, out=None, config=None
+    ) -> Tensor:
+        assert is_packed_channels_last(x)
+        assert taps.shape == (kernel_size**2, x.shape[1])
+        k = kernel_size
+        weight = taps.t().reshape(-1, 1, k, k).float()
+        padded = F.pad(x.float(), [(k - 1) // 2, k // 2] * 2)
+        h = F.conv2d(padded, weight, None if bias is None else bias.float(), groups=x.shape[1])
+        y = self._affine(h, scale, shift, act) + x.float()
+        return self._finish("depthwise_mix", x, y, out, config)
+
+    def pointwise_mix(self, x, weight, bias, scale, shift, act, out=None, config=None) -> Tensor:
+        assert is_packed_channels_last(x)
+        assert weight.is_contiguous()
+        h = F.conv2d(x.float(), weight.float(), None if bias is None else bias.float())
+        return self._finish("pointwise_mix", x, self._affine(h, scale, shift, act), out, config)
+
+    def patch_embed(
+        self, x, weight, bias, scale, shift, act, out=None, config=None, mean=None, std=None
+    ) -> Tensor:
+        assert weight.is_contiguous()
+        p = weight.shape[-1]
+        bias = None if bias is None else bias.float()
+        h = F.conv2d(x.float(), weight.float(), bias, stride=p)
+        return self._finish("patch_embed", x, self._affine(h, scale, shift, act), out, config)
+
+
+@contextmanager
+def installed(backend: str = "triton") -> Iterator[Double]:
+    """Kernels "run" on CPU tensors inside the block, asked for by name, and are PyTorch's."""
+    double = Double()
+    with pytest.MonkeyPatch.context() as patch, support.emulated(), use_backend(backend):
+        patch.setattr(support, "_why_no_triton", lambda: "")
+        names = ("pack_taps", "depthwise_mix", "pointwise_mix", "patch_embed")
+        table = gpu.Kernels(*(getattr(double, name) for name in names))
+        patch.setattr(gpu, "kernels", lambda: table)
+        # Nothing that was tuned or found out elsewhere counts, and nothing is left behind.
+        patch.setenv(verdicts.ENVIRONMENT, tempfile.mkdtemp())
+        first_use.forget()
+        verdicts.forget()
+        try:
+            yield double
+        finally:
+            first_use.forget()
+            verdicts.forget()
+            shutil.rmtree(os.environ[verdicts.ENVIRONMENT], ignore_errors=True)

@@ -1,0 +1,142 @@
+"""Whole models through the real kernels: interpreted, simulated, and on hardware where there is."""
+
+from __future__ import annotations
+
+import copy
+import os
+
+import pytest
+import torch
+from eyes import compiler, interpreter, run_in_interpreter
+from simulator import ptxsim
+from torch import nn
+
+from convmixer_fast import ConvMixer, explain, use_backend
+from convmixer_fast.kernels import support
+from convmixer_fast.ops import first_use
+from convmixer_fast.testing import assert_numerics, trained_like_
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+#: Sides that no tile and no patch divides.
+IMAGES = (1, 3, 27, 45)
+#: Width, kernel size and activation of the published variants.
+WIDTHS = [(768, 7, "relu"), (1024, 9, "gelu"), (1536, 9, "gelu")]
+#: Asks for the tests of all of them in the simulator.
+ALL = "CONVMIXER_FAST_ALL_WIDTHS"
+
+
+def make(dim: int, k: int, act: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    """A model of three blocks in ``dtype``, and in float64."""
+    model = trained_like_(ConvMixer(dim, 3, k, 4, num_classes=5, act_layer=act), (2, *IMAGES[1:]))
+    # One rounding of the parameters, for both.
+    model = model.to(dtype)
+    return model, copy.deepcopy(model).double()
+
+
+@torch.no_grad()
+def check(dim: int, k: int, act: str, dtype: torch.dtype, device: str = "cpu") -> None:
+    model, oracle = make(dim, k, act, dtype)
+    x = torch.randn(IMAGES).to(dtype)
+    want = oracle(x.double())
+    model, x = model.to(device), x.to(device)
+    with use_backend("reference"):
+        theirs = model(x)
+    with use_backend("triton"):
+        ours = model(x)
+        rows = explain(model, x)
+    assert {row.backend for row in rows} == {"triton"}
+    assert_numerics(ours, theirs, want)
+
+
+@compiler
+def test_the_interpreter_finds_a_model_right() -> None:
+    assert " passed" in run_in_interpreter(__file__)
+
+
+@interpreter
+@pytest.mark.parametrize(("dim", "k", "act"), [(24, 3, "gelu"), (5, 4, "relu")])
+def test_interpreter(dim: int, k: int, act: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(first_use.ENVIRONMENT, "0")
+    check(dim, k, act, torch.float32)
+
+
+@compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_simulator(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    sim = ptxsim()
+    monkeypatch.setenv(first_use.ENVIRONMENT, "0")
+    with support.emulated(), sim.triton_on_cpu(cc=80, strict=True) as log:
+        check(64, 5, "gelu", dtype)
+    assert len(log) == 7
+    assert not any(stats.races for stats in log)
+
+
+@compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("dim", "k", "act"), WIDTHS)
+def test_simulator_at_published_widths(
+    dim: int, k: int, act: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if dim != WIDTHS[0][0] and not os.environ.get(ALL):
+        pytest.skip(f"half a minute: set {ALL}=1")
+    sim = ptxsim()
+    monkeypatch.setenv(first_use.ENVIRONMENT, "0")
+    # Without counters of memory accesses, which are not looked at.
+    with support.emulated(), sim.triton_on_cpu(cc=80, strict=True, counters=False) as log:
+        check(dim, k, act, dtype)
+    assert not any(stats.races for stats in log)
+
+
+@compiler
+def test_simulator_finds_the_first_use_right() -> None:
+    sim = ptxsim()
+    first_use.forget()
+    with support.emulated(), sim.triton_on_cpu(cc=80, strict=True) as log:
+        check(32, 3, "silu", torch.bfloat16)
+    found = first_use.results()
+    first_use.forget()
+    assert len(found) == 3
+    assert not any(found.values())
+    assert len(log) == 10
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("dim", "k", "act"), [*WIDTHS, (37, 4, "silu")])
+def test_hardware(dim: int, k: int, act: str, dtype: torch.dtype) -> None:
+    check(dim, k, act, dtype, "cuda")
+    assert not any(first_use.results().values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+@torch.no_grad()
+def test_hardware_on_another_stream_and_device() -> None:
+    device = torch.device("cuda", torch.cuda.device_count() - 1)
+    model, _ = make(64, 5, "gelu", torch.bfloat16)
+    model, x = model.to(device), torch.randn(IMAGES, device=device, dtype=torch.bfloat16)
+    want = model(x)
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        got = model(x)
+    stream.synchronize()
+    assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+@torch.no_grad()
+def test_hardware_compiled_and_updated() -> None:
+    model, _ = make(64, 5, "gelu", torch.float32)
+    model, x = model.to("cuda"), torch.randn(IMAGES, device="cuda")
+    compiled = torch.compile(model, fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+    for p in model.parameters():
+        p.mul_(1.1)
+    with use_backend("reference"):
+        want = model(x)
+    torch.testing.assert_close(model(x), want, rtol=1e-3, atol=1e-3)

@@ -1,0 +1,107 @@
+"""`doctor --gpu`: every operator checked and timed, one file, nothing of a speed that is wrong."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from gpu_double import installed
+
+from convmixer_fast import BackendError, cli, gpu_report
+from convmixer_fast.arch import VARIANTS
+from convmixer_fast.gpu_report import Problem
+
+CPU = torch.device("cpu")
+SMALL = (
+    Problem("tiny", "patch_embed", torch.float32, (1, 13, 9), 3, 8, 4, "gelu"),
+    Problem("tiny", "depthwise_mix", torch.bfloat16, (1, 6, 5), 8, 8, 3, "relu"),
+    Problem("tiny", "pointwise_mix", torch.float16, (1, 6, 5), 8, 8, 1, "gelu"),
+)
+
+
+def seconds(run) -> float:
+    run()
+    return 1e-3
+
+
+def test_every_operator_of_every_variant_is_a_problem():
+    rows = list(gpu_report.problems())
+    assert len(rows) == 3 * 3 * 2 * len(VARIANTS)
+    arithmetic = {(p.variant, p.op): p.macs() for p in rows if p.shape[0] == 1}
+    for variant in VARIANTS.values():
+        macs, depth = variant.arch.macs(variant.input_size[1:]), variant.arch.depth
+        name = variant.paper_name
+        assert arithmetic[name, "depthwise_mix"] * depth == macs.depthwise
+        assert arithmetic[name, "pointwise_mix"] * depth == macs.pointwise
+        assert arithmetic[name, "patch_embed"] == macs.stem
+
+
+def test_bytes_are_those_of_reading_and_writing_once():
+    stem, depthwise, pointwise = SMALL
+    assert stem.bytes() == 4 * (13 * 9 * 3 + 3 * 2 * 8 + 8 * 3 * 16)
+    assert depthwise.bytes() == 2 * (2 * 30 * 8 + 8 * 9)
+    assert pointwise.bytes() == 2 * (2 * 30 * 8 + 64)
+
+
+def test_rows_are_checked_and_timed(tmp_path):
+    lines: list[str] = []
+    with installed():
+        report = gpu_report.report(CPU, which=SMALL, timer=seconds, progress=lines.append)
+    assert gpu_report.healthy(report)
+    for row in report["rows"]:
+        assert row["ok"]
+        assert 0 < row["max_error"] <= row["max_bar"]
+        assert set(row["seconds"]) == {"triton", "channels_last", "contiguous"}
+    assert len(lines) == 3
+    assert "ok, max error" in lines[1]
+    assert "GB/s" in lines[1]
+    gpu_report.write(report, tmp_path / "out.json")
+    assert json.loads((tmp_path / "out.json").read_text()) == report
+    assert [p.name for p in tmp_path.iterdir()] == ["out.json"]
+
+
+def test_a_wrong_kernel_has_no_speed_and_a_broken_one_a_reason():
+    with installed() as double:
+        double.wrong.add("patch_embed")
+        double.error["pointwise_mix"] = RuntimeError("out of resource")
+        report = gpu_report.report(CPU, which=SMALL, timer=seconds)
+    stem, depthwise, pointwise = report["rows"]
+    assert depthwise["ok"]
+    assert not stem["ok"]
+    assert "triton" not in stem["seconds"]
+    assert stem["seconds"]["contiguous"] == 1e-3
+    assert pointwise["reason"] == "RuntimeError: out of resource"
+    assert not gpu_report.healthy(report)
+    assert "WRONG" in gpu_report.line(stem)
+    assert "FAILED: RuntimeError: out of resource" in gpu_report.line(pointwise)
+
+
+def test_no_gpu_is_one_line_on_the_command_line(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["doctor", "--gpu"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("convmixer-fast: error: there is no GPU to report on: ")
+    assert len(err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(BackendError):
+        gpu_report.report()
+
+
+def test_the_command_writes_the_file(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    made = gpu_report.report
+
+    def on_cpu(progress):
+        return made(CPU, which=SMALL, timer=seconds, progress=progress)
+
+    monkeypatch.setattr(gpu_report, "report", on_cpu)
+    with installed() as double:
+        assert cli.main(["doctor", "--gpu"]) == 0
+        out, err = capsys.readouterr()
+        assert len(out.splitlines()) == 3
+        assert "wrote convmixer_fast-gpu.json" in err
+        double.wrong.add("patch_embed")
+        assert cli.main(["doctor", "--gpu", "--format", "json", "--output", "x.json"]) == 1
+    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "x.json").read_text())
