@@ -100,10 +100,9 @@ def gpu_reference(op: str):
 
 
 @pytest.fixture
-def copy_engine(double, monkeypatch):
+def copy_engine(double):
     """Tells which tiles are right: `Double.pointwise_mix`, as on a GPU with a copy engine."""
     operands = pytest.importorskip("convmixer_fast.kernels.operands", reason="needs Triton")
-    monkeypatch.setattr(operands, "architecture", lambda device: 90)
     good, allowed = double.pointwise_mix, []
 
     def pointwise_mix(*args, config=None, **kwargs):
@@ -111,8 +110,11 @@ def copy_engine(double, monkeypatch):
         return out if config in allowed else out.mul_(1.5)
 
     table = gpu.kernels()._replace(pointwise_mix=pointwise_mix)
-    monkeypatch.setattr(gpu, "kernels", lambda: table)
-    return allowed
+    # Its own patch: the test's is undone after the double's, and would put the double back.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(operands, "architecture", lambda device: 90)
+        patch.setattr(gpu, "kernels", lambda: table)
+        yield allowed
 
 
 def test_a_bad_form_of_the_copy_engine_is_replaced_by_a_plain_one(double, copy_engine):

@@ -56,6 +56,8 @@ def start(
 
 def _surroundings(env: Mapping[str, str] | None) -> dict[str, Any]:
     variables = {**os.environ, **(env or {})}
+    # Options for this run of pytest are not for one inside it, whose coverage would be its own.
+    variables.pop("PYTEST_ADDOPTS", None)
     if not _is_found_anywhere():
         paths = [str(HOME), *filter(None, [variables.get("PYTHONPATH")])]
         variables["PYTHONPATH"] = os.pathsep.join(paths)
