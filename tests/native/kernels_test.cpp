@@ -327,7 +327,7 @@ void test_pointwise(Random& random, const std::vector<std::string>& isas) {
   if (c_in > 500 && random.chance(60)) c_out = random.integer(20, 110);
   int64_t plane = random.integer(1, random.chance(50) ? 12 : 400);
   if (random.chance(10)) plane = random.integer(500, 800);
-  plane = std::max<int64_t>(1, std::min(plane, 20000000 / (c_in * c_out)));
+  plane = std::max<int64_t>(1, std::min(plane, 5000000 / (c_in * c_out)));
   const Activation act = random.activation();
   Floats y = normals(random, c_in * plane);  // [c_in][pixel]
   // Values that are not finite stay in their pixels.
