@@ -328,6 +328,13 @@ void test_pointwise(Random& random, const std::vector<std::string>& isas) {
   int64_t plane = random.integer(1, random.chance(50) ? 12 : 400);
   if (random.chance(10)) plane = random.integer(500, 800);
   plane = std::max<int64_t>(1, std::min(plane, 5000000 / (c_in * c_out)));
+  // Two levels on more than a tile of pixels, or on more than a chunk of input channels.
+  if (random.chance(3)) {
+    const bool pixels = random.chance(50);
+    c_in = 4 * (pixels ? random.integer(160, 170) : random.integer(385, 400));
+    c_out = random.integer(24, pixels ? 30 : 60);
+    plane = pixels ? random.integer(513, 600) : random.integer(50, 80);
+  }
   const Activation act = random.activation();
   Floats y = normals(random, c_in * plane);  // [c_in][pixel]
   // Values that are not finite stay in their pixels.

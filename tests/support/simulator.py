@@ -1,7 +1,7 @@
 """Where is ptxsim, the simulator that runs compiled GPU kernels on CPU tensors?
 
 In the folder that ``CONVMIXER_FAST_PTXSIM`` names, else in a folder of its name beside the checkout
-or one of its parents. Tests that need it skip with the reason where it is absent.
+or in another folder beside it. Tests that need it skip with the reason where it is absent.
 """
 
 from __future__ import annotations
@@ -26,11 +26,9 @@ def folder() -> Path | None:
     named = os.environ.get(ENVIRONMENT)
     if named:
         return Path(named) if _holds_it(Path(named)) else None
-    for parent in _CHECKOUT.parents:
-        for place in (parent / "ptxsim", *parent.glob("*/ptxsim")):
-            if _holds_it(place):
-                return place
-    return None
+    beside = _CHECKOUT.parent
+    places = (beside / "ptxsim", *sorted(beside.glob("*/ptxsim")))
+    return next((place for place in places if _holds_it(place)), None)
 
 
 def ptxsim() -> ModuleType:
