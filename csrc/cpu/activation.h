@@ -6,7 +6,7 @@
 // where the machine has a fused multiply-add.
 #pragma once
 
-#include "activation_id.h"
+#include "../activation_id.h"
 #include "simd.h"
 
 namespace convmixer_fast::CONVMIXER_FAST_ISA {

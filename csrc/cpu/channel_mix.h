@@ -11,7 +11,7 @@
 
 #include <cstdint>
 
-#include "activation_id.h"
+#include "../activation_id.h"
 
 namespace convmixer_fast {
 

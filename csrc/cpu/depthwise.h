@@ -13,7 +13,7 @@
 
 #include <cstdint>
 
-#include "activation_id.h"
+#include "../activation_id.h"
 #include "layout.h"
 
 namespace convmixer_fast {

@@ -17,7 +17,7 @@
 
 #include <cstdint>
 
-#include "activation_id.h"
+#include "../activation_id.h"
 
 namespace convmixer_fast {
 

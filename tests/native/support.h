@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/activation_id.h"
+#include "activation_id.h"
 
 namespace convmixer_fast_test {
 
