@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 import torch
@@ -12,6 +13,25 @@ from hypothesis import settings
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
+
+# pytest-xdist's workers share the processor.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    torch.set_num_threads(max(1, torch.get_num_threads() // int(workers)))
+
+#: A worker of pytest-xdist holds 1.5 GB.
+_MOST_WORKERS = 8
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """``pytest`` alone shares its files among the processors; anything more exact runs here."""
+    whole = config.args_source is config.ArgsSource.TESTPATHS
+    chosen = {"-m", "-k", "--pdb", "--co", "--collect-only"} & set(config.invocation_params.args)
+    undecided = getattr(config.option, "numprocesses", 0) is None  # 0: no pytest-xdist
+    if whole and undecided and not chosen:
+        processors = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+        config.option.numprocesses = min(processors or 1, _MOST_WORKERS)
+        config.option.dist = "loadfile"
 
 
 @pytest.fixture(autouse=True)
