@@ -93,7 +93,8 @@ def test_any_problem(n, dim, depth, h, w, k, layout, seed):
     torch.manual_seed(seed)
     plain, ours = pair(dim, depth, k)
     if n > 0:  # PyTorch's own error on a few values can be nearly zero by luck
-        n = max(n, -(-256 // (dim * h * w)))
+        values = h if layout == "expanded" else dim * h * w  # of an image, that differ
+        n = max(n, -(-256 // values))
     x = torch.randn(n, dim, h, w)
     if layout == "channels_last":
         x = x.contiguous(memory_format=torch.channels_last)
