@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +33,7 @@ from .ops.mixer import mixer_stack
 from .ops.packing import Packed, PackedCache, batch_norm_affine, cacheable, sources_of
 from .ops.pointwise import pointwise_mix
 from .ops.stem import normalized, patch_embed_uint8
+from .steady import Half, Plan, SteadyStack
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 #: (mean, std) of images in [0, 1], a number for each channel of both.
@@ -204,48 +204,15 @@ def _operands(
     return Packed(conv.weight.to(dtype), bias, *batch_norm_affine(bn, dtype))
 
 
-class _Plan(NamedTuple):
-    """How a half was served on a GPU, and all that was looked up on the way.
-
-    At small batches a GPU waits for Python. A call that is like the last one in all of this need
-    not ask again who serves it; what the modules and torch's modes say, it does ask.
-    """
-
-    shape: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-    asked: str
-    epoch: int
-    precision: str
-    act: str
-    launch: Callable[..., Tensor | None]
-
-    def holds(self, x: Tensor) -> bool:
-        return (
-            type(x) is Tensor
-            and x.shape == self.shape
-            and x.stride() == self.stride
-            and x.dtype is self.dtype
-            and x.device == self.device
-            and self.epoch == support.epoch()
-            and self.asked == backends.requested_backend()
-            and (x.dtype is not torch.float32 or self.precision == dot_precision(x.dtype))
-            # Whoever watches operators is to see ours.
-            and not torch.is_grad_enabled()
-            and torch._C._len_torch_dispatch_stack() == torch._C._len_torch_function_stack() == 0
-            and not torch.autograd.profiler._is_profiler_enabled
-            and not backends.is_recording()
-        )
-
-
 def _planned(cache: PackedCache[Packed], conv: Any, act: Any, bn: Any, x: Tensor) -> Tensor | None:
     """A half by the plan of an earlier call, or None where there is none that holds."""
-    plan: _Plan | None = cache.plan
+    plan: Plan | None = cache.plan
     if plan is None or not plan.holds(x) or activation_name(act) != plan.act:
         return None
     packed = cache.fresh((False, True, x.dtype, bn.eps), sources_of(conv, bn))
-    return None if packed is None else plan.launch(x, *packed, plan.act)
+    if packed is None:
+        return None
+    return gpu.launch(plan.case, plan.config, x, *packed, plan.act)
 
 
 def _plan(cache: PackedCache[Packed], op: str, conv: Any, act: Any, x: Tensor) -> None:
@@ -261,7 +228,7 @@ def _plan(cache: PackedCache[Packed], op: str, conv: Any, act: Any, x: Tensor) -
     if first_use.verdict(call.case) != "":
         return
     config = None if call.verdict is None else call.verdict.config
-    cache.plan = _Plan(
+    cache.plan = Plan(
         x.shape,
         x.stride(),
         x.dtype,
@@ -270,7 +237,8 @@ def _plan(cache: PackedCache[Packed], op: str, conv: Any, act: Any, x: Tensor) -
         support.epoch(),
         dot_precision(x.dtype),
         call.case.act,
-        partial(gpu.launch, call.case, first_use.retreat(call.case)[0] or config),
+        call.case,
+        first_use.retreat(call.case)[0] or config,
     )
 
 
@@ -759,8 +727,11 @@ class MixerStack(_FusedSequential):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self._modules or not _stacks_run_on(x):
-            asked = self._graphs is not None or self._depth_first
-            return self._on_gpu(x) if asked and self._modules else super().forward(x)
+            if not self._modules or not self._may_be_steady(x):
+                return super().forward(x)
+            if self._graphs is not None or self._depth_first:
+                return self._on_gpu(x)
+            return self._one_by_one(x)
         wholes: list[_Whole] = []
         for block in self._modules.values():
             if not isinstance(block, MixerBlock) or _hooked(block):
@@ -770,6 +741,57 @@ class MixerStack(_FusedSequential):
                 return super().forward(x)
             wholes.append(whole)
         return _run_stack(list(self), wholes, x)
+
+    def _may_be_steady(self, x: Tensor) -> bool:
+        return (
+            not self.training
+            and not torch.compiler.is_compiling()
+            and not isinstance(x, torch.fx.Proxy)
+            and x.dim() == 4
+            and support.is_kernel_device(x.device)
+        )
+
+    def _one_by_one(self, x: Tensor) -> Tensor:
+        """The blocks in turn, with fewer questions where the last call was like this one."""
+        steady: SteadyStack | None = self._packed.plan
+        if (
+            steady is not None
+            and tuple(self._modules.values()) == steady.blocks
+            and steady.holds(x)
+        ):
+            out = steady.run(x)
+            if out is not None:
+                return out
+        self._packed.plan = None
+        out = super().forward(x)
+        self._packed.plan = self._steady(x)
+        return out
+
+    def _steady(self, x: Tensor) -> SteadyStack | None:
+        """The stack as a call with ``x`` found it, if GPU kernels served all of it."""
+        if torch.is_grad_enabled() or backends.is_recording() or type(x) is not Tensor:
+            return None
+        found = list(self._halves_on(x))
+        if len(found) != 2 * len(self._modules):
+            return None
+        return SteadyStack.of(x, tuple(self._modules.values()), found)
+
+    def _halves_on(self, x: Tensor) -> Iterator[Half]:
+        """The halves of the blocks that kernels compute on ``x``, up to the first they do not."""
+        for block in self._modules.values():
+            if not isinstance(block, MixerBlock) or _hooked(block) or len(block) != 4:
+                return
+            spatial, conv, act, bn = block
+            if not isinstance(spatial, DepthwiseMix) or _hooked(spatial):
+                return
+            branch: Any = spatial._modules[spatial._branch]
+            if spatial._why_composed(branch, x) or not is_pointwise(conv):
+                return
+            if _why_composed(conv, act, bn, x, "pointwise_mix"):
+                return
+            depthwise, spatial_act, spatial_bn = branch
+            yield Half(depthwise, spatial_act, spatial_bn, spatial._packed)
+            yield Half(conv, act, bn, block._halves)
 
     def _on_gpu(self, x: Tensor) -> Tensor:
         """The blocks as a CUDA graph or depth first, where that was asked for and can be."""
@@ -796,27 +818,18 @@ class MixerStack(_FusedSequential):
             or gpu.is_capturing(x.device)
         ):
             return None
-        found: list[Packed] = []
-        for block in self._modules.values():
-            if not isinstance(block, MixerBlock) or _hooked(block) or len(block) != 4:
-                return None
-            spatial, conv, act, bn = block
-            if not isinstance(spatial, DepthwiseMix) or _hooked(spatial):
-                return None
-            branch: Any = spatial._modules[spatial._branch]
-            if spatial._why_composed(branch, x) or not is_pointwise(conv):
-                return None
-            if _why_composed(conv, act, bn, x, "pointwise_mix"):
-                return None
-            depthwise, _, spatial_bn = branch
-            tensors = sources_of(depthwise, spatial_bn) + sources_of(conv, bn)
-            if torch.is_grad_enabled() and (
-                x.requires_grad or any(t.requires_grad for t in tensors)
-            ):
-                return None
-            found.append(_operands(spatial._packed, depthwise, spatial_bn, x, depthwise=True))
-            found.append(_operands(block._halves, conv, bn, x, depthwise=False))
-        return tuple(found)
+        halves = list(self._halves_on(x))
+        if len(halves) != 2 * len(self._modules):
+            return None
+        if torch.is_grad_enabled() and (
+            x.requires_grad
+            or any(t.requires_grad for half in halves for t in sources_of(half.conv, half.bn))
+        ):
+            return None
+        return tuple(
+            _operands(half.cache, half.conv, half.bn, x, depthwise=i % 2 == 0)
+            for i, half in enumerate(halves)
+        )
 
 
 def _run_stack(blocks: Sequence[nn.Module], wholes: list[_Whole], x: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from . import operands
 from .configs import PointwiseConfig, lookup_stem
 from .epilogue import finish, tile_of
 from .precision import dot_precision
+from .support import cdiv
 
 
 @triton.jit(do_not_specialize=["M", "patches", "patches_w"])
@@ -173,7 +174,7 @@ def patch_embed(
     if mean is not None and std is not None:
         gain, offset = _gain_and_offset(tuple(mean), tuple(std), x.device)
     vector_n, vector_k = operands.vector_width(N), operands.vector_width(K)
-    grid = (triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)
+    grid = (cdiv(M, config.block_m) * cdiv(N, config.block_n),)
     stem_kernel[grid](
         x,
         weight,

@@ -35,6 +35,7 @@ from .first_use import is_capturing as is_capturing
 
 if TYPE_CHECKING:
     from .backends import Call
+    from .packing import Packed
 
 
 class Kernels(NamedTuple):
@@ -112,7 +113,7 @@ def stem_format(x: Tensor, patch_size: int) -> torch.memory_format:
     return memory_format_of(x)
 
 
-def _on_device(x: Tensor) -> AbstractContextManager[Any]:
+def on_device(x: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device's current stream: make that the tensor's device."""
     if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
         return nullcontext()
@@ -198,7 +199,7 @@ def serve(
     """
     case = call.case
     config = None if call.verdict is None else call.verdict.config
-    with _on_device(x):
+    with on_device(x):
         if not first_use.ready(
             case,
             lambda tile: check(case, reference, config if tile is None else tile),
@@ -210,7 +211,7 @@ def serve(
 
 def launch(case: Case, config: Any, x: Tensor, *operands: Any) -> Tensor | None:
     """The result of a kernel that was found right, or None where it could not be launched."""
-    with _on_device(x):
+    with on_device(x):
         try:
             return _RUN[case.op](x, *operands, config=config)
         except torch.OutOfMemoryError:
@@ -220,6 +221,22 @@ def launch(case: Case, config: Any, x: Tensor, *operands: Any) -> Tensor | None:
                 raise
             first_use.fail(case, error)
             return None
+
+
+def prepare(case: Case, config: Any, packed: Packed) -> Callable[[Tensor, Tensor], Tensor]:
+    """A launch of the kernel of ``case`` on packed operands, as a function of x and out.
+
+    Both are packed channels-last, (N, C, H, W) and what the operator returns; out is returned.
+    """
+    weight = packed.weight.detach()
+    vectors = [*_vectors(packed.bias, packed.scale, packed.shift), case.act]
+    if case.op == "depthwise_mix":
+        taps, k = taps_of(packed.weight), case.kernel_size
+        return lambda x, out: kernels().depthwise_mix(x, taps, *vectors, k, out=out, config=config)
+    if case.op != "pointwise_mix":
+        raise ValueError(f"prepare: no block calls {case.op}")
+    weight = weight.contiguous()
+    return lambda x, out: kernels().pointwise_mix(x, weight, *vectors, out=out, config=config)
 
 
 def in_layout(
@@ -285,7 +302,7 @@ def launcher(case: Case, operands: list[Any], config: Any = None) -> Callable[[]
     run = _RUN[case.op]
 
     def launch() -> Tensor:
-        with _on_device(x):
+        with on_device(x):
             return run(x, weight, *rest, config=config)
 
     return launch
