@@ -42,6 +42,7 @@ from torch import Tensor
 from ..arch import ACTIVATIONS
 from .activation import activate
 from .configs import DepthwiseConfig, lookup_depthwise
+from .support import cdiv
 
 #: The widest tile there can be: so many rows of zeros stand behind the taps, and k - 1 more.
 MAX_COLUMNS = 16
@@ -387,11 +388,11 @@ def depthwise_mix(
         config = lookup_depthwise(x.dtype, k, c)
     columns, block = config.columns, config.channels
     mode = edges(w, k, columns) if c >= block else "any"
-    tiles_h, tiles_w = triton.cdiv(h, config.rows), triton.cdiv(w, columns)
+    tiles_h, tiles_w = cdiv(h, config.rows), cdiv(w, columns)
     # Pairs of channels as words need every pixel to begin at a word.
     pair = x.dtype == torch.bfloat16 and c % 2 == 0 and x.data_ptr() % 4 == 0
     zeros = taps[k * k :].view(torch.int32 if pair else x.dtype)
-    grid = (n * tiles_h * tiles_w * triton.cdiv(c, block),)
+    grid = (n * tiles_h * tiles_w * cdiv(c, block),)
     with torch.cuda.device_of(x):
         depthwise_kernel[grid](
             _words(x) if pair else x,

@@ -30,6 +30,7 @@ from . import operands
 from .configs import PointwiseConfig, lookup_pointwise
 from .epilogue import finish, tile_of
 from .precision import dot_precision
+from .support import cdiv
 
 
 # M changes with every batch size and says nothing about alignment: no kernel of its own for it.
@@ -210,7 +211,7 @@ def pointwise_mix(
             tf32=precision == "tf32",
             descriptors=describable,
         )
-    grid = (triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)
+    grid = (cdiv(M, config.block_m) * cdiv(N, config.block_n),)
     options = {
         "ACT": act,
         "PRECISION": precision,

@@ -61,6 +61,11 @@ def new_epoch() -> None:
     _epoch += 1
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up, on the host, where `triton.cdiv` first asks what its arguments are."""
+    return -(-a // b)
+
+
 def is_emulated() -> bool:
     """Whether kernels run on CPU tensors."""
     return _emulating > 0 or os.environ.get("TRITON_INTERPRET", "0") == "1"

@@ -118,19 +118,31 @@ class _Made(NamedTuple):
         stream = torch.cuda.current_stream(device)
         return cls(device, stream.cuda_stream, stream.record_event())
 
-    def join(self, packed: Any) -> None:
-        """Let the current stream wait for the copy, and the copy's memory for the stream.
+    def join(self, packed: Any, stream: torch.cuda.Stream) -> None:
+        """Let ``stream`` wait for the copy, and the copy's memory for the stream.
 
         Not while a graph is captured: that begins after all streams came to rest.
         """
-        stream = torch.cuda.current_stream(self.device)
-        if stream.cuda_stream == self.stream:
-            return
         stream.wait_event(self.event)
         for tensor in packed:
             if isinstance(tensor, Tensor):
                 for part in gpu.memory_of(tensor):
                     part.record_stream(stream)
+
+
+class Now(NamedTuple):
+    """Where work goes now; asked once for all copies that one call takes."""
+
+    stream: torch.cuda.Stream | None
+    handle: int
+    capturing: bool
+
+
+def now_on(device: torch.device) -> Now:
+    if device.type != "cuda":
+        return Now(None, 0, False)
+    stream = torch.cuda.current_stream(device)
+    return Now(stream, stream.cuda_stream, torch.cuda.is_current_stream_capturing())
 
 
 T = TypeVar("T")
@@ -150,26 +162,35 @@ class PackedCache(Generic[T]):
         #: How calls that take this copy were served last; whoever keeps it asks whether it holds.
         self.plan: Any = None
 
-    def fresh(self, key: Any, sources: tuple[Tensor, ...]) -> T | None:
-        """The packed copy for ``key`` and ``sources`` if there is one that is still true."""
+    def fresh(self, key: Any, sources: tuple[Tensor, ...], now: Now | None = None) -> T | None:
+        """The packed copy for ``key`` and ``sources`` if there is one that is still true.
+
+        Args:
+            now: what `now_on` says, where the caller knows.
+        """
         entry = self._entry
         if entry is None or entry.key != key or len(entry.stamps) != len(sources):
             return None
-        for stamp, tensor in zip(entry.stamps, sources, strict=True):
+        for (ref, version, address, dtype), tensor in zip(entry.stamps, sources, strict=True):
             if (
-                stamp.tensor() is not tensor
-                or stamp.version != tensor._version
-                or stamp.address != tensor.data_ptr()
-                or stamp.dtype != tensor.dtype
+                ref() is not tensor
+                or version != tensor._version
+                or address != tensor.data_ptr()
+                or dtype is not tensor.dtype
             ):
                 return None
         if entry.spans and entry.fingerprint != _native.fingerprint(entry.spans):
             return None
         packed: T = entry.packed
-        if entry.made is not None and not torch.cuda.is_current_stream_capturing():
+        made = entry.made
+        if made is not None:
+            stream, handle, capturing = now or now_on(made.device)
+            if capturing:
+                return packed
             if entry.watch is not None and entry.watch.changed():
                 return None
-            entry.made.join(packed)
+            if handle != made.stream and stream is not None:
+                made.join(packed, stream)
         return packed
 
     def get(self, key: Any, sources: tuple[Tensor, ...], pack: Callable[[], T]) -> T:

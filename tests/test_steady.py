@@ -1,0 +1,243 @@
+"""Does a stack that asks less than before still notice everything that changes its result?"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from gpu_double import installed
+from torch import nn
+from torch.nn.utils import parametrize
+
+from convmixer_fast import MixerStack, use_backend
+from convmixer_fast.blocks import DropPath, MixerBlock
+from convmixer_fast.ops import backends, first_use, gpu
+from convmixer_fast.ops.packing import Packed
+from convmixer_fast.steady import SteadyStack
+from convmixer_fast.testing import trained_like_
+
+SHAPE = (2, 8, 7, 9)
+
+
+@pytest.fixture
+def double():
+    with installed() as kernels, torch.no_grad():
+        yield kernels
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    torch.manual_seed(1)
+    return torch.randn(SHAPE).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.fixture
+def stack(double, x) -> MixerStack:
+    """Three blocks whose next call is like the last one."""
+    net = trained_like_(MixerStack(*[MixerBlock(8, 3, drop_path=0.5) for _ in range(3)]), SHAPE)
+    settle(net, x)
+    return net
+
+
+def settle(net: MixerStack, x: torch.Tensor) -> None:
+    # The first call finds kernels right, which is news to halves that came before.
+    net(x), net(x)
+    assert isinstance(net._packed.plan, SteadyStack)
+    assert net._packed.plan.holds(x)
+
+
+def steady(net: MixerStack, x: torch.Tensor) -> bool:
+    """Whether a call runs past the blocks."""
+    ran = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SteadyStack, "run", lambda self, x: ran.append(self) or None)
+        net(x)
+    return bool(ran)
+
+
+def test_the_result_is_the_blocks_own(double, stack, x):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SteadyStack, "holds", lambda self, x: False)
+        want = stack(x)
+    settle(stack, x)
+    assert steady(stack, x)
+    settle(stack, x)
+    before, kept = double.calls.copy(), x.clone()
+    got = stack(x)
+    assert double.calls - before == {"depthwise_mix": 3, "pointwise_mix": 3}
+    assert torch.equal(got, want)
+    assert got.stride() == want.stride()
+    assert torch.equal(x, kept)
+
+
+def test_results_of_two_calls_share_no_memory(stack, x):
+    first = stack(x)
+    kept = first.clone()
+    second = stack(-x)
+    assert torch.equal(first, kept)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "slice", "negated"])
+def test_inputs_of_any_layout(stack, x, layout):
+    given = {
+        "contiguous": lambda: x.contiguous(),
+        "slice": lambda: torch.cat([x, x], 1)[:, 4:12],
+        "negated": lambda: torch.view_as_complex(torch.stack([x, x], -1)).conj().imag,
+    }[layout]()
+    assert given.shape == x.shape
+    want = stack(given.clone(memory_format=torch.channels_last))
+    for _ in range(3):
+        torch.testing.assert_close(stack(given), want, rtol=1e-5, atol=1e-5)
+    assert steady(stack, given)
+
+
+def test_nothing_is_kept_for_maps_whose_strides_are_ambiguous(double):
+    net = trained_like_(MixerStack(MixerBlock(8, 3)), SHAPE)
+    for shape in ((2, 8, 1, 1), (0, 8, 5, 5)):
+        y = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+        for _ in range(3):
+            assert net(y).stride() == torch.empty(shape).stride()
+        assert net._packed.plan is None
+
+
+def parametrized(net: MixerStack) -> None:
+    class Twice(nn.Module):
+        def forward(self, w):
+            return 2 * w
+
+    parametrize.register_parametrization(net[1][1], "weight", Twice())
+
+
+def replaced(net: MixerStack) -> None:
+    net[1] = trained_like_(MixerBlock(8, 3), SHAPE, seed=7)
+
+
+def assigned(net: MixerStack) -> None:
+    other = {k: v + 0.1 for k, v in net.state_dict().items() if v.is_floating_point()}
+    net.load_state_dict({**net.state_dict(), **other}, assign=True)
+
+
+CHANGES = {
+    "a parameter": lambda net: net[2][1].weight.mul_(1.5),
+    "a parameter's data": lambda net: net[2][1].weight.data.mul_(1.5),
+    "another memory": lambda net: setattr(net[0][1].weight, "data", net[0][1].weight * 1.5),
+    "a statistic": lambda net: net[1][0].fn[2].running_mean.add_(0.5),
+    "a state that is assigned": assigned,
+    "a bias that is removed": lambda net: setattr(net[0][1], "bias", None),
+    "an epsilon": lambda net: setattr(net[1][3], "eps", 0.5),
+    "a stride of the padding": lambda net: setattr(net[1][0].fn[0], "padding_mode", "circular"),
+    "an activation": lambda net: net[1].__setitem__(2, nn.ReLU()),
+    "an activation's form": lambda net: setattr(net[1][2], "approximate", "tanh"),
+    "a block": replaced,
+    "a block less": lambda net: net.__delitem__(1),
+    "a parametrization": parametrized,
+    "a hook on a norm": lambda net: net[0][3].register_forward_hook(lambda m, a, o: o + 1),
+    "a hook on a branch": lambda net: net[0][0].fn.register_forward_hook(lambda m, a, o: o + 1),
+    "a hook on a block": lambda net: net[0].register_forward_pre_hook(lambda m, a: (a[0] + 1,)),
+    "a hook on a stack": lambda net: net.register_forward_hook(lambda m, a, o: o + 1),
+    "a forward of its own": lambda net: setattr(net[0][2], "forward", lambda h: h * 0),
+    "a module between": lambda net: net[0][0].fn.append(nn.Tanh()),
+    "batch statistics": lambda net: net[1][3].train(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_change_is_noticed(stack, x, change):
+    before = stack(x)
+    change(stack)
+    twin = copy.deepcopy(stack)  # with empty caches
+    got = stack(x)
+    with use_backend("reference"):
+        want = twin(x)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(got, before, rtol=1e-3, atol=1e-3)
+
+
+def test_dropped_samples(stack, x):
+    before = stack(x)
+    stack[0][0].train()
+    stack[0][0].fn.eval()
+    assert isinstance(stack[0][0].drop_path, DropPath)
+    assert any(not torch.equal(stack(x), before) for _ in range(8))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_modes_and_watchers_are_noticed(stack, x, monkeypatch):
+    assert steady(stack, x)
+    settle(stack, x)
+    with use_backend("reference"):
+        assert not steady(stack, x)
+    settle(stack, x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not steady(stack, x)
+    settle(stack, x)
+    with torch.enable_grad():
+        out = stack(x.clone().requires_grad_())
+        assert out.requires_grad
+    with backends.recording() as rows:
+        stack(x)
+    assert len(rows) == 6
+    settle(stack, x)
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, a, o: seen.append(m))
+    stack(x)
+    handle.remove()
+    assert len(seen) > 20
+    settle(stack, x)
+    _, tangent = torch.func.jvp(stack, (x,), (torch.ones_like(x),))
+    assert tangent.any()
+    settle(stack, x)
+    traced = torch.jit.trace(stack, x, check_trace=False)
+    assert "convolution" in str(traced.inlined_graph)
+
+
+def test_another_shape_or_dtype_is_another_call(double, stack, x):
+    assert stack(x[:1]).shape == (1, 8, 7, 9)
+    half = copy.deepcopy(stack).bfloat16()
+    assert half(x.bfloat16()).dtype == torch.bfloat16
+    with pytest.raises(RuntimeError):
+        stack(x.bfloat16())
+    settle(stack, x)
+    with pytest.raises(RuntimeError):
+        stack(x[:, :4])
+
+
+def test_a_launch_that_fails_leaves_the_call_to_pytorch(double, stack, x):
+    with use_backend("reference"):
+        want = stack(x)
+    settle(stack, x)
+    with use_backend("auto"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends, "_auto_is_triton", lambda device: True)
+        patch.setattr(backends, "whole_blocks_run", lambda device, dtype: False)
+        patch.setattr(backends, "_why_slower", lambda op, dtype: "")
+        settle(stack, x)
+        double.error["pointwise_mix"] = RuntimeError("lost")
+        with pytest.warns(RuntimeWarning, match="pointwise_mix of 8 -> 8 .* lost"):
+            got = stack(x)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        assert list(filter(None, first_use.results().values())) == ["RuntimeError: lost"]
+        assert not steady(stack, x)
+
+
+def test_memory_that_runs_out_proves_nothing(double, stack, x):
+    double.error["pointwise_mix"] = torch.OutOfMemoryError("full")
+    with pytest.raises(torch.OutOfMemoryError):
+        stack(x)
+    double.error.clear()
+    assert steady(stack, x)
+
+
+def test_copies_and_pickles_start_afresh(stack, x):
+    want = stack(x)
+    for twin in (copy.deepcopy(stack), pickle.loads(pickle.dumps(stack))):
+        assert twin._packed.plan is None
+        assert torch.equal(twin(x), want)
+
+
+def test_only_blocks_halves_are_prepared(double):
+    case = gpu.Case("patch_embed", "cpu", torch.float32, 3, 8, 4, "gelu", True)
+    with pytest.raises(ValueError, match="no block calls patch_embed"):
+        gpu.prepare(case, None, Packed(torch.ones(8, 3, 4, 4), None, torch.ones(8), torch.ones(8)))
