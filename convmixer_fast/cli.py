@@ -1,4 +1,4 @@
-"""What can be done from a shell? ``convmixer-fast info | predict | doctor | convert | demo``.
+"""What can be done from a shell? ``convmixer-fast --help`` lists it.
 
 Flags carry timm's names. What can be expected to go wrong (a path, an image, a checkpoint, a
 setting, a missing library, a full disk) is one line on stderr and exit code 2; with
@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .cli_common import ACTIVATIONS, FORMATS, PROG, note, positive, printable
+from .cli_evaluate import add_evaluate, evaluate
 from .cli_predict import add_predict, predict
 
 if TYPE_CHECKING:
@@ -228,6 +229,7 @@ def build_parser() -> argparse.ArgumentParser:
     output_format(info)
 
     add_predict(command("predict", predict, "classify images"))
+    add_evaluate(command("evaluate", evaluate, "measure accuracy on a folder of classes"))
 
     doctor = command("doctor", _doctor, "say what is installed, which backends run, and check them")
     doctor.add_argument(
