@@ -61,9 +61,9 @@ class Predictor:
       ``"path"`` (or ``"filename"``) names.
 
     Images of different shapes may come together. A batch that does not fit into memory is halved
-    until it does, with a warning at the first time. The answer for an image does not depend on
-    the others. Objects can be pickled, and copied to other processes and machines: the weights
-    travel with them.
+    until it does, with a warning at the first time. On a CPU the answer of a `ConvMixer` for an
+    image does not depend on the others, to the last bit. Objects can be pickled, and copied to
+    other processes and machines: the weights travel with them.
 
     Args:
         model: any module (N, C, H, W) -> (N, num_classes), or a checkpoint's file name in any
@@ -217,6 +217,11 @@ class Predictor:
             model: Any = self.model
             if self.columns.output_type == "embedding":
                 out = model.forward_head(model.forward_features(batch), pre_logits=True)
+            elif isinstance(model, ConvMixer) and self.device.type == "cpu":
+                # The last bits of PyTorch's Linear depend on the batch. A run that goes on after
+                # a kill, or on several machines, has other batches and is to give the same rows.
+                maps = model.forward_features(batch).split(1)
+                out = torch.cat([model.forward_head(one) for one in maps])
             else:
                 out = model(batch)
         self.kernels.update(call.choice.backend for call in calls)
@@ -295,8 +300,9 @@ class Predictor:
     def _rows_of(self, pictures: Sequence[Picture]) -> list[Row]:
         rows: list[Row] = []
         # Prepared images are large; no more of them than the model takes.
-        for start in range(0, len(pictures), self._most):
-            some = pictures[start : start + self._most]
+        size = self._most
+        for start in range(0, len(pictures), size):
+            some = pictures[start : start + size]
             names = [os.fspath(p) if isinstance(p, (str, os.PathLike)) else "" for p in some]
             rows += self.rows(names, [self._prepare(p) for p in some])
         return rows
