@@ -8,8 +8,10 @@ import json
 import os
 import random
 import signal
+import subprocess
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import fresh_python
@@ -33,6 +35,13 @@ def rows(numbers, prefix: str = "") -> list[Prediction]:
                    tuple(float(s) for s in scores[n]))
         for n in numbers
     ]  # fmt: skip
+
+
+def interrupted(path: Path, given, failures=(), **options) -> None:
+    """A run that is given rows and does not come to its end."""
+    with suppress(KeyboardInterrupt), ResultFile(path, COLUMNS, **options) as results:
+        results.write(given, failures)
+        raise KeyboardInterrupt
 
 
 def read(path: Path, kind: str) -> list[dict[str, object]]:
@@ -70,7 +79,7 @@ def test_rows_come_back_from_every_format_to_the_last_bit(tmp_path, kind):
         assert np.array_equal(scores, np.array(expected.scores, dtype=np.float32))
     errors = read(tmp_path / "r.errors.csv", "csv")
     assert errors == [{"filename": f"bad{n}.jpg", "error": "cut, short"} for n in (0, 10, 20)]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["r.errors.csv", f"r.{kind}"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["r.errors.csv", f"r.{kind}"])
 
 
 def test_vectors_come_back_from_every_format_to_the_last_bit(tmp_path, kind):
@@ -102,9 +111,7 @@ def test_parts_are_there_while_the_run_goes_on(tmp_path, kind):
 
 def test_a_failed_run_goes_on_where_it_was(tmp_path, kind):
     path = tmp_path / f"r.{kind}"
-    with pytest.raises(KeyboardInterrupt), ResultFile(path, COLUMNS) as results:
-        results.write(rows(range(5)), [Failure("bad.jpg", "cut")])
-        raise KeyboardInterrupt
+    interrupted(path, rows(range(5)), [Failure("bad.jpg", "cut")])
     assert not path.exists()
     with pytest.raises(ValueError, match=r"parts holds an unfinished run: --resume"):
         ResultFile(path, COLUMNS)
@@ -143,12 +150,7 @@ def test_overwriting_forgets_the_parts_and_the_errors_of_before(tmp_path, kind):
     with ResultFile(path, COLUMNS) as results:
         results.write(rows(range(5)), [Failure("bad.jpg", "cut")])
     before = path.read_bytes()
-    with (
-        pytest.raises(OSError, match="pulled"),
-        ResultFile(path, COLUMNS, overwrite=True) as results,
-    ):
-        results.write(rows(range(3)))
-        raise OSError("the plug was pulled")
+    interrupted(path, rows(range(3)), overwrite=True)
     assert path.read_bytes() == before
     with ResultFile(path, COLUMNS, overwrite=True) as results:
         assert not results.is_done("0.jpg")
@@ -227,12 +229,7 @@ def test_another_run_on_the_same_file_is_refused_while_it_lives(tmp_path):
 
 def test_going_on_with_other_settings_is_refused(tmp_path):
     path = tmp_path / "r.csv"
-    with (
-        pytest.raises(KeyboardInterrupt),
-        ResultFile(path, COLUMNS, settings={"model": "a"}) as results,
-    ):
-        results.write(rows([1]))
-        raise KeyboardInterrupt
+    interrupted(path, rows([1]), settings={"model": "a"})
     with pytest.raises(ValueError, match="another model \\('a', now 'b'\\)"):
         ResultFile(path, COLUMNS, resume=True, settings={"model": "b"})
     with pytest.raises(ValueError, match="another columns"):
@@ -251,13 +248,14 @@ def test_a_full_disk_is_named_and_costs_only_what_did_not_fit(tmp_path, kind, mo
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with (
-        pytest.raises(OSError, match="No space left") as caught,
-        ResultFile(path, COLUMNS, part_seconds=0) as results,
-    ):
-        results.write(rows(range(3)))
-        monkeypatch.setattr(os, "fsync", full)
-        results.write(rows(range(3, 6)))
+    def run():
+        with ResultFile(path, COLUMNS, part_seconds=0) as results:
+            results.write(rows(range(3)))
+            monkeypatch.setattr(os, "fsync", full)
+            results.write(rows(range(3, 6)))
+
+    with pytest.raises(OSError, match="No space left") as caught:
+        run()
     assert caught.value.filename == str(path)
     assert [p for p in tmp_path.rglob("*") if ".partial" in p.name] == []
     monkeypatch.setattr(os, "fsync", real)
@@ -293,10 +291,7 @@ def test_names_that_are_not_utf8_are_kept_and_found_again(tmp_path, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["csv", "parquet"])
-def test_every_image_is_there_once_after_five_kills(tmp_path, kind):
-    if kind == "parquet":
-        pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+def test_every_image_is_there_once_after_five_kills(tmp_path):
     folder = tmp_path / "images"
     broken = photographs.write_folder(folder, 200)
     checkpoint = tmp_path / "w.safetensors"
@@ -313,16 +308,16 @@ def test_every_image_is_there_once_after_five_kills(tmp_path, kind):
         "inference.Predictor.rows = rows\n"
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )
-    results = tmp_path / f"r.{kind}"
+    results = tmp_path / "r.csv"
     arguments = ["-c", slow, "predict", folder, "--checkpoint", checkpoint, "--img-size", "32",
                  "-b", "4", "-j", "1", "--results-file", results, "--resume", "--part-seconds",
                  "0.1", "--no-console-results"]  # fmt: skip
     arguments = [str(a) for a in arguments]
-    parts = tmp_path / f"r.{kind}.parts"
+    parts = tmp_path / "r.csv.parts"
     random.seed(0)
     seen = []
     for _ in range(5):
-        process = fresh_python.start(*arguments, stderr=-3)
+        process = fresh_python.start(*arguments, stderr=subprocess.DEVNULL)
         before = len(list(parts.glob("part-*")))
         deadline = time.monotonic() + 60
         while len(list(parts.glob("part-*"))) <= before and time.monotonic() < deadline:
@@ -337,7 +332,7 @@ def test_every_image_is_there_once_after_five_kills(tmp_path, kind):
     done = fresh_python.run(*arguments)
     assert done.returncode == 0, done.stderr
     assert "were there already" in done.stderr
-    good = [str(row["filename"]) for row in read(results, kind)]
+    good = [str(row["filename"]) for row in read(results, "csv")]
     bad = [row["filename"] for row in read(tmp_path / "r.errors.csv", "csv")]
     everything = [str(p) for p in folder.rglob("*.jpg")]
     assert len(everything) == 200
