@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -48,8 +49,8 @@ class _FileActor(PredictorActor):
     """Takes and gives pickled lists: names and rows stay exactly as they are on one machine."""
 
     def __init__(self, boxed: list[Any], folder: str, workers: int) -> None:
-        # In a list, Ray leaves a reference alone: as an argument by itself, it would not outlive
-        # a restart of the actor.
+        # In a list, Ray leaves the reference alone, and an actor that is started again in the place
+        # of a dead one can ask for it again.
         super().__init__(ray.get(boxed[0]))
         self.folder, self.workers = folder, workers
 
@@ -96,6 +97,8 @@ def predict_files(
         return
     started = not ray.is_initialized()
     if started:
+        # What Ray's C++ core has to say to its developers.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         options: dict[str, Any] = {"address": address} if address else {}
         ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
     try:
@@ -147,6 +150,11 @@ def _collect(dataset: Any) -> Iterator[Outcome]:
                 rows, failures = pickle.loads(pickled)
                 yield Outcome(rows, failures, 0.0)
     except ray.exceptions.RayError as error:
-        # Ray's message holds the traceback of the other process; its last line is the reason.
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        raise RuntimeError(f"a Ray worker failed: {lines[-1] if lines else error}") from error
+        raise RuntimeError(f"a Ray worker failed: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """One line of Ray's message, which holds the traceback of another process: its first error."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    causes = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b: ", line)]
+    return (causes or lines or [type(error).__name__])[0]
