@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from convmixer_fast import ConvMixer, cli, save_checkpoint
+from convmixer_fast import ConvMixer, cli, cli_common, save_checkpoint
 from convmixer_fast.arch import ACTIVATIONS, VARIANTS
 from convmixer_fast.checkpoint import FORMATS
 from convmixer_fast.demo import plain_twin
@@ -301,21 +301,38 @@ def test_bad_images_are_skipped_by_name_and_counted(capsys, tmp_path, checkpoint
     assert "text.jpg" not in results.read_text()
 
 
-def test_on_error_stop_leaves_no_file_and_keeps_an_old_one(capsys, tmp_path, checkpoint, images):
+def test_on_error_stop_keeps_what_was_done_for_a_later_run(capsys, tmp_path, checkpoint, images):
     (images / "zz.jpg").write_text("not a picture")
     results = tmp_path / "out" / "r.csv"
     results.parent.mkdir()
     arguments = ("predict", images, "--checkpoint", checkpoint, "--img-size", 32, "-b", 2,
                  "--on-error", "stop", "--results-file", results)  # fmt: skip
     assert "zz.jpg: not an image" in refused(capsys, *arguments)
-    assert list(results.parent.iterdir()) == []
-    results.write_text("earlier results\n")
-    refused(capsys, *arguments)
+    assert [p.name for p in results.parent.iterdir()] == ["r.csv.parts"]
+    assert "holds an unfinished run: --resume" in refused(capsys, *arguments)
+    (images / "zz.jpg").unlink()
+    code, _, err = run(capsys, *arguments, "--resume")
+    assert code == 0
+    assert "1 image in" in err or "were there already" in err
+    assert len(results.read_text().splitlines()) == 1 + 5
     assert list(results.parent.iterdir()) == [results]
+
+
+def test_an_old_result_stays_until_a_new_one_is_whole(capsys, tmp_path, checkpoint, images):
+    results = tmp_path / "r.csv"
+    results.write_text("earlier results\n")
+    arguments = ("predict", images, "--checkpoint", checkpoint, "--img-size", 32, "--on-error",
+                 "stop", "--results-file", results)  # fmt: skip
+    assert "r.csv exists: --resume" in refused(capsys, *arguments)
+    (images / "a0.jpg").write_text("not a picture")
+    refused(capsys, *arguments, "--overwrite")
     assert results.read_text() == "earlier results\n"
+    (images / "a0.jpg").unlink()
+    assert run(capsys, *arguments, "--overwrite")[0] == 0
+    assert len(results.read_text().splitlines()) == 1 + 5
 
 
-def test_no_readable_image_is_an_error_and_leaves_no_file(capsys, tmp_path, checkpoint):
+def test_no_readable_image_is_an_error_and_leaves_no_result(capsys, tmp_path, checkpoint):
     folder = tmp_path / "bad"
     folder.mkdir()
     (folder / "text.jpg").write_text("not a picture")
@@ -325,15 +342,16 @@ def test_no_readable_image_is_an_error_and_leaves_no_file(capsys, tmp_path, chec
         "--results-file", results,
     )  # fmt: skip
     assert "no image could be read, of 1" in error
+    assert str(folder / "r.errors.csv") in error
     assert not results.exists()
-    assert len(list(folder.iterdir())) == 1
+    assert sorted(p.name for p in folder.iterdir()) == ["r.errors.csv", "text.jpg"]
 
 
 def test_results_go_through_links_and_into_devices(capsys, tmp_path, checkpoint, images):
     real, link = tmp_path / "real.csv", tmp_path / "link.csv"
     real.write_text("old")
     link.symlink_to(real)
-    assert predict(capsys, images, checkpoint, "--results-file", link)[0] == 0
+    assert predict(capsys, images, checkpoint, "--results-file", link, "--overwrite")[0] == 0
     assert link.is_symlink()
     assert real.read_text().startswith("filename,")
     assert predict(capsys, images, checkpoint, "--results-file", os.devnull)[0] == 0
@@ -399,6 +417,10 @@ def test_bad_input_is_refused_in_one_line(capsys, tmp_path, monkeypatch, checkpo
         ((images, *good, "--label-file", tmp_path / "none.txt"), "none.txt: No such file"),
         ((images, *good, "--label-file", images / "a1.png"), "a1.png: a label file is"),
         ((images, *good, "--topk", 0), "--topk must be at least 1"),
+        ((images / "*.bmp", *good), "no image matches"),
+        ((images, *good, "--resume"), "--resume needs the --results-file"),
+        ((images, *good, "--output-type", "embedding"), "embeddings are not for the screen"),
+        ((images, *good, "--image-list", tmp_path / "few.txt.csv"), "No such file"),
         ((images, *good, "-b", 0), "--batch-size must be at least 1"),
         ((images, *good, "-j", -1), "--workers must not be negative"),
         ((images, *good, "--crop-pct", 0), "crop_pct"),
@@ -492,11 +514,11 @@ def test_wrong_usage_leaves_with_code_2(capsys, arguments):
 
 
 def test_lists_of_choices_are_those_of_the_package():
-    assert tuple(ACTIVATIONS) == cli._ACTIVATIONS
-    assert tuple(INTERPOLATIONS) == cli._INTERPOLATIONS
-    assert ("auto", *BACKENDS) == cli._BACKENDS
-    assert tuple(FORMATS) == cli._FORMATS
-    assert cli.DEFAULT_MODEL in VARIANTS
+    assert tuple(ACTIVATIONS) == cli_common.ACTIVATIONS
+    assert tuple(INTERPOLATIONS) == cli_common.INTERPOLATIONS
+    assert ("auto", *BACKENDS) == cli_common.BACKENDS
+    assert tuple(FORMATS) == cli_common.FORMATS
+    assert cli_common.DEFAULT_MODEL in VARIANTS
 
 
 def test_interruption_is_130_and_quiet(capsys, monkeypatch):
