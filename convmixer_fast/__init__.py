@@ -1,6 +1,7 @@
 """ConvMixer as fast as the hardware allows, in place of anybody's ConvMixer."""
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from .arch import ACTIVATIONS, VARIANTS, Arch
 from .blocks import DepthwiseMix, MixerBlock, MixerStack, PointwiseMix, refresh
@@ -39,7 +40,17 @@ __all__ = [
     "refresh",
     "restore",
     "save_checkpoint",
+    "stream",
     "to_reference",
     "tune",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Reading images imports Pillow, which models alone do not need.
+    if name == "stream":
+        from .inference.streaming import stream
+
+        return stream
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""What can be done from a shell? ``convmixer-fast info | predict | doctor | convert | demo``.
+"""What can be done from a shell? ``convmixer-fast COMMAND``, see `build_parser`.
 
 Flags carry timm's names. What can be expected to go wrong (a path, an image, a checkpoint, a
 setting, a missing library, a full disk) is one line on stderr and exit code 2; with
@@ -16,6 +16,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
+
+from . import cli_stream
 
 if TYPE_CHECKING:
     import torch
@@ -447,6 +449,7 @@ def build_parser() -> argparse.ArgumentParser:
     output_format(info)
 
     _add_predict(command("predict", _predict, "classify images"))
+    cli_stream.add_command(command, _positive)
 
     doctor = command("doctor", _doctor, "say what is installed, which backends run, and check them")
     doctor.add_argument(

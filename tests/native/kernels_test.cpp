@@ -393,7 +393,7 @@ void test_pointwise(Random& random, const std::vector<std::string>& isas) {
         p.z = z.data();
         p.c_in = c_in;
         p.c_out = c_out;
-        p.plane = plane;
+        p.z_stride = p.plane = p.whole_plane = plane;
         p.act = act;
         p.strassen_levels = levels;
         for (int64_t at = 0; at < plane; at += kernels.tile) {
