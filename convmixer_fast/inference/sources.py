@@ -192,8 +192,7 @@ class BandSource(Source):
                 f"{self.name} ended after {self._at} rows of {self.height}: it is too short"
             )
         if not found:
-            like = torch.empty(0, dtype=torch.uint8)
-            return like.view(self.images, self.channels, 0, 0).expand(-1, -1, 0, self.width)
+            return torch.empty(self.images, self.channels, 0, self.width, dtype=torch.uint8)
         return found[0] if len(found) == 1 else torch.cat(found, 2)
 
     def _pull(self) -> bool:
@@ -368,13 +367,10 @@ def _open_path(path: Path, in_chans: int, layout: str | None) -> Source:
             raise
         why = error
     try:
-        with Image.open(path) as image:
-            pixels = image.width * image.height
-    except Exception as error:
-        raise ImageError(f"{path}: not an image ({_reason(error)})") from error
-    if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:
-        raise why
-    whole = np.asarray(read_image(path, in_chans))
+        whole = np.asarray(read_image(path, in_chans))
+    except ImageError as error:
+        bombs = (Image.DecompressionBombWarning, Image.DecompressionBombError, MemoryError)
+        raise why if isinstance(error.__cause__, bombs) else error from None
     return ArraySource(whole, in_chans, "HW" if in_chans == 1 else "HWC", name=str(path))
 
 
