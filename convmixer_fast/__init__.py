@@ -14,10 +14,10 @@ from .optimize import optimization_report, optimize, restore, to_reference
 from .tune import tune
 
 if TYPE_CHECKING:
-    from .inference import Predictor
+    from .inference import Predictor, stream
 
 # They need Pillow, which a model alone does not: imported when first asked for.
-_LATER = {"Predictor": "inference"}
+_LATER = {"Predictor": "inference", "stream": "inference"}
 
 
 def __getattr__(name: str) -> Any:
@@ -55,6 +55,7 @@ __all__ = [
     "refresh",
     "restore",
     "save_checkpoint",
+    "stream",
     "to_reference",
     "tune",
     "use_backend",

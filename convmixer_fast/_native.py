@@ -368,6 +368,84 @@ def mixer_stack(
     return out
 
 
+def joined_pixels(c_in: int, c_out: int) -> int:
+    """How many neighbouring pixels a matrix product of these channels may join, 1 where none.
+
+    `mixer_band` on bands that begin and end with whole groups of that many pixels of the map gives
+    the bits of the map as a whole.
+    """
+    return int(_engine().joined_pixels(c_in, c_out, strassen_levels()))
+
+
+def mixer_band(
+    window: Tensor,
+    band: tuple[int, int, int, int],
+    weight: Tensor,
+    packed: Tensor,
+    kernel_size: int,
+    act: str,
+    out: Tensor,
+    map_pixels: int,
+) -> Tensor:
+    """One ConvMixer block on a band of a map too large to be held, on all of torch's threads.
+
+    Args:
+        window: (N, C, h, w), float32, on the CPU, w stride 1: the band with all rows and columns
+            of the map that its depthwise convolution reaches. Past the window's edges are zeros.
+        band: first and last row, first and last column of it (the last excluded) in the window.
+        weight: (C, C, 1, 1), contiguous, the pointwise convolution's.
+        packed: what `mixer_pack` made of the rest of the block.
+        kernel_size: k of the depthwise convolution.
+        act: a name in `convmixer_fast.arch.ACTIVATIONS`.
+        out: (N, C, rows, columns) of the band, no part of ``window``, overwritten; a channel's
+            pixels are contiguous.
+        map_pixels: rows x columns of the whole map.
+
+    Returns:
+        ``out``. No gradient flows through it.
+
+    Raises:
+        TypeError: a tensor is not float32.
+        ValueError: a shape, a device, ``out``'s strides or ``act`` does not fit.
+        RuntimeError: the engine is not available.
+    """
+    engine = _engine()
+    _check("window", window)
+    n, c, height, width = window.shape
+    top, bottom, left, right = band
+    if not (0 <= top <= bottom <= height and 0 <= left <= right <= width):
+        raise ValueError(f"band {band} does not lie in a window of {height} x {width}")
+    if window.stride(3) != 1 and width > 1:
+        raise ValueError(f"window must have w stride 1, got strides {window.stride()}")
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
+    _check("weight", weight, (c, c, 1, 1))
+    _check("packed", packed, (engine.mixer_packed_floats(c, kernel_size),))
+    rows, cols = bottom - top, right - left
+    _check("out", out, (n, c, rows, cols))
+    if out.numel() == 0:
+        return out
+    if not out[0, 0].is_contiguous():
+        raise ValueError(f"a channel of out must be contiguous, got strides {out.stride()}")
+    matrix = weight.detach().contiguous()
+    engine.mixer_band(
+        window[:, :, top:, left:].data_ptr(),
+        window.stride()[:3],
+        (top, height - bottom, left, width - right),
+        out.data_ptr(),
+        out.stride()[:2],
+        (n, c, rows, cols),
+        kernel_size,
+        packed.data_ptr(),
+        matrix.data_ptr(),
+        _activation_numbers()[act],
+        strassen_levels(),
+        map_pixels,
+        torch.get_num_threads(),
+    )
+    return out
+
+
 def isa() -> str:
     """The instruction set in use; "" without the engine."""
     engine = load()

@@ -608,6 +608,12 @@ class MixerBlock(_FusedSequential):
             out = bn(x)
         return out
 
+    def mix_channels(self, x: Tensor) -> Tensor:
+        """The channel half alone, on the map that child ``0`` made."""
+        _, conv, act, bn = self
+        out = _fused_pointwise(self, self._halves, conv, act, bn, x)
+        return bn(act(conv(x))) if out is None else out
+
     def _whole(self, x: Tensor) -> _Whole | None:
         """The block as `mixer_stack` takes it, or None where its halves must run one by one on x.
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from .cli_common import ACTIVATIONS, FORMATS, PROG, note, positive, printable
 from .cli_evaluate import add_evaluate, evaluate
 from .cli_predict import add_predict, predict
+from .cli_stream import add_stream, stream
 
 if TYPE_CHECKING:
     from .arch import Variant
@@ -230,6 +231,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_predict(command("predict", predict, "classify images"))
     add_evaluate(command("evaluate", evaluate, "measure accuracy on a folder of classes"))
+    add_stream(
+        command("stream", stream, "classify one image of any size, in memory that does not grow")
+    )
 
     doctor = command("doctor", _doctor, "say what is installed, which backends run, and check them")
     doctor.add_argument(

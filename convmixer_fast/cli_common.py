@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from .inference import NativeSize, Predictor, Preprocessing
+    from .inference import NativeSize, Prediction, Predictor, Preprocessing
     from .model import ConvMixer
 
 PROG = "convmixer-fast"
@@ -30,7 +30,7 @@ _ACT_UNKNOWN = (
 
 
 def add_model_arguments(sub: argparse.ArgumentParser) -> None:
-    """Which model, and how images become its input: for `load_model` and `preprocessing_of`."""
+    """Which model: for `load_model`."""
     model = sub.add_argument_group("model")
     model.add_argument(
         "-m",
@@ -44,6 +44,9 @@ def add_model_arguments(sub: argparse.ArgumentParser) -> None:
     model.add_argument("--act", choices=ACTIVATIONS, help="activation, where the file cannot tell")
     model.add_argument("--num-classes", type=positive, metavar="N", help="classes to expect")
 
+
+def add_image_arguments(sub: argparse.ArgumentParser) -> None:
+    """How images become the model's input: for `preprocessing_of`."""
     images = sub.add_argument_group("images (default: as the model was trained)")
     images.add_argument("--img-size", type=positive, metavar="N", help="side of the model's input")
     images.add_argument("--input-size", type=int, nargs=3, metavar=("C", "H", "W"))
@@ -161,7 +164,7 @@ def device_of(name: str | None) -> torch.device:
 
 
 def make_predictor(args: argparse.Namespace, model: ConvMixer, **options: Any) -> Predictor:
-    """The `Predictor` that the flags of `add_model_arguments` and `add_running_arguments` ask for.
+    """The `Predictor` that the flags of `add_model_arguments` and its two fellows ask for.
 
     ``options`` are its others.
     """
@@ -228,3 +231,14 @@ def printable(text: str) -> str:
 
 def note(text: str) -> None:
     print(f"{PROG}: {printable(text)}", file=sys.stderr, flush=True)
+
+
+def table(row: Prediction, output_type: str) -> str:
+    """A file's name, and its classes below."""
+    lines = [printable(row.filename)]
+    width = max(len(str(i)) for i in row.indices)
+    for index, label, score in zip(row.indices, row.labels, row.scores, strict=True):
+        shown = f"{score:8.2%}" if output_type == "prob" else f"{score:8.3f}"
+        name = "" if label == str(index) else f"  {label}"
+        lines.append(f"  {shown}  {index:>{width}}{name}")
+    return "\n".join(lines)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cli_common import (
+    add_image_arguments,
     add_model_arguments,
     add_running_arguments,
     check_running,
@@ -31,6 +32,7 @@ def add_evaluate(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--data-dir", metavar="DIR", help="the same")
     add_model_arguments(sub)
+    add_image_arguments(sub)
     output = sub.add_argument_group("results")
     output.add_argument(
         "--class-map",

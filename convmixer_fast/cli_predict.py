@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cli_common import (
+    add_image_arguments,
     add_model_arguments,
     add_running_arguments,
     check_running,
@@ -21,11 +22,11 @@ from .cli_common import (
     make_predictor,
     note,
     positive,
-    printable,
+    table,
 )
 
 if TYPE_CHECKING:
-    from .inference import Outcome, Prediction, Predictor, ResultFile
+    from .inference import Outcome, Predictor, ResultFile
     from .inference.results import Row
 
 # As in `inference.files.FORMATS` and `inference.results.OUTPUT_TYPES`, which the tests compare:
@@ -57,6 +58,7 @@ def add_predict(sub: argparse.ArgumentParser) -> None:
         "--image-column", metavar="NAME", help="of the table (default: filename, path...)"
     )
     add_model_arguments(sub)
+    add_image_arguments(sub)
     output = sub.add_argument_group("results")
     output.add_argument(
         "--topk", type=int, default=5, metavar="N", help="classes shown (default: 5)"
@@ -287,18 +289,7 @@ def _show(rows: list[Row], output_type: str) -> bool:
     """Print rows; False when nobody reads them any more."""
     try:
         for row in rows:
-            print(_table(row, output_type), flush=True)  # type: ignore[arg-type]
+            print(table(row, output_type), flush=True)  # type: ignore[arg-type]
     except BrokenPipeError:
         return False
     return True
-
-
-def _table(row: Prediction, output_type: str) -> str:
-    """A file's name, and its classes below."""
-    lines = [printable(row.filename)]
-    width = max(len(str(i)) for i in row.indices)
-    for index, label, score in zip(row.indices, row.labels, row.scores, strict=True):
-        shown = f"{score:8.2%}" if output_type == "prob" else f"{score:8.3f}"
-        name = "" if label == str(index) else f"  {label}"
-        lines.append(f"  {shown}  {index:>{width}}{name}")
-    return "\n".join(lines)

@@ -51,7 +51,12 @@ class GlobalPool(nn.Module):
             return x.mean(dim=(2, 3))
         if self.pool_type == "max":
             return x.amax(dim=(2, 3))
-        mean, peak = x.mean(dim=(2, 3)), x.amax(dim=(2, 3))
+        return self.of_statistics(x.mean(dim=(2, 3)), x.amax(dim=(2, 3)))
+
+    def of_statistics(self, mean: Tensor, peak: Tensor) -> Tensor:
+        """The same from a map's mean and maximum, each (N, C), where there is pooling at all."""
+        if self.pool_type in ("avg", "max"):
+            return mean if self.pool_type == "avg" else peak
         return 0.5 * (mean + peak) if self.pool_type == "avgmax" else torch.cat((mean, peak), 1)
 
     def extra_repr(self) -> str:

@@ -242,6 +242,51 @@ void mixer_stack(std::uintptr_t x, std::uintptr_t z, const Four& shape, std::int
   }
 }
 
+void mixer_band(std::uintptr_t x, const std::array<std::int64_t, 3>& x_strides,
+                const Four& margins, std::uintptr_t z, const std::array<std::int64_t, 2>& z_strides,
+                const Four& shape, std::int64_t k, std::uintptr_t packed, std::uintptr_t weight,
+                int act, int strassen_levels, std::int64_t map_pixels, int threads) {
+  const auto [n, c, h, w] = shape;
+  for (std::int64_t size : shape) {
+    require(size >= 0, "shape: sizes must not be negative, got " + std::to_string(size));
+  }
+  for (std::int64_t margin : margins) {
+    require(margin >= 0, "margins: must not be negative, got " + std::to_string(margin));
+  }
+  check_settings(act, 0, threads);
+  if (n == 0 || c == 0 || h == 0 || w == 0) return;
+  check_mixer(c, k);
+  const std::pair<const char*, std::uintptr_t> addresses[] = {
+      {"x_ptr", x}, {"z_ptr", z}, {"packed_ptr", packed}, {"weight_ptr", weight}};
+  for (const auto& [name, address] : addresses) {
+    require(address != 0, name + std::string(": must not be null"));
+  }
+  require(c == 1 || z_strides[1] >= h * w, "z_strides: channels of z must not overlap, got stride " +
+                                               std::to_string(z_strides[1]));
+  cmf::MixerBand band;
+  band.x = pointer<const float>(x);
+  for (int axis = 0; axis < 3; ++axis) band.x_stride[axis] = x_strides[axis];
+  band.above = margins[0];
+  band.below = margins[1];
+  band.left = margins[2];
+  band.right = margins[3];
+  band.z = pointer<float>(z);
+  band.z_stride[0] = z_strides[0];
+  band.z_stride[1] = z_strides[1];
+  band.n = n;
+  band.c = c;
+  band.h = h;
+  band.w = w;
+  band.k = k;
+  band.block = pointer<const float>(packed);
+  band.weight = pointer<const float>(weight);
+  band.act = static_cast<cmf::Activation>(act);
+  band.strassen_levels = strassen_levels;
+  band.map_pixels = map_pixels;
+  const py::gil_scoped_release release;
+  cmf::mixer_band(band, threads);
+}
+
 std::uint64_t fingerprint(const std::vector<std::pair<std::uintptr_t, std::size_t>>& pieces) {
   std::vector<cmf::Piece> list;
   list.reserve(pieces.size());
@@ -310,6 +355,17 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("strassen_levels"), py::arg("threads"),
         "A stack of ConvMixer blocks on contiguous float32 maps (n, c, h, w); z may be x, but not "
         "overlap it otherwise. weight_ptrs: the pointwise weights [c][c]. Raises KeyboardInterrupt between images.");
+  m.def("joined_pixels", &cmf::joined_pixels, py::arg("c_in"), py::arg("c_out"),
+        py::arg("strassen_levels"),
+        "How many neighbouring pixels of a map may be multiplied together, 1 where none are.");
+  m.def("mixer_band", &mixer_band, py::arg("x_ptr"), py::arg("x_strides"), py::arg("margins"),
+        py::arg("z_ptr"), py::arg("z_strides"), py::arg("shape"), py::arg("k"),
+        py::arg("packed_ptr"), py::arg("weight_ptr"), py::arg("act"), py::arg("strassen_levels"),
+        py::arg("map_pixels"), py::arg("threads"),
+        "One ConvMixer block on a band of a larger float32 map. x_ptr is the first pixel of x that "
+        "is put out, x_strides n, c, h in floats (w stride 1), margins the rows above and below and "
+        "the columns left and right of it that are the map's own; z_strides n, c, a channel's "
+        "pixels are contiguous. z must not overlap x.");
   m.def("fingerprint", &fingerprint, py::arg("pieces"),
         "A 64-bit hash of 16 samples of 8 bytes of each (address, bytes) piece.");
   m.def(

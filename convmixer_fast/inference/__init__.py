@@ -2,11 +2,14 @@
 
 from .batches import Batch, Prepare, image_batches, load_image
 from .files import ResultFile
+from .heatmap import Heatmap, class_activation_map, overlay, write_overlay
 from .images import IMG_EXTENSIONS, ImageError, find_images, read_image, read_image_list
 from .labels import class_labels, imagenet_labels, read_labels
 from .predictor import Outcome, Predictor
 from .preprocessing import INTERPOLATIONS, NativeSize, Preprocessing, preprocessing_for
 from .results import Columns, Failure, Prediction, Vector, rows_of, top_predictions
+from .sources import Source, open_source
+from .streaming import StreamStats, stream
 
 __all__ = [
     "IMG_EXTENSIONS",
@@ -14,6 +17,7 @@ __all__ = [
     "Batch",
     "Columns",
     "Failure",
+    "Heatmap",
     "ImageError",
     "NativeSize",
     "Outcome",
@@ -22,16 +26,23 @@ __all__ = [
     "Prepare",
     "Preprocessing",
     "ResultFile",
+    "Source",
+    "StreamStats",
     "Vector",
+    "class_activation_map",
     "class_labels",
     "find_images",
     "image_batches",
     "imagenet_labels",
     "load_image",
+    "open_source",
+    "overlay",
     "preprocessing_for",
     "read_image",
     "read_image_list",
     "read_labels",
     "rows_of",
+    "stream",
     "top_predictions",
+    "write_overlay",
 ]

@@ -84,7 +84,7 @@ void channel_mix(const ChannelMix& p, int threads) {
         one.z = p.z + n * p.c_out * plane;
         one.c_in = c_in;
         one.c_out = p.c_out;
-        one.plane = plane;
+        one.z_stride = one.plane = one.whole_plane = plane;
         one.act = p.act;
         one.strassen_levels = p.strassen_levels;
         kernels.run(one, begin, end, groups * cut / cuts, groups * (cut + 1) / cuts, scratch);

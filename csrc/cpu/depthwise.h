@@ -35,6 +35,9 @@ struct DepthwiseMix {
   const float* scale;
   const float* shift;
   Activation act;
+  // Planar only: so many rows and columns around x's are the image's own and lie in memory where x's
+  // strides put them; what is beyond them are zeros.
+  int64_t above = 0, below = 0, left = 0, right = 0;
 };
 
 // How a DepthwiseMix is cut: every block is `rows` x `cols` output pixels of `channels` channels
@@ -53,8 +56,9 @@ struct DepthwiseKernels {
   void (*run)(const DepthwiseMix&, Layout, const DepthwiseBlocks&, int64_t begin, int64_t end,
               float* scratch);
 
-  // Channels begin .. end-1 of one contiguous planar image into packed panels (pointwise.h), pixels
-  // from the last one on as zeros; y is not used. `sums` has room for a plane and one vector.
+  // Channels begin .. end-1 of one planar image into packed panels (pointwise.h), pixels from the
+  // last one on as zeros; y is not used. `sums` has room for a plane and one vector; where x's rows
+  // have gaps, for two planes.
   void (*run_panels)(const DepthwiseMix&, const DepthwiseBlocks&, int64_t begin, int64_t end,
                      float* scratch, float* sums, float* panels, int64_t panel_stride);
 };

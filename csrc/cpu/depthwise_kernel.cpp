@@ -241,8 +241,8 @@ void planar_block(const PlanarBlock& b) {
 void fill_planar(const DepthwiseMix& p, const float* plane, int64_t h0, int64_t w0, int64_t rows,
                  int64_t cols, int64_t stride, bool zeros, float* scratch) {
   const int64_t before = (p.k - 1) / 2;
-  const Inside ys = inside(h0 - before, rows + p.k - 1, p.h);
-  const Inside xs = inside(w0 - before, cols + p.k - 1, p.w);
+  const Inside ys = inside(h0 - before + p.above, rows + p.k - 1, p.above + p.h + p.below);
+  const Inside xs = inside(w0 - before + p.left, cols + p.k - 1, p.left + p.w + p.right);
   if (!zeros) zero(scratch, planar_scratch_rows(rows, p.k) * stride);
   for (int64_t r = ys.begin; r < ys.end; ++r) {
     copy(plane + (h0 - before + r) * p.x_stride[2] + w0 - before + xs.begin,
@@ -384,10 +384,15 @@ void run_panels(const DepthwiseMix& p, const DepthwiseBlocks& blocks, int64_t be
     for (int64_t i = 0; i < count; ++i) {
       planar_sums(p, blocks, 0, c, i, c > begin && count == 1, scratch, sums, p.w);
     }
+    const float* residual = p.x + c * p.x_stride[1];
+    if (p.x_stride[2] != p.w && p.h > 1) {
+      float* plane = sums + p.h * p.w;
+      for (int64_t r = 0; r < p.h; ++r) copy(residual + r * p.x_stride[2], plane + r * p.w, p.w);
+      residual = plane;
+    }
     with_activation(p.act, [&](auto a) __attribute__((always_inline)) {
       finish_panels<static_cast<Activation>(decltype(a)::value)>(
-          sums, p.x + c * p.x_stride[1], p.h * p.w, p.scale[c], p.shift[c], panels + c * kPanel,
-          panel_stride);
+          sums, residual, p.h * p.w, p.scale[c], p.shift[c], panels + c * kPanel, panel_stride);
     });
   }
 }

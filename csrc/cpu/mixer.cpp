@@ -45,15 +45,22 @@ struct Scratch {
   float* plane;
 };
 
-// A stack cut for the machine: everything that does not change from block to block.
+// A stack cut for the machine: everything that does not change from block to block. A band is the one
+// block of a stack, with other strides and something around it.
 class Plan {
  public:
-  explicit Plan(const MixerStack& stack)
+  explicit Plan(const MixerStack& stack, const MixerBand* band = nullptr)
       : s_(stack),
+        band_(band),
         depthwise_(active_isa().depthwise),
         pointwise_(active_isa().pointwise),
         offsets_(stack.c, stack.k),
-        plane_(stack.h * stack.w) {
+        plane_(stack.h * stack.w),
+        x_image_(band == nullptr ? stack.c * plane_ : band->x_stride[0]),
+        z_image_(band == nullptr ? stack.c * plane_ : band->z_stride[0]),
+        z_channel_(band == nullptr ? plane_ : band->z_stride[1]),
+        whole_plane_(band == nullptr ? plane_ : band->map_pixels),
+        planes_(band == nullptr || band->x_stride[2] == stack.w ? 1 : 2) {
     blocks_ = depthwise_.blocks(image_problem(nullptr, nullptr), Layout::planar);
     // Two cache lines more than the values: panels of a power-of-two channel count would share a
     // few sets of the caches.
@@ -68,7 +75,7 @@ class Plan {
     const int64_t depthwise = ceil_div(blocks_.scratch_floats, 16) * 16;
     const int64_t pointwise = ceil_div(pointwise_.scratch_floats(s_.c, s_.c), 16) * 16;
     const int64_t kernel = depthwise > pointwise ? depthwise : pointwise;
-    Scratch scratch{aligned_floats(kernel + plane_), nullptr, nullptr};
+    Scratch scratch{aligned_floats(kernel + planes_ * plane_), nullptr, nullptr};
     scratch.kernel = scratch.memory.get();
     scratch.plane = scratch.kernel + kernel;
     return scratch;
@@ -99,7 +106,9 @@ class Plan {
     p.shift = block + offsets_.shift2;
     p.z = first;
     p.c_in = p.c_out = s_.c;
+    p.z_stride = z_channel_;
     p.plane = plane_;
+    p.whole_plane = whole_plane_;
     p.act = s_.act;
     p.strassen_levels = s_.strassen_levels;
     const int64_t begin = tile * pointwise_.tile;
@@ -125,8 +134,8 @@ class Plan {
   // One image through all blocks, by all threads.
   void shared_image(int64_t image, int threads, std::vector<Scratch>& scratches,
                     float* panels) const {
-    const float* in = s_.x + image * s_.c * plane_;
-    float* out = s_.z + image * s_.c * plane_;
+    const float* in = s_.x + image * x_image_;
+    float* out = s_.z + image * z_image_;
     // At least two pieces of work a thread, so that a late thread costs little; not more, since
     // every piece of a tile makes the sums of its panels anew.
     const int64_t pieces = ceil_div(2 * threads, tiles());
@@ -159,6 +168,13 @@ class Plan {
     p.y = nullptr;
     const int64_t strides[4] = {s_.c * plane_, plane_, s_.w, 1};
     for (int axis = 0; axis < 4; ++axis) p.x_stride[axis] = p.y_stride[axis] = strides[axis];
+    if (band_ != nullptr) {
+      for (int axis = 0; axis < 3; ++axis) p.x_stride[axis] = band_->x_stride[axis];
+      p.above = band_->above;
+      p.below = band_->below;
+      p.left = band_->left;
+      p.right = band_->right;
+    }
     p.n = 1;
     p.c = s_.c;
     p.h = s_.h;
@@ -174,10 +190,12 @@ class Plan {
   }
 
   const MixerStack& s_;
+  const MixerBand* const band_;
   const DepthwiseKernels& depthwise_;
   const PointwiseKernels& pointwise_;
   const Offsets offsets_;
-  const int64_t plane_;
+  const int64_t plane_, x_image_, z_image_, z_channel_, whole_plane_;
+  const int64_t planes_;  // that the depthwise kernel needs for one channel
   DepthwiseBlocks blocks_;
   int64_t panel_stride_, groups_;
 };
@@ -199,6 +217,13 @@ void mixer_pack(const MixerBlock& block, int64_t c, int64_t k, float* packed) {
   vector(block.bias2, at.bias2, c);
   vector(block.scale2, at.scale2, c);
   vector(block.shift2, at.shift2, c);
+}
+
+int64_t joined_pixels(int64_t c_in, int64_t c_out, int strassen_levels) {
+  const PointwiseKernels& pointwise = active_isa().pointwise;
+  const int64_t large = int64_t{1} << 40;
+  const int levels = std::min(strassen_levels, pointwise.strassen_levels(c_in, c_out, large));
+  return levels == 0 ? 1 : pointwise.panel << levels;
 }
 
 int64_t mixer_images(int64_t h, int64_t w) {
@@ -233,6 +258,28 @@ void mixer_stack(const MixerStack& stack, int64_t begin, int64_t end, int thread
     for (int i = 0; i < threads; ++i) scratches.push_back(plan.scratch());
     for (; begin < end; ++begin) plan.shared_image(begin, threads, scratches, panels.get());
   }
+}
+
+void mixer_band(const MixerBand& band, int threads) {
+  if (band.n == 0 || band.c == 0 || band.h == 0 || band.w == 0) return;
+  MixerStack stack;
+  stack.x = band.x;
+  stack.z = band.z;
+  stack.n = band.n;
+  stack.c = band.c;
+  stack.h = band.h;
+  stack.w = band.w;
+  stack.k = band.k;
+  stack.blocks = &band.block;
+  stack.weights = &band.weight;
+  stack.depth = 1;
+  stack.act = band.act;
+  stack.strassen_levels = band.strassen_levels;
+  const Plan plan(stack, &band);
+  const Floats panels = aligned_floats(plan.panels_floats());
+  std::vector<Scratch> scratches;
+  for (int i = 0; i < threads; ++i) scratches.push_back(plan.scratch());
+  for (int64_t i = 0; i < band.n; ++i) plan.shared_image(i, threads, scratches, panels.get());
 }
 
 }  // namespace convmixer_fast

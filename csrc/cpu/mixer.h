@@ -45,6 +45,34 @@ struct MixerStack {
   int strassen_levels;  // of Strassen's algorithm at most (pointwise.h)
 };
 
+// One block on a band of a larger map: rows [0, h) and columns [0, w) of z from x and what lies
+// around it. Zeros are padded only where nothing lies around: at the map's own border.
+//
+// A pixel of z has the bits that it has in the map as a whole, by Strassen's algorithm only where it
+// keeps its neighbours: see joined_pixels.
+struct MixerBand {
+  const float* x;       // at the first pixel that is put out; w stride 1
+  int64_t x_stride[3];  // n, c, h
+  int64_t above, below, left, right;  // rows and columns around it that are the map's own
+  float* z;             // no part of x; pixels of a channel are contiguous
+  int64_t z_stride[2];  // n, c
+  int64_t n, c, h, w;
+  int64_t k;
+  const float* block;   // packed
+  const float* weight;  // [c][c]
+  Activation act;
+  int strassen_levels;
+  int64_t map_pixels;   // of the whole map
+};
+
+// On at most `threads` threads, image by image. Throws std::bad_alloc when there is no memory for the
+// panels of the band; z is then unspecified.
+void mixer_band(const MixerBand& band, int threads);
+
+// How many neighbouring pixels, counted from a map's first, may be multiplied together: bands of whole
+// such groups give the bits of the whole map. 1 where every pixel is multiplied by itself.
+int64_t joined_pixels(int64_t c_in, int64_t c_out, int strassen_levels);
+
 // How many images of that size a thread takes together.
 int64_t mixer_images(int64_t h, int64_t w);
 

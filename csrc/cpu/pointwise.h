@@ -29,9 +29,11 @@ struct Pointwise {
   const float* bias;     // [c_out], or null; scale and shift [c_out]
   const float* scale;
   const float* shift;
-  float* z;              // [image][c_out][plane]
+  float* z;              // [image][c_out][z_stride], of which `plane` are written
+  int64_t z_stride;
   int64_t c_in, c_out;
-  int64_t plane;         // pixels of the image
+  int64_t plane;         // pixels of the image, or of the band of it
+  int64_t whole_plane;   // pixels of the image: what is multiplied how is the same for every band
   Activation act;
   int strassen_levels;   // at most; done where they pay
 };

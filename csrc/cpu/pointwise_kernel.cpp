@@ -402,7 +402,7 @@ CMF_INLINE void finish_panel(const Pointwise& p, const Vectors& v, int64_t first
         const Float scale = S::broadcast(v.scale[m + R]), shift = S::broadcast(v.shift[m + R]);
         const Float z0 = values[2 * R] * scale + shift, z1 = values[2 * R + 1] * scale + shift;
         if (m + R >= rows) return;
-        float* z = p.z + (image * p.c_out + first + m + R) * p.plane + pixel;
+        float* z = p.z + (image * p.c_out + first + m + R) * p.z_stride + pixel;
         if (pixels == kPanel) {
           S::store(z, z0);
           S::store(z + kLanes, z1);
@@ -654,7 +654,7 @@ void run(const Pointwise& p, int64_t pixel_begin, int64_t pixel_end, int64_t gro
   const Scratch scratch(memory);
   const int64_t count = ceil_div(pixel_end - pixel_begin, kPanel), all = p.images * count;
   const int64_t begin = group_begin * (4 * kRows), end = min(group_end * (4 * kRows), p.c_out);
-  const int levels = min(p.strassen_levels, strassen_levels(p.c_in, p.c_out, p.plane));
+  const int levels = min(p.strassen_levels, strassen_levels(p.c_in, p.c_out, p.whole_plane));
   bool clean[kPanels], done[kPanels];
   for (int64_t i = 0; i < all; ++i) {
     clean[i] = levels > 0 && finite(p.panels + i * p.panel_stride, p.c_in);

@@ -393,7 +393,7 @@ void test_pointwise(Random& random, const std::vector<std::string>& isas) {
         p.z = z.data();
         p.c_in = c_in;
         p.c_out = c_out;
-        p.plane = plane;
+        p.z_stride = p.plane = p.whole_plane = plane;
         p.act = act;
         p.strassen_levels = levels;
         for (int64_t at = 0; at < plane; at += kernels.tile) {
@@ -510,6 +510,99 @@ std::vector<Expected> block_expected(const BlockParameters& b, Activation act, c
   return z;
 }
 
+// What lies around the band [r0, r1) x [c0, c1) of maps and is seen by it, in memory of exactly its size.
+struct Window {
+  int64_t top, bottom, left, right;  // of the maps
+  Floats values;
+
+  Window(const Floats& x, int64_t maps, int64_t h, int64_t w, int64_t k, int64_t r0, int64_t r1,
+         int64_t c0, int64_t c1)
+      : top(std::max<int64_t>(0, r0 - (k - 1) / 2)),
+        bottom(std::min(h, r1 + k / 2)),
+        left(std::max<int64_t>(0, c0 - (k - 1) / 2)),
+        right(std::min(w, c1 + k / 2)) {
+    for (int64_t i = 0; i < maps; ++i) {
+      for (int64_t r = top; r < bottom; ++r) {
+        const float* row = x.data() + (i * h + r) * w;
+        values.insert(values.end(), row + left, row + right);
+      }
+    }
+    values.shrink_to_fit();
+  }
+};
+
+cmf::MixerBand band_of(const Window& window, Floats& z, int64_t n, int64_t c, int64_t h, int64_t w,
+                       int64_t k, Activation act, const Floats& weight, const Floats& packed,
+                       int64_t r0, int64_t r1, int64_t c0, int64_t c1) {
+  const int64_t cols = window.right - window.left, plane = (window.bottom - window.top) * cols;
+  cmf::MixerBand band;
+  band.x = window.values.data() + (r0 - window.top) * cols + c0 - window.left;
+  band.x_stride[0] = c * plane;
+  band.x_stride[1] = plane;
+  band.x_stride[2] = cols;
+  band.above = r0 - window.top;
+  band.below = window.bottom - r1;
+  band.left = c0 - window.left;
+  band.right = window.right - c1;
+  band.z = z.data();
+  band.n = n;
+  band.c = c;
+  band.h = r1 - r0;
+  band.w = c1 - c0;
+  band.k = k;
+  band.block = packed.data();
+  band.weight = weight.data();
+  band.act = act;
+  band.map_pixels = h * w;
+  return band;
+}
+
+// Any part of a map, multiplied directly, has the bits of the whole; what lies between the channels of
+// z stays as it was.
+void test_band(Random& random, const Floats& x, int64_t n, int64_t c, int64_t h, int64_t w, int64_t k,
+               Activation act, const Floats& weight, const Floats& packed, const Floats& whole,
+               const std::string& problem) {
+  const int64_t r0 = random.integer(0, h - 1), r1 = random.integer(r0 + 1, h);
+  int64_t c0 = random.integer(0, w - 1), c1 = random.integer(c0 + 1, w);
+  if (random.chance(50)) c0 = 0, c1 = w;
+  const int64_t rows = r1 - r0, cols = c1 - c0, gap = random.integer(0, 20);
+  const Window window(x, n * c, h, w, k, r0, r1, c0, c1);
+  Floats z = untouched_floats(n * c * (rows * cols + gap)), expected = z;
+  cmf::MixerBand band =
+      band_of(window, z, n, c, h, w, k, act, weight, packed, r0, r1, c0, c1);
+  band.z_stride[1] = rows * cols + gap;
+  band.z_stride[0] = c * band.z_stride[1];
+  band.strassen_levels = 0;
+  cmf::mixer_band(band, random.integer(1, 3));
+  for (int64_t i = 0; i < n * c; ++i) {
+    for (int64_t r = 0; r < rows; ++r) {
+      std::copy_n(whole.data() + (i * h + r0 + r) * w + c0, cols,
+                  expected.data() + i * (rows * cols + gap) + r * cols);
+    }
+  }
+  require_same(z, expected, problem, text("a band of ", rows, " x ", cols, " at ", r0, ", ", c0));
+}
+
+// Rows from a first one on that begins a group of joined pixels, down to the map's end, have the bits of
+// the whole map by Strassen's algorithm too.
+void test_rows(const Floats& x, int64_t n, int64_t c, int64_t h, int64_t w, int64_t k, Activation act,
+               const Floats& weight, const Floats& packed, int64_t first, const Floats& whole,
+               const std::string& problem) {
+  const int64_t rows = h - first;
+  const Window window(x, n * c, h, w, k, first, h, 0, w);
+  Floats z = untouched_floats(n * c * rows * w), expected;
+  cmf::MixerBand band = band_of(window, z, n, c, h, w, k, act, weight, packed, first, h, 0, w);
+  band.z_stride[1] = rows * w;
+  band.z_stride[0] = c * rows * w;
+  band.strassen_levels = 2;
+  cmf::mixer_band(band, 2);
+  for (int64_t i = 0; i < n * c; ++i) {
+    const float* plane = whole.data() + i * h * w;
+    expected.insert(expected.end(), plane + first * w, plane + h * w);
+  }
+  require_same(z, expected, problem, text("rows from ", first, " on"));
+}
+
 void test_mixer(Random& random, const std::vector<std::string>& isas) {
   const int64_t k = random_kernel_size(random), depth = random.integer(1, 3);
   int64_t c = random_channels(random), h = random_side(random), w = random_side(random);
@@ -545,7 +638,7 @@ void test_mixer(Random& random, const std::vector<std::string>& isas) {
       weights.push_back(b.weight.data());
     }
     auto run = [&](const Floats& in, int64_t first_block, int64_t count, int threads,
-                   int64_t images) {
+                   int64_t images, int levels = 2) {
       Floats z = untouched_floats(n * c * h * w);
       cmf::MixerStack stack;
       stack.x = in.data();
@@ -557,7 +650,7 @@ void test_mixer(Random& random, const std::vector<std::string>& isas) {
       stack.k = k;
       stack.blocks = addresses.data() + first_block;
       stack.weights = weights.data() + first_block;
-      stack.strassen_levels = 2;
+      stack.strassen_levels = levels;
       stack.depth = count;
       stack.act = act;
       for (int64_t i = 0; i < n; i += images) {
@@ -581,6 +674,12 @@ void test_mixer(Random& random, const std::vector<std::string>& isas) {
                      text(threads, " threads and ", images, " images a call"));
       }
     }
+    test_band(random, x, n, c, h, w, k, act, blocks[0].weight, packed[0], run(x, 0, 1, 1, n, 0),
+              problem);
+    const int64_t joined = cmf::joined_pixels(c, c, 2) / std::gcd(cmf::joined_pixels(c, c, 2), w);
+    const int64_t first = h / joined > 0 ? random.integer(0, h / joined - 1) * joined : 0;
+    test_rows(x, n, c, h, w, k, act, blocks[0].weight, packed[0], first, run(x, 0, 1, 1, n),
+              problem);
   }
 }
 

@@ -1,0 +1,141 @@
+"""What does ``convmixer-fast stream`` do? One enormous image, an answer, and what it cost."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from .cli_common import BACKENDS, add_model_arguments, device_of, load_model, note, positive, table
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+
+def memory_size(text: str) -> int:
+    """Bytes of a size like ``2GB``, ``512MiB`` or ``1000000``."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?)B?\s*", text.upper())
+    if found is None or found[2] not in _UNITS or float(found[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"must be a size like 2GB or 512MiB, got {text!r}")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def add_stream(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("image", metavar="IMAGE", help=".npy, .zarr, TIFF, or any image file")
+    add_model_arguments(sub)
+
+    output = sub.add_argument_group("results")
+    output.add_argument(
+        "--topk", type=positive, default=5, metavar="N", help="classes shown (default: 5)"
+    )
+    output.add_argument("--class-map", metavar="FILE", help="class names: text or JSON")
+    output.add_argument("--output-type", choices=("prob", "logit"), default="prob")
+    what = output.add_mutually_exclusive_group()
+    what.add_argument(
+        "--output", metavar="FILE", help="write the map of features as it comes: .npy or .zarr"
+    )
+    what.add_argument(
+        "--heatmap",
+        metavar="FILE",
+        help="write where the class comes from: a PNG over the image, and the map itself as .npy",
+    )
+    output.add_argument(
+        "--target", type=int, metavar="N", help="class of the heatmap (default: the likeliest)"
+    )
+    output.add_argument("--overwrite", action="store_true", help="replace files that are there")
+
+    running = sub.add_argument_group("running")
+    running.add_argument(
+        "--max-memory", type=memory_size, metavar="SIZE", help="for its buffers, like 2GB"
+    )
+    running.add_argument("--scratch", metavar="DIR", help="folder for what does not fit in memory")
+    running.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep the state in a file as it goes, and go on from it if it is there",
+    )
+    running.add_argument(
+        "--state", metavar="FILE", help="that file (default: IMAGE's name and .stream-state, here)"
+    )
+    running.add_argument("--device", metavar="NAME", help="default: cuda if there is one, else cpu")
+    running.add_argument(
+        "--backend", choices=BACKENDS, default="auto", help="kernels (default: auto)"
+    )
+
+
+def peak_memory() -> int:
+    """Bytes of memory that this process held at its highest."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def stream(args: argparse.Namespace) -> int:
+    from . import inference
+    from .inference import StreamStats, class_labels, top_predictions, write_overlay
+    from .ops import use_backend
+
+    array = None
+    if args.heatmap:
+        if Path(args.heatmap).suffix.lower() != ".png":
+            raise ValueError(f"--heatmap {args.heatmap}: the picture is a .png")
+        array = Path(args.heatmap).with_suffix(".npy")
+    elif args.target is not None:
+        raise ValueError("--target is for --heatmap")
+    state = Path(args.state or f"{Path(args.image).name}.stream-state")
+    if args.state and not args.resume:
+        raise ValueError("--state is for --resume")
+    for path in (args.output, args.heatmap, array):
+        going_on = args.resume and state.exists()
+        if path and Path(path).exists() and not (args.overwrite or going_on):
+            raise FileExistsError(f"{path} is there already: pass --overwrite to replace it")
+    device = device_of(args.device)
+    model = load_model(args).to(device)
+    labels = class_labels(model.num_classes, args.class_map)
+    note(f"{model.arch} on {device}")
+    what = "features" if args.output else "heatmap" if args.heatmap else "logits"
+    stats = StreamStats()
+    with use_backend(args.backend):
+        result: Any = inference.stream(
+            model,
+            args.image,
+            what,
+            out=args.output,
+            max_memory=args.max_memory,
+            scratch=args.scratch,
+            checkpoint=state if args.resume else None,
+            target=args.target,
+            progress=sys.stderr.isatty(),
+            stats=stats,
+        )
+    if args.output:
+        note(f"wrote {args.output}: {what} {tuple(result.shape)}")
+    else:
+        logits = result.logits if args.heatmap else result
+        rows = top_predictions([args.image], logits.cpu(), labels, args.topk, args.output_type)
+        print(table(rows[0], args.output_type), flush=True)
+    if array is not None:
+        import numpy as np
+        from PIL import Image
+
+        write_overlay(args.heatmap, result.scores[0], Image.fromarray(result.pictures[0]))
+        with open(array, "wb") as file:
+            np.save(file, result.scores[0].numpy())
+        note(
+            f"wrote {args.heatmap} and {array}: class {int(result.classes[0])}, a value for each "
+            f"{result.cell} x {result.cell} px"
+        )
+    plan = stats.plan
+    assert plan is not None
+    speed = stats.rows / max(stats.seconds, 1e-9)
+    went_on = f", went on at row {stats.resumed_at:,}" if stats.resumed_at else ""
+    cut = f"strips of {plan.columns} patches, " if plan.spilled else ""
+    note(
+        f"{stats.height:,} x {stats.width:,} px in {stats.seconds:.1f} s "
+        f"({speed:,.0f} rows/s{went_on}); peak memory {peak_memory() / 1e6:,.0f} MB, "
+        f"{plan.bytes / 1e6:,.0f} MB of it the stream's ({cut}bands of {plan.rows} patches, "
+        f"backend {stats.backend})"
+    )
+    return 0

@@ -1,0 +1,188 @@
+"""Where in an image does a class come from? A class activation map, and a picture of it.
+
+With a mean pool, the classifier of the mean is the mean of the classifier at every position: the
+map of a class's scores is exact, and its mean is the class's logit.
+
+Source: Zhou et al., "Learning Deep Features for Discriminative Localization", 2016.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+#: Colours from a map's lowest to its highest value, dark to bright.
+_COLOURS = np.array(
+    [[8, 8, 40], [50, 20, 120], [150, 40, 120], [220, 80, 60], [250, 170, 40], [255, 250, 180]],
+    dtype=np.float32,
+)
+
+
+class Heatmap(NamedTuple):
+    """A class's score at every cell of an image.
+
+    Attributes:
+        scores: (N, cells down, cells across), float32, on the CPU.
+        classes: (N,) the class that each map is of.
+        logits: (N, num_classes).
+        cell: pixels along a cell's side; the last cells may be smaller.
+        size: (height, width) in pixels of what the cells cover.
+        pictures: (N, height, width, 3) bytes, the images at reduced scale, to lay the maps over;
+            None where the caller has the images.
+    """
+
+    scores: Tensor
+    classes: Tensor
+    logits: Tensor
+    cell: int
+    size: tuple[int, int]
+    pictures: np.ndarray[Any, Any] | None = None
+
+    def mean(self) -> Tensor:
+        """(N,) the mean over the image, of cells by their area: the logits of ``classes``."""
+
+        def sides(size: int) -> Tensor:
+            begins = torch.arange(0, size, self.cell)
+            return (size - begins).clamp(max=self.cell).double() / size
+
+        area = sides(self.size[0])[:, None] * sides(self.size[1])
+        return (self.scores.double() * area).sum((1, 2)).float()
+
+
+def check_mean_pooling(model: nn.Module) -> None:
+    """A class activation map needs a mean pool and a linear classifier.
+
+    Raises:
+        ValueError: the model has others.
+    """
+    pool: Any = getattr(model, "global_pool", None)
+    kind = getattr(pool, "pool_type", "avg")
+    if kind != "avg":
+        raise ValueError(f"a class activation map needs mean pooling, the model has {kind!r}")
+    head = getattr(model, "head", None)
+    if not isinstance(head, nn.Linear):
+        raise ValueError(
+            "a class activation map needs a linear classifier, the model has "
+            f"{type(head).__name__}: reset_classifier(num_classes) makes one"
+        )
+
+
+def class_scores(
+    head: nn.Linear, maps: Tensor, logits: Tensor, target: int | None
+) -> tuple[Tensor, Tensor]:
+    """The classifier of one class at every position of ``maps``.
+
+    Args:
+        head: (num_classes, C).
+        maps: (N, C, h, w).
+        logits: (N, num_classes).
+        target: the class; None: the likeliest one of each image.
+
+    Returns:
+        Scores (N, h, w), float32 on the CPU, and the classes (N,).
+
+    Raises:
+        ValueError: there is no such class.
+    """
+    count = head.weight.shape[0]
+    if target is not None and not 0 <= target < count:
+        raise ValueError(f"there is no class {target}: the model has 0 to {count - 1}")
+    if target is None:
+        classes = logits.argmax(1)
+    else:
+        classes = torch.full((maps.shape[0],), target, device=maps.device)
+    weight = head.weight.detach()[classes].float()
+    scores = torch.einsum("nchw,nc->nhw", maps.float(), weight)
+    if head.bias is not None:
+        scores = scores + head.bias.detach()[classes].float()[:, None, None]
+    return scores.cpu(), classes.cpu()
+
+
+@torch.inference_mode()
+def class_activation_map(model: nn.Module, x: Tensor, target: int | None = None) -> Heatmap:
+    """The score of a class at every patch of images; its mean is the class's logit.
+
+    Args:
+        model: a `ConvMixer` in eval mode with mean pooling and a classifier.
+        x: (N, in_chans, H, W), as the model takes it.
+        target: the class; None: the likeliest one of each image.
+
+    Returns:
+        A `Heatmap` of (N, H // p, W // p) scores.
+
+    Raises:
+        ValueError: the model pools in another way, has no classifier, or no class ``target``.
+    """
+    check_mean_pooling(model)
+    parts: Any = model
+    maps: Tensor = parts.forward_features(x)
+    logits: Tensor = parts.forward_head(maps)
+    scores, classes = class_scores(parts.head, maps, logits, target)
+    patch = int(parts.stem[0].kernel_size[0])
+    size = (maps.shape[2] * patch, maps.shape[3] * patch)
+    return Heatmap(scores, classes, logits, patch, size)
+
+
+def overlay(
+    scores: Tensor | np.ndarray[Any, Any], image: Image.Image | None = None, strength: float = 0.6
+) -> Image.Image:
+    """A picture of a map: its lowest value dark, its highest bright, over the image if given.
+
+    Args:
+        scores: (cells down, cells across).
+        image: of any size; the map is stretched over it. Without one, a map of at least 256
+            pixels a side comes out by itself.
+        strength: of the colours over the image, 0 to 1.
+    """
+    values = np.asarray(scores, dtype=np.float32)
+    if values.ndim != 2 or values.size == 0:
+        raise ValueError(f"scores must be (rows, columns) of one image, got shape {values.shape}")
+    finite = np.isfinite(values)
+    low, high = (values[finite].min(), values[finite].max()) if finite.any() else (0.0, 0.0)
+    values = np.where(finite, values, low)
+    if image is None:
+        scale = max(1, -(-256 // max(values.shape)))
+        size = (values.shape[1] * scale, values.shape[0] * scale)
+    else:
+        size = image.size
+    levels = (values - low) / (high - low) if high > low else np.zeros_like(values)
+    smooth = torch.from_numpy(np.ascontiguousarray(levels))[None, None]
+    stretched = F.interpolate(smooth, size=size[::-1], mode="bilinear", align_corners=False)[0, 0]
+    at = stretched.clamp(0, 1).numpy() * (len(_COLOURS) - 1)
+    colours = np.stack(
+        [np.interp(at, np.arange(len(_COLOURS)), _COLOURS[:, i]) for i in range(3)], axis=-1
+    )
+    if image is not None:
+        base = np.asarray(image.convert("RGB"), dtype=np.float32)
+        colours = (1 - strength) * base + strength * colours
+    return Image.fromarray(colours.round().astype(np.uint8), "RGB")
+
+
+def write_overlay(
+    path: str | os.PathLike[str],
+    scores: Tensor | np.ndarray[Any, Any],
+    image: Image.Image | None = None,
+) -> None:
+    """`overlay` as a PNG file, whole or not there.
+
+    Raises:
+        OSError: the file cannot be written.
+        ValueError: ``scores`` is no map of one image.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    picture = overlay(scores, image)
+    try:
+        picture.save(partial, format="PNG")
+        os.replace(partial, path)
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from error
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,686 @@
+"""How does one enormous image get its answer? Row by row, exactly, in memory that does not grow.
+
+`stream` reads an image from top to bottom and sends it through a ConvMixer in bands (bands.py has
+the arithmetic). The map that comes out is the one that the whole image would give; its mean is a
+sum in float64, row after row, where PyTorch's is in float32 in an order of its own: logits may
+differ from ``model(image)`` in the last bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..arch import IMAGENET_MEAN, IMAGENET_STD
+from ..model import ConvMixer
+from .bands import BandFlow, Plan, blocks_of
+from .heatmap import Heatmap, check_mean_pooling, class_scores
+from .images import ImageError
+from .preprocessing import Preprocessing
+from .sources import Source, open_source
+
+OUTPUTS = ("logits", "features", "heatmap")
+#: Cells of a heatmap's longer side, at most.
+HEATMAP_CELLS = 128
+#: Pixels of a heatmap's picture along a cell's side.
+PICTURE_PIXELS = 8
+#: Rows of pixels between two checkpoints.
+CHECKPOINT_ROWS = 4096
+
+
+@dataclass
+class StreamStats:
+    """What a stream did: filled in while it runs.
+
+    Attributes:
+        height, width: of the image, in pixels; the height is what was read of it.
+        rows: rows of pixels that this run has read.
+        seconds: that it took.
+        plan: how the map was cut.
+        backend: ``cpu`` (the engine takes whole blocks) or ``modules`` (each half by the backend
+            that serves it).
+        resumed_at: the row of pixels at which it went on, 0 from the beginning.
+    """
+
+    height: int = 0
+    width: int = 0
+    rows: int = 0
+    seconds: float = 0.0
+    plan: Plan | None = None
+    backend: str = ""
+    resumed_at: int = 0
+
+
+class Pixels:
+    """Stored pixels -> what the stem takes: scaled, normalised, in the model's dtype.
+
+    Whole numbers are pixels: divided by the largest of their type, less the mean, by the deviation.
+    Floating-point values are taken as they are, as ``model(image)`` takes them.
+    """
+
+    def __init__(self, preprocessing: Preprocessing, dtype: torch.dtype, device: Any) -> None:
+        view = (1, -1, 1, 1)
+        self._mean = torch.tensor(preprocessing.mean).view(view)
+        self._std = torch.tensor(preprocessing.std).view(view)
+        self._dtype, self._device = dtype, device
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        if rows.dtype == torch.bool or rows.is_complex():
+            raise ImageError(f"pixels cannot be {rows.dtype}: pass whole numbers or floats")
+        if not rows.is_floating_point():
+            largest = torch.iinfo(rows.dtype).max
+            values = rows.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+            rows = values.div_(largest).sub_(self._mean).div_(self._std)
+        return rows.to(device=self._device, dtype=self._dtype)
+
+    def visible(self, rows: Tensor) -> Tensor:
+        """The same as bytes for people to look at, of 1 or 3 channels."""
+        if rows.is_floating_point():
+            shown = rows.float().cpu() * self._std + self._mean
+        else:
+            shown = rows.float() / torch.iinfo(rows.dtype).max
+        if shown.shape[1] not in (1, 3):
+            shown = shown.mean(1, keepdim=True)
+        return shown.clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
+class _Pool:
+    """Sum and maximum of every channel over all pixels so far."""
+
+    def __init__(self, images: int, dim: int, device: torch.device) -> None:
+        self.sum = torch.zeros(images, dim, dtype=torch.float64, device=device)
+        self.peak = torch.full_like(self.sum, -torch.inf)
+        self.pixels = 0
+
+    def add(self, values: Tensor) -> None:
+        # Row by row: the same sums whatever the bands are.
+        for row in range(values.shape[2]):
+            self.sum += values[:, :, row].sum(-1, dtype=torch.float64)
+        self.peak = torch.maximum(self.peak, values.amax((2, 3)).to(torch.float64))
+        self.pixels += values.shape[2] * values.shape[3]
+
+
+class _Reduced:
+    """Means of cells of ``cell`` x ``cell`` patches, the last ones of what is left."""
+
+    def __init__(
+        self, images: int, dim: int, cell: int, width: int, patch: int, device: Any
+    ) -> None:
+        self.cell, self._width = cell, width
+        #: Every so many pixels of the image, for a picture of it.
+        self._every = max(1, cell * patch // PICTURE_PIXELS)
+        self.picture = torch.empty(
+            images, 0, -(-width * patch // self._every), 3, dtype=torch.uint8
+        )
+        self._shape = (images, dim, -(-width // cell))
+        self._device = device
+        self.sums = torch.zeros(0, *self._shape, device=device)
+        self._rows = 0
+
+    def add(self, row: int, column: int, values: Tensor) -> None:
+        rows, columns = values.shape[2:]
+        down = torch.arange(row, row + rows, device=self._device) // self.cell
+        across = torch.arange(column, column + columns, device=self._device) // self.cell
+        missing = int(down[-1]) + 1 - self.sums.shape[0]
+        if missing > 0:
+            more = torch.zeros(missing, *self._shape, device=self._device)
+            self.sums = torch.cat((self.sums, more))
+        summed = torch.zeros(rows, *self._shape, device=self._device)
+        summed.index_add_(3, across, values.permute(2, 0, 1, 3).float())
+        self.sums.index_add_(0, down, summed)
+        self._rows = max(self._rows, row + rows)
+
+    def look(self, row: int, rows: Tensor, pixels: Pixels) -> None:
+        """Take some of these rows, the first one of which is ``row``, into the picture."""
+        some = rows[:, :, -row % self._every :: self._every, :: self._every]
+        seen = pixels.visible(some).permute(0, 2, 3, 1).expand(-1, -1, -1, 3)
+        self.picture = torch.cat((self.picture, seen), 1)
+
+    def means(self) -> Tensor:
+        """(N, C, cells down, cells across)"""
+
+        def sizes(count: int) -> Tensor:
+            whole = torch.arange(0, count, self.cell, device=self._device)
+            return (count - whole).clamp(max=self.cell).float()
+
+        area = sizes(self._rows)[:, None, None, None] * sizes(self._width)
+        return (self.sums / area).permute(1, 2, 0, 3).contiguous()
+
+    def areas(self) -> tuple[int, int]:
+        return self._rows, self._width
+
+
+def default_preprocessing(model: nn.Module) -> Preprocessing:
+    """The normalisation of a model's ``pretrained_cfg``, ImageNet's where it has none."""
+    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+    channels = int(getattr(model, "in_chans", 3))
+
+    def per_channel(name: str, default: tuple[float, ...]) -> tuple[float, ...]:
+        values = tuple(cfg.get(name) or default)
+        return values if len(values) in (1, channels) else (sum(values) / len(values),)
+
+    mean, std = per_channel("mean", IMAGENET_MEAN), per_channel("std", IMAGENET_STD)
+    return Preprocessing(input_size=(channels, 224, 224), mean=mean, std=std)
+
+
+@torch.inference_mode()
+def stream(
+    model: nn.Module,
+    source: Any,
+    output: str = "logits",
+    *,
+    out: str | os.PathLike[str] | None = None,
+    preprocessing: Preprocessing | None = None,
+    layout: str | None = None,
+    height: int | None = None,
+    max_memory: int | None = None,
+    band_rows: int | None = None,
+    strip_columns: int | None = None,
+    scratch: str | os.PathLike[str] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_rows: int = CHECKPOINT_ROWS,
+    target: int | None = None,
+    cell: int | None = None,
+    progress: bool = False,
+    stats: StreamStats | None = None,
+) -> Any:
+    """What a ConvMixer says of an image of any size, exactly, without tiles and in bounded memory.
+
+    The image passes from top to bottom; every block keeps k - 1 rows of patches, so memory grows
+    with the image's width and not with its height, and no patch is computed twice. The map is the
+    one of the whole image: zeros are padded at its border only, pixels beyond whole patches are
+    dropped. On the CPU engine bits are equal to the whole image's; where the matrix product joins
+    neighbouring pixels (Strassen's algorithm, from 256 channels on) this needs whole groups of
+    them in every band, which strips and some widths do not have: then the last bits may differ,
+    as they do on other backends (`Plan.exact` tells, ``CONVMIXER_FAST_STRASSEN=0`` joins none).
+
+    Args:
+        model: a `ConvMixer`, or a model with its ``stem``, ``blocks``, ``global_pool`` and ``head``
+            that `convmixer_fast.optimize` has been through; in eval mode.
+        source: a path (.npy, .zarr, TIFF, JPEG, PNG...), array, memory map, tensor, zarr array, an
+            iterator of bands of rows, or a list of these, images of one size that pass together;
+            see `open_source`. Whole numbers are scaled to 0..1 and normalised; floating-point
+            values go into the model as they are.
+        output: ``"logits"``, ``"features"`` (the map of the last block), or ``"heatmap"``.
+        out: for features, a file to write them to as they come, .npy or .zarr; None: memory.
+        preprocessing: its mean and std are used; by default those of ``model.pretrained_cfg``.
+        layout: how the axes of arrays are ordered: "HW", "HWC", "CHW", "NHWC" or "NCHW".
+        height: in pixels, of an iterator of bands, where it is known.
+        max_memory: bytes for the stream's own buffers; bands get smaller, and then strips of
+            columns are made, with the kept rows in a file. Sources' own memory is not counted.
+        band_rows, strip_columns: of a band or strip, in patches, fixed instead of chosen.
+        scratch: the folder for that file; None: the system's.
+        checkpoint: a file that is written, whole or not at all, every ``checkpoint_rows`` rows of
+            pixels, from which a run that was cut off goes on if called again in the same way. It is
+            removed at the end.
+        checkpoint_rows: see there.
+        target: the class of a heatmap; None: the likeliest one of each image.
+        cell: patches along the side of a heatmap's cell; by default as many as leave at most
+            `HEATMAP_CELLS` cells along the longer side (the width, where the height is not known).
+        progress: show a bar.
+        stats: filled in while the stream runs.
+
+    Returns:
+        logits: (N, num_classes), or (N, features) without a classifier, on the model's device.
+        features: (N, dim, height // p, width // p): a tensor, or what ``out`` holds as a memory map
+        or zarr array.
+        heatmap: a `Heatmap`, whose mean is the logits.
+
+    Raises:
+        ImageError: the source cannot be read, ends early, or is smaller than a patch.
+        ValueError: an argument makes no sense, ``max_memory`` is too small, the model is in
+            training mode, or the checkpoint is of another run.
+        TypeError: the model has no blocks that can be streamed.
+        OSError: a file cannot be written.
+    """
+    run = _Run(model, output, preprocessing)
+    opened = open_source(source, run.in_chans, layout, height)
+    try:
+        return run(
+            opened,
+            out=None if out is None else Path(out),
+            max_memory=max_memory,
+            band_rows=band_rows,
+            strip_columns=strip_columns,
+            scratch=None if scratch is None else os.fspath(scratch),
+            checkpoint=None if checkpoint is None else Path(checkpoint),
+            checkpoint_rows=checkpoint_rows,
+            target=target,
+            cell=cell,
+            progress=progress,
+            stats=stats or StreamStats(),
+        )
+    finally:
+        if opened is not source:
+            opened.close()
+
+
+class _Run:
+    """One call of `stream`: the model's parts, checked."""
+
+    def __init__(self, model: nn.Module, output: str, preprocessing: Preprocessing | None) -> None:
+        if output not in OUTPUTS:
+            raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
+        if any(module.training for module in model.modules()):
+            raise ValueError("streaming is inference: call model.eval() first")
+        parts: Any = model
+        missing = [p for p in ("stem", "blocks", "head") if not hasattr(model, p)]
+        if missing:
+            raise TypeError(
+                f"{type(model).__name__} has no {' and no '.join(missing)}: stream takes "
+                "convmixer_fast.ConvMixer; ConvMixer.from_checkpoint reads any published format"
+            )
+        self.model, self.output, self._parts = model, output, parts
+        conv = parts.stem[0]
+        self.patch, self.in_chans = int(conv.kernel_size[0]), int(conv.in_channels)
+        self.dtype, self.device = conv.weight.dtype, conv.weight.device
+        if output == "logits" and isinstance(model, ConvMixer):
+            if model.global_pool.is_identity():
+                raise ValueError(
+                    "the model has no pooling, so there are no logits: use output='features'"
+                )
+        elif output == "heatmap":
+            check_mean_pooling(model)
+        self.preprocessing = preprocessing or default_preprocessing(model)
+        self.pixels = Pixels(self.preprocessing, self.dtype, self.device)
+
+    def __call__(
+        self,
+        source: Source,
+        *,
+        out: Path | None,
+        max_memory: int | None,
+        band_rows: int | None,
+        strip_columns: int | None,
+        scratch: str | None,
+        checkpoint: Path | None,
+        checkpoint_rows: int,
+        target: int | None,
+        cell: int | None,
+        progress: bool,
+        stats: StreamStats,
+    ) -> Any:
+        for name, value in (
+            ("band_rows", band_rows),
+            ("strip_columns", strip_columns),
+            ("checkpoint_rows", checkpoint_rows),
+            ("cell", cell),
+        ):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if out is not None and self.output != "features":
+            raise ValueError(f"out is for output='features', not for {self.output!r}")
+        patch, images = self.patch, source.images
+        width = source.width // patch
+        height = None if source.height is None else source.height // patch
+        if width < 1 or height == 0:
+            raise ImageError(
+                f"{source.name}: {source.height or '?'} x {source.width} px (height x width) are "
+                f"less than one patch of {patch} x {patch}"
+            )
+        if out is not None and height is None:
+            raise ValueError(
+                f"{source.name} does not tell its height, which the file of features needs: "
+                "pass height="
+            )
+        stem = self._parts.stem
+        probe = torch.zeros(1, self.in_chans, patch, patch, dtype=self.dtype, device=self.device)
+        blocks = blocks_of(self._parts.blocks, stem[0], stem(probe))
+        if height is not None and hasattr(blocks, "map_pixels"):
+            blocks.map_pixels = height * width
+        bytes_of_pixel = self.in_chans * (4 + 2 * probe.element_size())
+        plan = Plan.make(
+            blocks,
+            images,
+            width,
+            images * source.width * patch * bytes_of_pixel,
+            max_memory=max_memory,
+            band_rows=band_rows,
+            strip_columns=strip_columns,
+        )
+        stats.plan, stats.backend, stats.width = plan, blocks.name, source.width
+        flow = BandFlow(blocks, images, width, plan, scratch)
+        pool = _Pool(images, blocks.dim, self.device)
+        sinks: _Features | _Reduced | None = None
+        saved = None
+        if checkpoint is not None:
+            saved = _Checkpoint(
+                checkpoint, self._identity(source, plan, cell, out, blocks.name), checkpoint_rows
+            )
+        resume = saved is not None and saved.exists()
+        try:
+            if self.output == "features":
+                sinks = _Features(out, images, blocks.dim, height, width, self.dtype, resume)
+            elif self.output == "heatmap":
+                longer = max(width, height or width)
+                cell = cell or -(-longer // HEATMAP_CELLS)
+                sinks = _Reduced(images, blocks.dim, cell, width, patch, self.device)
+            begin = 0
+            if saved is not None and resume:
+                begin = saved.load(flow, pool, sinks)
+                stats.resumed_at = begin * patch
+            self._pass(source, flow, pool, sinks, begin, height, saved, progress, stats)
+            if isinstance(sinks, _Features):
+                result: Any = sinks.finish()
+            elif isinstance(sinks, _Reduced):
+                result = self._heatmap(sinks, pool, target)
+            else:
+                result = self._logits(pool)
+        finally:
+            flow.close()
+        if saved is not None:
+            saved.remove()
+        return result
+
+    def _pass(
+        self,
+        source: Source,
+        flow: BandFlow,
+        pool: _Pool,
+        sinks: _Features | _Reduced | None,
+        begin: int,
+        height: int | None,
+        saved: _Checkpoint | None,
+        progress: bool,
+        stats: StreamStats,
+    ) -> None:
+        """The image from row ``begin`` of patches on."""
+        from tqdm import tqdm
+
+        patch, step, stem = self.patch, flow.plan.rows, self._parts.stem
+        start, at, last = time.perf_counter(), begin, False
+        total = None if height is None else height * patch
+        bar = tqdm(
+            total=total, initial=at * patch, unit="row", unit_scale=True, disable=not progress
+        )
+        with bar:
+            while not last:
+                rows = source.read(at * patch, (at + step) * patch)
+                new = rows.shape[2] // patch
+                last = new < step if height is None else at + new >= height
+                if height is not None and new < min(step, height - at):
+                    raise ImageError(
+                        f"{source.name} ended after {at * patch + rows.shape[2]} rows of "
+                        f"{source.height}"
+                    )
+                if at + new == 0:
+                    raise ImageError(
+                        f"{source.name}: {rows.shape[2]} rows of pixels are less than one patch of "
+                        f"{patch} x {patch}"
+                    )
+                rows = rows[:, :, : new * patch, : flow.width * patch]
+                if isinstance(sinks, _Reduced):
+                    sinks.look(at * patch, rows, self.pixels)
+                ready = self.pixels(rows)
+                del rows
+
+                def band(first: int, end: int, ready: Tensor = ready) -> Tensor:
+                    out: Tensor = stem(ready[:, :, :, first * patch : end * patch])
+                    return out
+
+                for piece in flow.feed(band, new, last):
+                    values = piece.values.to(self.dtype)
+                    if sinks is not None:
+                        sinks.add(piece.row, piece.column, values)
+                    if not isinstance(sinks, _Features):
+                        pool.add(values)
+                del ready, band
+                at += new
+                bar.update(new * patch)
+                stats.rows = (at - begin) * patch
+                stats.height, stats.seconds = at * patch, time.perf_counter() - start
+                if saved is not None and not last:
+                    saved.offer(at, patch, flow, pool, sinks)
+        stats.height = source.height or stats.height
+
+    def _pooled(self, pool: _Pool) -> Tensor:
+        mean = (pool.sum / pool.pixels).to(self.dtype)
+        pooling: Any = getattr(self.model, "global_pool", None)
+        if not isinstance(self.model, ConvMixer):
+            return mean
+        pooled: Tensor = pooling.of_statistics(mean, pool.peak.to(self.dtype))
+        return pooled
+
+    def _logits(self, pool: _Pool) -> Tensor:
+        out: Tensor = self._parts.head(self._pooled(pool))
+        return out
+
+    def _heatmap(self, reduced: _Reduced, pool: _Pool, target: int | None) -> Heatmap:
+        logits = self._logits(pool)
+        means = reduced.means().to(self.dtype)
+        scores, classes = class_scores(self._parts.head, means, logits, target)
+        rows, columns = reduced.areas()
+        size = (rows * self.patch, columns * self.patch)
+        return Heatmap(
+            scores, classes, logits, reduced.cell * self.patch, size, reduced.picture.numpy()
+        )
+
+    def _identity(
+        self, source: Source, plan: Plan, cell: int | None, out: Path | None, backend: str
+    ) -> dict[str, Any]:
+        """What must be the same for a run to go on from another one's checkpoint."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name, value in self.model.state_dict().items():
+            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().data)
+        return {
+            "weights": digest.hexdigest(),
+            "output": self.output,
+            "out": None if out is None else str(out.absolute()),
+            "backend": backend,
+            "image": [source.images, source.channels, source.height, source.width],
+            "mean and std": [list(self.preprocessing.mean), list(self.preprocessing.std)],
+            "cell": cell,
+            "plan": asdict(plan),
+        }
+
+
+class _Features:
+    """The last block's map, as it comes: in memory, a .npy memory map or a zarr array."""
+
+    def __init__(
+        self,
+        path: Path | None,
+        images: int,
+        dim: int,
+        height: int | None,
+        width: int,
+        dtype: torch.dtype,
+        resume: bool,
+    ) -> None:
+        self._dtype = dtype
+        self._shape = (images, dim, height or 0, width)
+        self._array: Any = None
+        if path is None:
+            if height is not None:
+                self._whole: Tensor | None = torch.empty(self._shape, dtype=dtype)
+            else:
+                self._whole = None
+            return
+        if dtype == torch.bfloat16:
+            # numpy has no bfloat16; every one of its values is a float32 as well.
+            self._dtype = torch.float32
+        numbers = np.dtype(str(self._dtype).removeprefix("torch."))
+        if path.suffix == ".npy":
+            mode = "r+" if resume and path.exists() else "w+"
+            self._array = np.lib.format.open_memmap(
+                path, mode=mode, dtype=numbers, shape=None if mode == "r+" else self._shape
+            )
+        elif path.suffix == ".zarr":
+            self._array = _create_zarr(path, self._shape, numbers, resume)
+        else:
+            raise ValueError(f"features are written to .npy or .zarr, not to {path}")
+        if tuple(self._array.shape) != self._shape:
+            raise ValueError(f"{path} has shape {self._array.shape}, not {self._shape}")
+
+    def add(self, row: int, column: int, values: Tensor) -> None:
+        rows, columns = values.shape[2:]
+        values = values.to("cpu", self._dtype)
+        if self._array is not None:
+            self._array[:, :, row : row + rows, column : column + columns] = values.numpy()
+            return
+        if self._whole is None or row + rows > self._whole.shape[2]:
+            # The height is not known: room for twice as many rows.
+            n, c, _, w = self._shape
+            held = self._whole
+            self._whole = torch.empty(n, c, 2 * (row + rows), w, dtype=self._dtype)
+            if held is not None:
+                self._whole[:, :, : held.shape[2]] = held
+        self._whole[:, :, row : row + rows, column : column + columns] = values
+        self._height = max(getattr(self, "_height", 0), row + rows)
+
+    def flush(self) -> None:
+        if isinstance(self._array, np.memmap):
+            self._array.flush()
+
+    def finish(self) -> Any:
+        if self._array is None:
+            assert self._whole is not None
+            return self._whole[:, :, : self._height]
+        self.flush()
+        return self._array
+
+
+def _create_zarr(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], resume: bool) -> Any:
+    try:
+        import zarr
+    except ImportError as error:
+        raise ImportError(f"{path} needs zarr, which is not installed: pip install zarr") from error
+    if resume and path.exists():
+        return zarr.open(str(path), mode="r+")
+    c, w = shape[1], shape[3]
+    # A few rows of a megabyte or so: bands are written as they come.
+    rows = max(1, (1 << 20) // max(1, c * w * dtype.itemsize))
+    chunks = (1, c, min(rows, max(1, shape[2])), w)
+    return zarr.open(str(path), mode="w", shape=shape, chunks=chunks, dtype=dtype)
+
+
+class _Checkpoint:
+    """All that a stream needs to go on, in one file, whole or not there.
+
+    A zip file of a JSON header and .npy members: kept rows, sums, and a heatmap's cells.
+    """
+
+    def __init__(self, path: Path, identity: dict[str, Any], rows: int) -> None:
+        self.path, self._identity, self._rows = path, identity, rows
+        self._done = 0
+
+    def exists(self) -> bool:
+        return self.path.exists()
+
+    def remove(self) -> None:
+        with suppress(FileNotFoundError):
+            self.path.unlink()
+
+    def offer(
+        self, at: int, patch: int, flow: BandFlow, pool: _Pool, sinks: _Features | _Reduced | None
+    ) -> None:
+        """Write one if it is time: ``at`` rows of patches have passed."""
+        if (at - self._done) * patch < self._rows:
+            return
+        if isinstance(sinks, _Features):
+            sinks.flush()
+        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
+        try:
+            with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as file:
+                head = {
+                    "row": at,
+                    "flow": flow.state(),
+                    "pixels": pool.pixels,
+                    **self._members(sinks),
+                }
+                file.writestr("head.json", json.dumps({"run": self._identity, **head}))
+                _write(file, "sum", pool.sum)
+                _write(file, "peak", pool.peak)
+                if isinstance(sinks, _Reduced):
+                    _write(file, "cells", sinks.sums)
+                    _write(file, "picture", sinks.picture)
+                for key, shape in flow.pieces():
+                    _write(file, f"{key[0]}-{key[1]}", flow.kept(key, shape))
+            with open(partial, "rb") as file_on_disk:
+                os.fsync(file_on_disk.fileno())
+            os.replace(partial, self.path)
+        except OSError as error:
+            raise type(error)(error.errno, error.strerror, str(self.path)) from error
+        finally:
+            partial.unlink(missing_ok=True)
+        self._done = at
+
+    @staticmethod
+    def _members(sinks: _Features | _Reduced | None) -> dict[str, Any]:
+        if isinstance(sinks, _Reduced):
+            return {"heatmap rows": sinks._rows}
+        if isinstance(sinks, _Features) and sinks._array is None:
+            raise ValueError(
+                "features in memory cannot be gone on with: pass out=, or no checkpoint"
+            )
+        return {}
+
+    def load(self, flow: BandFlow, pool: _Pool, sinks: _Features | _Reduced | None) -> int:
+        """Put everything back; returns the row of patches at which to go on."""
+        try:
+            with zipfile.ZipFile(self.path) as file:
+                head = json.loads(file.read("head.json"))
+                wanted = json.loads(json.dumps(self._identity))
+                for key, value in wanted.items():
+                    if head["run"].get(key) != value:
+                        raise ValueError(
+                            f"{self.path} is the checkpoint of another run: its {key} was "
+                            f"{head['run'].get(key)}, now {value}; delete it to start anew"
+                        )
+                flow.restore(head["flow"])
+                pool.sum = _read(file, "sum", pool.sum)
+                pool.peak = _read(file, "peak", pool.peak)
+                pool.pixels = head["pixels"]
+                if isinstance(sinks, _Reduced):
+                    sinks.sums = _read(file, "cells", sinks.sums)
+                    sinks.picture = _read(file, "picture", sinks.picture)
+                    sinks._rows = head["heatmap rows"]
+                like = torch.empty(0, dtype=flow.blocks.dtype)
+                for piece, _ in flow.pieces():
+                    flow.put_back(piece, _read(file, f"{piece[0]}-{piece[1]}", like))
+        except (zipfile.BadZipFile, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"{self.path} is no checkpoint of a stream: delete it to start anew"
+            ) from error
+        self._done = int(head["row"])
+        return self._done
+
+
+def _write(file: zipfile.ZipFile, name: str, values: Tensor) -> None:
+    dense = values.detach().cpu().contiguous()
+    # numpy has no bfloat16: its bits are kept.
+    array = dense.view(torch.int16).numpy() if dense.dtype == torch.bfloat16 else dense.numpy()
+    with file.open(f"{name}.npy", "w", force_zip64=True) as member:
+        np.lib.format.write_array(member, array, allow_pickle=False)
+
+
+def _read(file: zipfile.ZipFile, name: str, like: Tensor) -> Tensor:
+    with file.open(f"{name}.npy") as member:
+        array = np.lib.format.read_array(member, allow_pickle=False)
+    values = torch.from_numpy(array)
+    return (values.view(like.dtype) if like.dtype == torch.bfloat16 else values).to(like.device)
+
+
+def bands_of(source: Source, rows: int) -> Iterator[Tensor]:
+    """Rows of a source, ``rows`` at a time, until it ends."""
+    begin = 0
+    while True:
+        band = source.read(begin, begin + rows)
+        if band.shape[2] == 0:
+            return
+        yield band
+        begin += band.shape[2]
