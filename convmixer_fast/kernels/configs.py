@@ -316,7 +316,7 @@ TRITON = "triton"
 
 @dataclass(frozen=True)
 class OrderRow:
-    """One row: where it holds (all conditions together), the kernels in their order, and why.
+    """One row: the architectures, the kernels in their order, and why.
 
     A kernel is `TRITON` or a family of the CUDA extension.
     """
@@ -324,20 +324,12 @@ class OrderRow:
     families: tuple[int, ...]
     kernels: tuple[str, ...]
     reason: str
-    #: At most this many outputs.
-    outputs: int | None = None
 
 
-#: Who multiplies half precision and TF32; the first row that holds is taken, and of it the first
-#: kernel that can run. The shares of cuBLAS's rate are estimates from instruction mixes: nothing
-#: was timed, and `convmixer_fast.tune` decides by measuring.
+#: Who multiplies half precision and TF32: of an architecture's row, the first kernel that can run.
+#: The shares of cuBLAS's rate are estimates from instruction mixes: nothing was timed, and
+#: `convmixer_fast.tune` decides by measuring.
 ORDER = (
-    OrderRow(
-        (80, 86, 120),
-        (TRITON, "mma.sync"),
-        "few outputs: Triton's 64 x 64 tiles are four times as many as mma.sync's 128 x 128",
-        outputs=_ONE_WAVE,
-    ),
     OrderRow(
         (80, 86, 120),
         ("mma.sync", TRITON),
@@ -360,13 +352,9 @@ ORDER = (
 )
 
 
-def lookup_order(architecture: int, outputs: int) -> OrderRow:
-    """Who computes products of that many outputs in half precision or TF32."""
-    group = family(architecture)
-    for row in ORDER:
-        if group in row.families and (row.outputs is None or outputs <= row.outputs):
-            return row
-    raise LookupError(f"no row for sm_{architecture}")
+def lookup_order(architecture: int) -> OrderRow:
+    """Who computes products in half precision or TF32 on a compute capability such as 89."""
+    return next(row for row in ORDER if family(architecture) in row.families)
 
 
 def why_slower(dtype: torch.dtype, tf32: bool = False) -> str:

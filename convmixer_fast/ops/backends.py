@@ -245,7 +245,7 @@ def _choose_gpu(
         return _first_trusted(asked, call, [ProductConfig()], f"; expected to be faster: {slower}")
     if call.case.op != "pointwise_mix" or device.type == "cpu":
         return _first_trusted(asked, call, [None], "")
-    order = lookup_order(support.architecture(device), _outputs(call))
+    order = lookup_order(support.architecture(device))
     families = _cuda_families(call) if order.kernels != (TRITON,) else {}
     kernels: list[CudaConfig | None] = []
     because = f"; {order.reason}"
@@ -292,11 +292,6 @@ def _first_trusted(
     if asked == "triton" or (asked == "cuda" and not also):
         _refuse(asked, why_not)
     return Choice("reference", also + why_not)
-
-
-def _outputs(call: Call) -> int:
-    n, h, w = call.shape
-    return n * h * w * call.case.out_channels
 
 
 def _why_not_cuda(device: torch.device) -> str:
