@@ -243,7 +243,7 @@ def _choose_gpu(
     slower = _why_slower(call.case.op, dtype)
     if slower:
         return _first_trusted(asked, call, [ProductConfig()], f"; expected to be faster: {slower}")
-    if call.case.op != "pointwise_mix" or device.type == "cpu":
+    if call.case.op != "pointwise_mix" or not (device.type == "cuda" or _native_cuda.is_emulated()):
         return _first_trusted(asked, call, [None], "")
     order = lookup_order(support.architecture(device))
     families = _cuda_families(call) if order.kernels != (TRITON,) else {}

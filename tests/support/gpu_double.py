@@ -103,9 +103,9 @@ class Double:
 
 
 @contextmanager
-def installed(backend: str = "triton") -> Iterator[Double]:
+def installed(backend: str = "triton", double: Double | None = None) -> Iterator[Double]:
     """Kernels "run" on CPU tensors inside the block, asked for by name, and are PyTorch's."""
-    double = Double()
+    double = double or Double()
     with pytest.MonkeyPatch.context() as patch, support.emulated(), use_backend(backend):
         patch.setattr(support, "_why_no_triton", lambda: "")
         names = ("pack_taps", "depthwise_mix", "pointwise_mix", "patch_embed", "after_product_")
