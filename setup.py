@@ -1,20 +1,29 @@
 """How is the compiled core built? With ninja, from csrc/, without torch; or not at all, saying why.
 
-Everything else about the distribution stands in pyproject.toml. Environment:
+Two extensions: ``_cpu``, by a C++ compiler, and ``_cuda``, by nvcc as well. Everything else about
+the distribution stands in pyproject.toml. Environment:
 
-    CONVMIXER_FAST_CPU     0: leave the CPU extension out; 1: fail where it cannot be built
-                           (unset: install without it and record the reason)
-    CONVMIXER_FAST_WERROR  1: -Wall -Wextra -Werror
-    CXX, CXXFLAGS, LDFLAGS, MAX_JOBS as usual
+    CONVMIXER_FAST_CPU, CONVMIXER_FAST_CUDA
+        0: leave that extension out; 1: fail where it cannot be built
+        (unset: install without it and record the reason)
+    CONVMIXER_FAST_WERROR       1: -Wall -Wextra -Werror
+    CONVMIXER_FAST_CUTLASS      the include folder of CUTLASS 3.x, for the Hopper kernels
+                                (unset: that of an installed nvidia-cutlass, if any)
+    CONVMIXER_FAST_BUILD_CACHE  a folder that keeps the objects of CUDA sources between builds
+    TORCH_CUDA_ARCH_LIST        what to compile CUDA kernels for, in torch's words: "8.0;8.6+PTX"
+    CUDA_HOME                   where nvcc is, if not on PATH
+    CXX, CXXFLAGS, LDFLAGS, NVCC_APPEND_FLAGS, MAX_JOBS as usual
 
 The outcome is printed and kept in convmixer_fast/_build_info.json.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -24,6 +33,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +90,33 @@ extern "C" int probe(Vector* v) {
 
 NO_COMPILER = "no C++ compiler: no c++, g++ or clang++ on PATH; install one or set CXX"
 
+CUDA_EXTENSION = f"{PACKAGE}._cuda"
+CUDA_BINDINGS = "csrc/bindings_cuda.cpp"
+#: Compiled for every architecture asked for.
+CUDA_KERNELS = "csrc/cuda/pointwise_mma.cu"
+#: Compiled for sm_90a alone, where CUTLASS is found: its instructions exist nowhere else.
+CUTLASS_KERNELS = "csrc/cuda/pointwise_wgmma.cu"
+CUTLASS_ARCHITECTURE = "90a"
+
+#: What TORCH_CUDA_ARCH_LIST is where it is not set: each architecture of data centres and desktops
+#: since bfloat16, and code that later ones can translate.
+DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0;9.0a;12.0+PTX"
+#: torch's names for several.
+NAMED_ARCHITECTURES = {
+    "Ampere+Tegra": "8.7",
+    "Ampere": "8.0;8.6+PTX",
+    "Ada": "8.9+PTX",
+    "Hopper": "9.0+PTX",
+    "Blackwell+Tegra": "11.0",
+    "Blackwell": "10.0;10.3;12.0;12.1+PTX",
+}
+#: The kernels' instructions begin there.
+FIRST_ARCHITECTURE = 80
+
+NVCC_FLAGS = "-std=c++17 -O3 -DNDEBUG -cudart static -Xcompiler=-fPIC,-fvisibility=hidden"
+#: What ptxas calls information is a kernel that waits after every tensor-core instruction.
+SERIALISED = re.compile(r"\(C75\d\d\)")
+
 
 @dataclass
 class Plan:
@@ -93,10 +130,28 @@ class Plan:
     omitted: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass
+class CudaPlan:
+    """What nvcc can build here, and why the rest cannot be built."""
+
+    reason: str = ""  # why there is no extension; empty when there is one
+    tools: Plan = field(default_factory=Plan)
+    nvcc: list[str] = field(default_factory=list)
+    nvcc_version: str = ""
+    #: "80" and so on: for which to compile machine code, and for which PTX.
+    architectures: list[str] = field(default_factory=list)
+    ptx: list[str] = field(default_factory=list)
+    cutlass: str = ""  # the include folder
+    omitted: dict[str, str] = field(default_factory=dict)
+
+    def built_for(self) -> list[str]:
+        return [*(f"sm_{a}" for a in self.architectures), *(f"compute_{a}" for a in self.ptx)]
+
+
 def last_lines(text: str, pattern: str = "error") -> str:
     """The line of a compiler's output that says what is wrong, else its last one."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    told = [line for line in lines if pattern in line.lower()]
+    told = [line for line in lines if re.search(pattern, line, re.IGNORECASE)]
     return (told or lines or ["no message"])[0 if told else -1]
 
 
@@ -161,6 +216,13 @@ def plan() -> Plan:
     """Ask the machine once, before anything is built."""
     if os.environ.get("CONVMIXER_FAST_CPU") == "0":
         return Plan(reason="left out: CONVMIXER_FAST_CPU=0")
+    found = tools()
+    return found if found.reason else plan_for(found.compiler, found.ninja)
+
+
+@cache
+def tools() -> Plan:
+    """The compiler and ninja, which both extensions need, or why there is one too few."""
     if sys.platform == "win32":
         return Plan(reason="MSVC lacks GNU vector extensions: it needs Linux or macOS")
     try:
@@ -172,15 +234,20 @@ def plan() -> Plan:
         return Plan(reason="ninja is missing from the build environment: pip install ninja")
     with tempfile.TemporaryDirectory() as folder:
         compiler, reason = find_compiler(folder)
-    return Plan(reason=reason) if reason else plan_for(compiler, ninja)
+    return Plan(reason=reason, compiler=compiler, ninja=ninja)
+
+
+def version_line(compiler: list[str], number: int = 0) -> str:
+    """One line of what a compiler says about its version."""
+    told = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
+    return (told.splitlines() or ["unknown"])[number]
 
 
 def plan_for(compiler: list[str], ninja: str) -> Plan:
     """What that compiler makes of the sources: the instruction sets it takes, and refuses."""
-    told = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
     result = Plan(
         compiler=compiler,
-        compiler_version=(told.splitlines() or ["unknown"])[0],
+        compiler_version=version_line(compiler),
         ninja=ninja,
         isas={"baseline": (BASELINE_LANES, "")},
     )
@@ -199,6 +266,115 @@ def plan_for(compiler: list[str], ninja: str) -> Plan:
             else:
                 result.isas[name] = (lanes, flags)
     return result
+
+
+@cache
+def cuda_plan() -> CudaPlan:
+    """The same for nvcc."""
+    if os.environ.get("CONVMIXER_FAST_CUDA") == "0":
+        return CudaPlan(reason="left out: CONVMIXER_FAST_CUDA=0")
+    if not sys.platform.startswith("linux"):
+        return CudaPlan(reason="it needs Linux")
+    nvcc = find_nvcc()
+    if not nvcc:
+        return CudaPlan(
+            reason="no nvcc in CUDA_HOME, on PATH or in /usr/local/cuda: "
+            "install the CUDA toolkit, or set CUDA_HOME"
+        )
+    found = tools()
+    if found.reason:
+        return CudaPlan(reason=found.reason)
+    listing = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True)
+    known = {line.strip().removeprefix("compute_") for line in listing.stdout.splitlines()}
+    if listing.returncode or not known:
+        return CudaPlan(reason=f"{nvcc} does not run: {last_lines(listing.stderr)}")
+    result = CudaPlan(tools=found, nvcc=[nvcc], nvcc_version=nvcc_version(nvcc))
+    if os.environ.get("CXX"):
+        # Else nvcc's own choice, which NVCC_CCBIN moves.
+        result.nvcc += ["-ccbin", found.compiler[0]]
+    try:
+        asked = architectures(os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHITECTURES)
+    except ValueError as error:
+        return CudaPlan(reason=f"TORCH_CUDA_ARCH_LIST: {error}")
+    choose_architectures(result, asked, known)
+    if not result.architectures and not result.ptx:
+        why = "; ".join(f"{name}: {why}" for name, why in result.omitted.items())
+        return CudaPlan(reason=f"nothing to compile for: {why}", omitted=result.omitted)
+    return result
+
+
+def find_nvcc() -> str:
+    """nvcc of CUDA_HOME, else the one on PATH, else the toolkit's usual place; "" for none."""
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(name):
+            return shutil.which("nvcc", path=Path(os.environ[name], "bin")) or ""
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin") or ""
+
+
+def nvcc_version(nvcc: str) -> str:
+    """As in "nvcc 13.0.88"."""
+    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"\bV(\d+(\.\d+)+)", told)
+    return f"nvcc {found[1] if found else 'of an unknown version'}"
+
+
+def architectures(text: str) -> list[tuple[str, bool]]:
+    """A list in torch's words as ("80", whether PTX is wanted too).
+
+    Raises:
+        ValueError: an entry is no architecture.
+    """
+    for name, numbers in NAMED_ARCHITECTURES.items():
+        text = text.replace(name, numbers)
+    found: dict[str, bool] = {}
+    for entry in re.split(r"[;,\s]+", text.strip()):
+        parts = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", entry)
+        if parts is None:
+            names = ", ".join(NAMED_ARCHITECTURES)
+            raise ValueError(
+                f"{entry!r} is none: architectures are as 8.0, 9.0a, 12.0+PTX, {names}"
+            )
+        number = parts[1] + parts[2]
+        found[number] = found.get(number, False) or parts[3] is not None
+    return list(found.items())
+
+
+def choose_architectures(p: CudaPlan, asked: list[tuple[str, bool]], known: set[str]) -> None:
+    """Fill in for what to compile, and why not for the rest."""
+    for number, ptx in asked:
+        plain = number.rstrip("af")
+        name = f"sm_{number}"
+        if int(plain) < FIRST_ARCHITECTURE:
+            p.omitted[name] = f"the kernels begin at sm_{FIRST_ARCHITECTURE}"
+        elif plain not in known:
+            p.omitted[name] = f"{p.nvcc_version} does not know it"
+        else:
+            # What only sm_90a has is CUTLASS's; the other kernels are the same on it.
+            if plain not in p.architectures:
+                p.architectures.append(plain)
+            if ptx and plain not in p.ptx:
+                p.ptx.append(plain)
+            if number == CUTLASS_ARCHITECTURE:
+                p.cutlass, why = find_cutlass()
+                if why:
+                    p.omitted["wgmma"] = why
+    if CUTLASS_ARCHITECTURE not in dict(asked):
+        p.omitted["wgmma"] = "9.0a is not in TORCH_CUDA_ARCH_LIST"
+
+
+def find_cutlass() -> tuple[str, str]:
+    """CUTLASS's include folder, or why there is none."""
+    named = os.environ.get("CONVMIXER_FAST_CUTLASS")
+    if named:
+        if Path(named, "cutlass", "cutlass.h").is_file():
+            return str(Path(named).resolve()), ""
+        return "", f"CONVMIXER_FAST_CUTLASS={named} has no cutlass/cutlass.h"
+    spec = find_spec("cutlass_library")
+    for place in [] if spec is None else spec.submodule_search_locations or []:
+        include = Path(place, "source", "include")
+        if Path(include, "cutlass", "cutlass.h").is_file():
+            return str(include), ""
+    return "", "no CUTLASS: pip install --no-deps nvidia-cutlass, or set CONVMIXER_FAST_CUTLASS"
 
 
 def quoted(text: str) -> str:
@@ -288,17 +464,26 @@ def run_ninja(
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     write_if_changed(folder / "build_config.h", build_config(p, version))
-    text = build_ninja(p, folder, output, sources, flags, link)
+    call_ninja(p.ninja, folder, build_ninja(p, folder, output, sources, flags, link))
+    return folder / output
+
+
+def call_ninja(ninja: str, folder: Path, text: str) -> str:
+    """Do what ``text``, a build.ninja, says; what was printed meanwhile.
+
+    Raises:
+        RuntimeError: a command failed; the message is the first error it named.
+    """
     write_if_changed(folder / "build.ninja", text)
     jobs = os.environ.get("MAX_JOBS")
-    command = [p.ninja, *(["-j", jobs] if jobs else [])]
+    command = [ninja, *(["-j", jobs] if jobs else [])]
     done = subprocess.run(
         command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     print(done.stdout, end="")
     if done.returncode:
-        raise RuntimeError("compilation failed: " + last_lines(done.stdout, "error:"))
-    return folder / output
+        raise RuntimeError("compilation failed: " + last_lines(done.stdout, r"(error|fatal)\s*:"))
+    return done.stdout
 
 
 def compile_extension(p: Plan, folder: Path, version: str) -> Path:
@@ -306,6 +491,117 @@ def compile_extension(p: Plan, folder: Path, version: str) -> Path:
     output = "_cpu" + sysconfig.get_config_var("EXT_SUFFIX")
     flags = f"{all_flags()} {shlex.join(include_flags())}"
     return run_ninja(p, folder, output, version, SOURCES, flags, link_flags())
+
+
+def cuda_config(p: CudaPlan, version: str) -> str:
+    """The generated header of the CUDA extension."""
+    lines = [
+        "#pragma once",
+        f"#define CONVMIXER_FAST_VERSION {quoted(version)}",
+        f"#define CONVMIXER_FAST_NVCC {quoted(p.nvcc_version)}",
+        f"#define CONVMIXER_FAST_ARCHITECTURES {quoted(' '.join(p.built_for()))}",
+        *(["#define CONVMIXER_FAST_HAVE_WGMMA 1"] if p.cutlass else []),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def nvcc_flags() -> str:
+    strict = os.environ.get("CONVMIXER_FAST_WERROR") == "1"
+    return NVCC_FLAGS + (" -Werror all-warnings -Xcompiler=-Wall,-Wextra" if strict else "")
+
+
+def gencode(p: CudaPlan) -> list[str]:
+    flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in p.architectures]
+    return flags + [f"-gencode=arch=compute_{a},code=compute_{a}" for a in p.ptx]
+
+
+def cuda_sources(p: CudaPlan) -> dict[str, list[str]]:
+    """Every source for nvcc with the flags of its own."""
+    jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+    found = {CUDA_KERNELS: [*gencode(p), "--threads", jobs]}
+    if p.cutlass:
+        one = f"-gencode=arch=compute_{CUTLASS_ARCHITECTURE},code=sm_{CUTLASS_ARCHITECTURE}"
+        # -isystem: warnings about CUTLASS's headers are not ours to mend.
+        found[CUTLASS_KERNELS] = [one, "--expt-relaxed-constexpr", "-isystem", p.cutlass]
+    return found
+
+
+def kept_object(p: CudaPlan, source: str, flags: str) -> Path | None:
+    """Where CONVMIXER_FAST_BUILD_CACHE keeps the object of a CUDA source; None without one.
+
+    The name is a hash of all that the object depends on, so that one which is there is right.
+    """
+    folder = os.environ.get("CONVMIXER_FAST_BUILD_CACHE")
+    if not folder:
+        return None
+    told = [p.nvcc_version, version_line(p.tools.compiler), os.environ.get("NVCC_APPEND_FLAGS", "")]
+    digest = hashlib.sha256(json.dumps([*told, re.sub(r" --threads \S+", "", flags)]).encode())
+    headers = [ROOT / "csrc/activation_id.h", *(ROOT / "csrc/cuda").glob("*.*h")]
+    if p.cutlass:
+        headers.append(Path(p.cutlass, "cutlass", "version.h"))
+    for path in [ROOT / source, *sorted(headers)]:
+        digest.update(path.read_bytes())
+    return Path(folder).resolve() / f"{Path(source).stem}-{digest.hexdigest()[:24]}.o"
+
+
+def cuda_ninja(p: CudaPlan, output: str) -> str:
+    """build.ninja of the CUDA extension: nvcc's objects, the binding, one link."""
+    escape = lambda text: text.replace("$", "$$")  # noqa: E731
+    binding = f"{all_flags()} {shlex.join(include_flags())} -I."
+    lines = [
+        "ninja_required_version = 1.5",
+        f"cxx = {escape(shlex.join(p.tools.compiler))}",
+        f"nvcc = {escape(shlex.join(p.nvcc))}",
+        "rule compile",
+        f"  command = $cxx -MMD -MF $out.d {escape(binding)} -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = compile $out",
+        # nvcc works on several architectures at a time: it has the machine for itself.
+        "pool nvcc",
+        "  depth = 1",
+        "rule nvcc",
+        "  command = $nvcc -MMD -MF $out.d $flags -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  pool = nvcc",
+        "  description = nvcc $out",
+        "rule link",
+        # The CUDA runtime in it is a private copy: torch has one of its own.
+        "  command = $nvcc -shared -cudart static -Xlinker=--exclude-libs=ALL,-s $in -o $out",
+        "  description = link $out",
+        f"build bindings_cuda.o: compile {ninja_path(ROOT / CUDA_BINDINGS)}",
+    ]
+    objects = ["bindings_cuda.o"]
+    for source, own in cuda_sources(p).items():
+        flags = f"{nvcc_flags()} {shlex.join(own)}"
+        kept = kept_object(p, source, flags)
+        objects.append(Path(source).stem + ".o" if kept is None else ninja_path(kept))
+        if kept is None or not kept.is_file():
+            lines.append(f"build {objects[-1]}: nvcc {ninja_path(ROOT / source)}")
+            lines.append(f"  flags = {escape(flags)}")
+    lines.append(f"build {ninja_path(output)}: link {' '.join(objects)}")
+    return "\n".join(lines) + "\n"
+
+
+def compile_cuda(p: CudaPlan, folder: Path, version: str) -> Path:
+    """The CUDA extension module, built in `folder`.
+
+    Raises:
+        RuntimeError: a compiler failed, or ptxas made a kernel that waits where it must not.
+    """
+    folder = folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_if_changed(folder / "build_config.h", cuda_config(p, version))
+    output = "_cuda" + sysconfig.get_config_var("EXT_SUFFIX")
+    text = cuda_ninja(p, output)
+    told = call_ninja(p.tools.ninja, folder, text)
+    if SERIALISED.search(told):
+        # The next build is to say so again.
+        for line in re.findall(r"^build (.+): nvcc ", text, re.MULTILINE):
+            (folder / line).unlink(missing_ok=True)
+        raise RuntimeError("ptxas: " + last_lines(told, SERIALISED.pattern))
+    return folder / output
 
 
 def install_file(source: Path, target: Path) -> None:
@@ -317,12 +613,13 @@ def install_file(source: Path, target: Path) -> None:
     os.replace(scratch.name, target)
 
 
-def record(p: Plan, version: str, folder: Path) -> None:
-    """Print the outcome and write it to `folder`/_build_info.json.
+def record(version: str, folder: Path) -> None:
+    """Print what became of both extensions and write it to `folder`/_build_info.json.
 
     Raises:
-        SystemExit: there is no extension although CONVMIXER_FAST_CPU=1 demands it.
+        SystemExit: one that its variable demands was not built.
     """
+    p, cuda = plan(), cuda_plan()
     info: dict[str, Any] = {
         "version": version,
         "built": not p.reason,
@@ -335,63 +632,94 @@ def record(p: Plan, version: str, folder: Path) -> None:
         info["flags"] = all_flags()
         info["isas"] = {name: {"lanes": n, "flags": flags} for name, (n, flags) in p.isas.items()}
         info["omitted"] = p.omitted
+    info["cuda"] = {"built": not cuda.reason, "reason": cuda.reason, "omitted": cuda.omitted}
+    if not cuda.reason:
+        info["cuda"] |= {
+            "compiler": cuda.nvcc_version,
+            "flags": nvcc_flags(),
+            "architectures": cuda.built_for(),
+            "kernels": ["mma.sync", *(["wgmma"] if cuda.cutlass else [])],
+        }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
-    if p.reason:
-        print(f"{PACKAGE}: CPU extension NOT built: {p.reason}")
-        if os.environ.get("CONVMIXER_FAST_CPU") == "1":
-            raise SystemExit(f"CONVMIXER_FAST_CPU=1, but the extension was not built: {p.reason}")
-    else:
-        print(f"{PACKAGE}: CPU extension built for {', '.join(p.isas)} by {p.compiler_version}")
-        for name, why in p.omitted.items():
-            print(f"{PACKAGE}: without {name}: {why}")
+
+    tell("CPU", p.reason, f"{', '.join(p.isas)} by {p.compiler_version}", p.omitted)
+    tell("CUDA", cuda.reason, f"{', '.join(cuda.built_for())} by {cuda.nvcc_version}", cuda.omitted)
+    for kind, reason in (("CPU", p.reason), ("CUDA", cuda.reason)):
+        demanded = f"CONVMIXER_FAST_{kind}"
+        if reason and os.environ.get(demanded) == "1":
+            raise SystemExit(f"{demanded}=1, but the extension was not built: {reason}")
+
+
+def tell(kind: str, reason: str, built: str, omitted: dict[str, str]) -> None:
+    """The lines about one extension that end a build."""
+    if reason:
+        print(f"{PACKAGE}: {kind} extension NOT built: {reason}")
+        return
+    print(f"{PACKAGE}: {kind} extension built for {built}")
+    for name, why in omitted.items():
+        print(f"{PACKAGE}: without {name}: {why}")
 
 
 class BuildExtension(build_ext):
     """Ninja in the place of setuptools' compiler driver."""
 
     def run(self) -> None:
-        p, version = plan(), self.distribution.get_version()
+        version = self.distribution.get_version()
         in_place = self.inplace or self.editable_mode
-        target = Path(self.get_ext_fullpath(EXTENSION)) if not in_place else in_place_module()
         # In place, a lasting folder: setuptools' own is thrown away after an editable install.
         folder = in_place_folder() if in_place else Path(self.build_temp)
-        try:
-            if not p.reason:
-                install_file(compile_extension(p, folder, version), target)
-        except RuntimeError as error:
-            p.reason = str(error)
-        if p.reason:
-            self.extensions = []
-            target.unlink(missing_ok=True)
-        record(p, version, target.parent)
+        builds = {
+            EXTENSION: (plan(), lambda p: compile_extension(p, folder, version)),
+            CUDA_EXTENSION: (cuda_plan(), lambda p: compile_cuda(p, folder / "cuda", version)),
+        }
+        built = []
+        for name, (p, build) in builds.items():
+            target = in_place_module(name) if in_place else Path(self.get_ext_fullpath(name))
+            try:
+                if not p.reason:
+                    install_file(build(p), target)
+            except RuntimeError as error:
+                p.reason = str(error)
+            if p.reason:
+                target.unlink(missing_ok=True)
+            else:
+                built.append(name)
+        # What a wheel is said to hold.
+        self.extensions = [e for e in self.extensions if e.name in built]
+        record(version, target.parent)
 
 
 def in_place_folder() -> Path:
     return ROOT / "build" / f"in-place-{sys.implementation.cache_tag}"
 
 
-def in_place_module() -> Path:
-    return ROOT / PACKAGE / ("_cpu" + sysconfig.get_config_var("EXT_SUFFIX"))
+def in_place_module(name: str) -> Path:
+    return ROOT / (name.replace(".", "/") + sysconfig.get_config_var("EXT_SUFFIX"))
 
 
 class BuildPython(build_py):
-    """Where there is no extension to build, the reason is recorded with the Python files."""
+    """Where there is no extension to build, the reasons are recorded with the Python files."""
 
     def run(self) -> None:
         super().run()
-        if plan().reason and not self.distribution.ext_modules:
+        if not self.distribution.ext_modules:
             if self.editable_mode:
-                in_place_module().unlink(missing_ok=True)
+                for name in (EXTENSION, CUDA_EXTENSION):
+                    in_place_module(name).unlink(missing_ok=True)
             folder = ROOT / PACKAGE if self.editable_mode else Path(self.build_lib, PACKAGE)
-            record(plan(), self.distribution.get_version(), folder)
+            record(self.distribution.get_version(), folder)
 
 
 def extensions() -> list[Extension]:
-    if plan().reason:
-        return []
-    headers = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h"))
-    return [Extension(EXTENSION, [*SOURCES, *KERNELS], depends=headers)]
+    headers = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.*h"))
+    found = []
+    if not plan().reason:
+        found.append(Extension(EXTENSION, [*SOURCES, *KERNELS], depends=headers))
+    if not cuda_plan().reason:
+        sources = [CUDA_BINDINGS, *cuda_sources(cuda_plan())]
+        found.append(Extension(CUDA_EXTENSION, sources, depends=headers))
+    return found
 
 
 # Build frontends run this file as __main__; tests/native/run.py imports it.

@@ -30,7 +30,8 @@ def build_info() -> dict[str, Any]:
     """What the build of the extension left on record; empty when nothing was ever built.
 
     Keys: version, built, reason (why not, else ""), python, platform, and where it was built
-    compiler, flags, isas (name -> lanes, flags) and omitted (name -> why).
+    compiler, flags, isas (name -> lanes, flags) and omitted (name -> why); cuda, the same of the
+    CUDA extension: built, reason, omitted, and compiler, flags, architectures and kernels.
     """
     try:
         info = json.loads(Path(__file__).with_name("_build_info.json").read_text())

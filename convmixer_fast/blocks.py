@@ -195,6 +195,8 @@ def _operands(
             elif on_gpu:
                 weight = gpu.keep_taps(weight) if depthwise else weight.contiguous()
             bias = None if conv.bias is None else conv.bias.detach().to(dtype)
+            if on_gpu and not depthwise:
+                bias = gpu.keep_float32(bias)
             wide = accumulation_dtype(dtype)
             scale, shift = (v.to(wide) for v in batch_norm_affine(bn, torch.float64))
             return Packed(weight, bias, scale, shift)
@@ -223,11 +225,11 @@ def _plan(cache: PackedCache[Packed], op: str, conv: Any, act: Any, x: Tensor) -
     if not backends.gpu_kernels_run(x.device, x.dtype):
         return
     call = backends.call_of(op, x, conv.weight, conv.bias, activation_name(act))
-    if call is None or backends.choose(op, x.device, x.dtype, call).backend != "triton":
+    if call is None:
         return
-    if first_use.verdict(call.case) != "":
+    choice = backends.choose(op, x.device, x.dtype, call)
+    if choice.case is None or first_use.verdict(choice.case) != "":
         return
-    config = None if call.verdict is None else call.verdict.config
     cache.plan = Plan(
         x.shape,
         x.stride(),
@@ -236,9 +238,9 @@ def _plan(cache: PackedCache[Packed], op: str, conv: Any, act: Any, x: Tensor) -
         backends.requested_backend(),
         support.epoch(),
         dot_precision(x.dtype),
-        call.case.act,
-        call.case,
-        first_use.retreat(call.case)[0] or config,
+        choice.case.act,
+        choice.case,
+        first_use.retreat(choice.case)[0] or choice.config,
     )
 
 

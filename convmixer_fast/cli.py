@@ -280,10 +280,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: from argparse, with code 2 for wrong usage and 0 for ``--help``.
     """
-    for stream in (sys.stdout, sys.stderr):
+    for terminal in (sys.stdout, sys.stderr):
         # A name that the terminal's encoding lacks must not end the run.
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+        if hasattr(terminal, "reconfigure"):
+            terminal.reconfigure(errors="backslashreplace")
     args = build_parser().parse_args(argv)
     try:
         with warnings.catch_warnings():

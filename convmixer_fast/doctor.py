@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import __version__, _native
+from . import __version__, _native, _native_cuda
 from .arch import ACTIVATIONS
 from .blocks import MixerBlock
 from .ops import (
@@ -89,6 +89,19 @@ def _extension() -> dict[str, Any]:
     }
 
 
+def _cuda_extension() -> dict[str, Any]:
+    build = _native.build_info().get("cuda", {})
+    module = _native_cuda.load()
+    if module is None:
+        return {"usable": False, "reason": _native_cuda.why_unavailable(), "build": build}
+    return {
+        "usable": True,
+        "kernels": list(module.families()),
+        "architectures": module.architectures(),
+        "build": build,
+    }
+
+
 def _gpus() -> list[dict[str, Any]]:
     if not torch.cuda.is_available():
         return []
@@ -117,6 +130,11 @@ def _backend(name: str) -> Iterator[None]:
             os.environ[ENVIRONMENT] = asked
 
 
+def _dtype_of(backend: str) -> torch.dtype:
+    """In which dtype a backend is checked: the CUDA kernels have no exact float32."""
+    return torch.float16 if backend == "cuda" else torch.float32
+
+
 def _plain(op: str, operands: list[Tensor], act: str, dtype: torch.dtype) -> Tensor:
     """The operator in so many PyTorch calls, as the paper writes it."""
     x, weight, bias, scale, shift = (t.to(dtype) for t in operands)
@@ -131,14 +149,15 @@ def check_backend(name: str) -> list[dict[str, Any]]:
     """Run a backend's operators and a whole block on small inputs, beside PyTorch's.
 
     Returns a row for each of them and each activation: the largest error against float64,
-    PyTorch's own in float32, the bar (see `testing`), ``ok``, and ``reason`` where it failed in
-    another way.
+    PyTorch's own in the same dtype, the bar (see `testing`), ``ok``, and ``reason`` where it failed
+    in another way.
     """
     device = "cuda" if name in ("triton", "cuda") else "cpu"
+    dtype = _dtype_of(name)
     generator = torch.Generator().manual_seed(0)
 
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
+    def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
 
     rows = []
     ops = {"depthwise_mix": depthwise_mix, "pointwise_mix": pointwise_mix, "block": None}
@@ -149,9 +168,10 @@ def check_backend(name: str) -> list[dict[str, Any]]:
                 ours, plain, oracle = [], [], []
                 for n, c, height, width, k in _SHAPES:
                     if run is None:
-                        x = draw(n, c, height, width)
+                        x = draw(n, c, height, width, dtype=dtype)
                         block = trained_like_(reference_block(c, k, ACTIVATIONS[act]), x.shape)
-                        fused = MixerBlock(c, k, act).eval()
+                        block = block.to(dtype)
+                        fused = MixerBlock(c, k, act).eval().to(dtype)
                         fused.load_state_dict(block.state_dict())
                         with torch.inference_mode():
                             with _backend(name):
@@ -160,11 +180,12 @@ def check_backend(name: str) -> list[dict[str, Any]]:
                             oracle.append(block.double()(x.double()).flatten())
                         continue
                     shape = (c, 1, k, k) if op == "depthwise_mix" else (c, c, 1, 1)
-                    weight = draw(*shape) / math.prod(shape[1:]) ** 0.5
-                    operands = [draw(n, c, height, width), weight, draw(c), draw(c), draw(c)]
+                    weight = (draw(*shape) / math.prod(shape[1:]) ** 0.5).to(dtype)
+                    x, bias = draw(n, c, height, width, dtype=dtype), draw(c, dtype=dtype)
+                    operands = [x, weight, bias, draw(c), draw(c)]
                     with _backend(name), torch.inference_mode():
                         ours.append(run(*(t.to(device) for t in operands), act).cpu().flatten())
-                    plain.append(_plain(op, operands, act, torch.float32).flatten())
+                    plain.append(_plain(op, operands, act, dtype).flatten())
                     oracle.append(_plain(op, operands, act, torch.float64).flatten())
                 report = error_report(torch.cat(ours), torch.cat(plain), torch.cat(oracle))
                 row |= {
@@ -206,6 +227,7 @@ def examine() -> dict[str, Any]:
         "triton": version_of("triton"),
         "cuda": {"torch_built_with": torch.version.cuda, "gpus": _gpus()},
         "extension": _extension(),
+        "cuda_extension": _cuda_extension(),
         "backends": backends,
         # What became of GPU kernels at their first use; of a fresh process, in the checks above.
         "kernels": {str(case): why for case, why in first_use.results().items()},
@@ -247,6 +269,15 @@ def _extension_rows(extension: dict[str, Any]) -> list[tuple[str, str]]:
     rows.append(("vectors", f"{extension['isa']} (here: {', '.join(extension['isas'])})"))
     rows += [("left out", f"{isa}: {why}") for isa, why in build.get("omitted", {}).items()]
     return [*rows, ("threads", extension["threading"])]
+
+
+def _cuda_extension_rows(extension: dict[str, Any]) -> list[tuple[str, str]]:
+    build = extension["build"]
+    rows = [("built with", str(build["compiler"]))] if build.get("compiler") else []
+    if not extension["usable"]:
+        return [("not usable", extension["reason"]), *rows]
+    rows += [("kernels", ", ".join(extension["kernels"])), ("for", extension["architectures"])]
+    return rows + [("left out", f"{name}: {why}") for name, why in build.get("omitted", {}).items()]
 
 
 def render(report: dict[str, Any]) -> str:
@@ -297,6 +328,7 @@ def render(report: dict[str, Any]) -> str:
         ),
         _section("Machine", machine),
         _section("C++ extension", _extension_rows(report["extension"])),
+        _section("CUDA extension", _cuda_extension_rows(report["cuda_extension"])),
         _section("Backends", backends),
         _section(
             "Optional",

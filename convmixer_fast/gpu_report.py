@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 
 from .arch import VARIANTS
-from .kernels import precision, support
-from .ops import BackendError, first_use, gpu, verdicts
+from .kernels import configs, precision, support
+from .ops import BackendError, backends, first_use, gpu, verdicts
 from .ops.cases import UINT8_STEM, Case, case_of
 from .ops.verdicts import Config
 from .timing import gpu_seconds
@@ -185,6 +185,7 @@ def _row(
         operands = gpu.operands_for(case, problem.shape)
         for name, config in right.items():
             row["seconds"][name] = timer(gpu.launcher(case, operands, config))
+        row["others"] = _others(case, problem.shape, operands, timer, row["seconds"])
         wanted = layout_of(case, operands[0])
         for name, memory_format in LAYOUTS.items():
             arguments = (memory_format, wanted, reference, *operands)
@@ -211,6 +212,27 @@ def _errors(case: Case, config: Config | None) -> dict[str, Any]:
     }
 
 
+def _others(
+    case: Case,
+    shape: tuple[int, int, int],
+    operands: list[Any],
+    timer: Callable[[Callable[[], Any]], float],
+    seconds: dict[str, float],
+) -> dict[str, str]:
+    """The other kernels of a 1x1 convolution: seconds of those that are right, and the faults."""
+    faults: dict[str, str] = {}
+    if case.op != "pointwise_mix":
+        return faults
+    for config in (configs.ProductConfig(), *backends.cuda_candidates(case, shape)):
+        try:
+            faults[str(config)] = gpu.check(case, REFERENCES[case.op], config)
+            if not faults[str(config)]:
+                seconds[str(config)] = timer(gpu.launcher(case, operands, config))
+        except Exception as error:  # as above
+            faults[str(config)] = first_use.describe(error)
+    return {name: why for name, why in faults.items() if why}
+
+
 def line(row: dict[str, Any]) -> str:
     """A row as text: operator, shape, errors or what went wrong, times, rates of ours."""
     n, h, w = row["shape"]
@@ -224,6 +246,8 @@ def line(row: dict[str, Any]) -> str:
         )
     else:
         found = "no result"
+    for name, why in row.get("others", {}).items():
+        found += f", {name} NOT RIGHT: {why}"
     if "reason" in row:
         found += f", FAILED: {row['reason']}"
     if "substitute" in row:
@@ -259,4 +283,4 @@ def write(report: dict[str, Any], path: str | os.PathLike[str]) -> None:
 
 def healthy(report: dict[str, Any]) -> bool:
     """Whether every operator computes right numbers."""
-    return all(row["ok"] for row in report["rows"])
+    return all(row["ok"] and not row.get("others") for row in report["rows"])

@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from .kernels import support
+from .kernels.configs import ProductConfig
 from .kernels.precision import dot_precision
 from .ops import backends, first_use, gpu
 from .ops.cases import Case
@@ -126,6 +127,8 @@ class SteadyStack(NamedTuple):
             if each is None or packed is None or not each.holds(laid_out):
                 return None
             if half.conv.in_channels != half.conv.out_channels:
+                return None
+            if isinstance(each.config, ProductConfig):  # PyTorch allocates its result itself
                 return None
             geometry = _GEOMETRY(half.conv.__dict__)
             known.append(_Known(half.conv, half.bn, half.cache, geometry, key, packed))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .explain import recorded_calls
 from .kernels import configs, support
-from .ops import BackendError, depthwise, first_use, gpu, pointwise, stem, verdicts
+from .ops import BackendError, backends, depthwise, first_use, gpu, pointwise, stem, verdicts
 from .ops.cases import UINT8_STEM, Case
 from .timing import gpu_seconds
 
@@ -141,8 +141,10 @@ def _measure(
     seconds: dict[str, float] = {}
     tiles: dict[str, verdicts.Config | None] = {}
     skipped: dict[str, str] = {}
-    for config in _candidates(case):
-        name = "triton" if config is None else f"triton {config}"
+    for config in _candidates(case, shape):
+        name = "triton" if config is None else str(config)
+        if isinstance(config, configs.DepthwiseConfig | configs.PointwiseConfig):
+            name = f"triton {config}"
         tiles[name] = config
         try:
             why = gpu.check(case, reference, config)
@@ -169,7 +171,7 @@ def layout_of(case: Case, x: Tensor) -> torch.memory_format:
     return gpu.stem_format(x, case.kernel_size if case.op in STEMS else 1)
 
 
-def _candidates(case: Case) -> Iterator[verdicts.Config | None]:
+def _candidates(case: Case, shape: tuple[int, int, int]) -> Iterator[verdicts.Config | None]:
     """The shipped tile (None), then others that may suit this GPU better."""
     yield None
     found: list[verdicts.Config] = []
@@ -182,6 +184,7 @@ def _candidates(case: Case) -> Iterator[verdicts.Config | None]:
     elif case.op == "pointwise_mix":
         device = torch.device(case.device)
         found += gpu.pointwise_tiles(device, case.dtype)
+        found += [configs.ProductConfig(), *backends.cuda_candidates(case, shape)]
     yield from dict.fromkeys(found)
 
 

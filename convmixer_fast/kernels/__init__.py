@@ -3,6 +3,7 @@
     depthwise.py    depthwise k x k, activation, BatchNorm and residual in one pass
     pointwise.py    the 1x1 convolution, a matrix product, with activation and BatchNorm after it
     stem.py         the patch embedding, from any layout and from uint8
+    after_product.py  activation and BatchNorm after a product that PyTorch computed
     operands.py     what both matrix products may be given
     epilogue.py     what ends a tile of both
     activation.py   the activations, as they are computed inside a kernel

@@ -139,6 +139,24 @@ class PointwiseRow:
     narrower_than: int | None = None
 
 
+@dataclass(frozen=True)
+class CudaConfig:
+    """A kernel of the CUDA extension, by its family's name: ``mma.sync`` or ``wgmma``."""
+
+    family: str
+
+    def __str__(self) -> str:
+        return f"cuda {self.family}"
+
+
+@dataclass(frozen=True)
+class ProductConfig:
+    """PyTorch's own product, then one Triton kernel for the rest of the block's half."""
+
+    def __str__(self) -> str:
+        return "product"
+
+
 _ALL = (0, 80, 86, 90, 100, 120)
 #: 128 tiles of 128 x 128: with fewer, a GPU of 108 to 148 multiprocessors stands partly idle.
 _ONE_WAVE = 128 * 128 * 128
@@ -291,6 +309,52 @@ def lookup_pointwise(
         ):
             return row.config if descriptors else without_descriptors(row.config, architecture)
     raise LookupError(f"no tile for sm_{architecture}, {dtype}")
+
+
+TRITON = "triton"
+
+
+@dataclass(frozen=True)
+class OrderRow:
+    """One row: the architectures, the kernels in their order, and why.
+
+    A kernel is `TRITON` or a family of the CUDA extension.
+    """
+
+    families: tuple[int, ...]
+    kernels: tuple[str, ...]
+    reason: str
+
+
+#: Who multiplies half precision and TF32: of an architecture's row, the first kernel that can run.
+#: The shares of cuBLAS's rate are estimates from instruction mixes: nothing was timed, and
+#: `convmixer_fast.tune` decides by measuring.
+ORDER = (
+    OrderRow(
+        (80, 86, 120),
+        ("mma.sync", TRITON),
+        "mma.sync is all the tensor cores have, and the hand-ordered loop is expected at 85-95 % "
+        "of cuBLAS, Triton's at 80-95 %",
+    ),
+    OrderRow(
+        (90,),
+        ("wgmma", TRITON),
+        "wgmma alone has the full rate: CUTLASS's loop is expected at 90-100 % of cuBLAS, Triton's "
+        "with the copy engine at 75-90 %, mma.sync at 55-65 %, under what pays for fusion",
+    ),
+    OrderRow(
+        (100,),
+        (TRITON,),
+        "tcgen05 alone has the full rate: Triton's loop is expected at 65-85 % of cuBLAS, mma.sync "
+        "at 20-35 %",
+    ),
+    OrderRow((0,), (TRITON,), "the CUDA extension is not for ROCm"),
+)
+
+
+def lookup_order(architecture: int) -> OrderRow:
+    """Who computes products in half precision or TF32 on a compute capability such as 89."""
+    return next(row for row in ORDER if family(architecture) in row.families)
 
 
 def why_slower(dtype: torch.dtype, tf32: bool = False) -> str:

@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from ..arch import ACTIVATIONS
+from .support import architecture as architecture
 
 #: Tiles address their elements with int32 offsets from an int64 start: 256 rows at most, each less
 #: than this many elements from the next.
@@ -31,8 +32,6 @@ def check(
     Raises:
         ValueError: naming the operand that does not fit.
     """
-    if act not in ACTIVATIONS:
-        raise ValueError(f"{op}: unknown activation {act!r}: one of {', '.join(ACTIVATIONS)}")
     if x.dim() != 4 or weight.dim() != 4:
         raise ValueError(
             f"{op}: x and weight must have four axes, got {tuple(x.shape)}, {tuple(weight.shape)}"
@@ -46,6 +45,27 @@ def check(
         raise ValueError(f"{op}: weight is for {c} channels, x has {x.shape[1]}")
     if max(d, c * p * p) >= MAX_STRIDE:
         raise ValueError(f"{op}: {tuple(weight.shape)}: C p p and D must be below {MAX_STRIDE}")
+    if weight.device != x.device:
+        raise ValueError(f"{op}: weight is on {weight.device} but x is on {x.device}")
+    check_vectors(op, x, d, bias, scale, shift, act)
+
+
+def check_vectors(
+    op: str,
+    x: Tensor,
+    d: int,
+    bias: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    act: str,
+) -> None:
+    """What ends a product with d channels, on the device of ``x``.
+
+    Raises:
+        ValueError: naming the operand that does not fit.
+    """
+    if act not in ACTIVATIONS:
+        raise ValueError(f"{op}: unknown activation {act!r}: one of {', '.join(ACTIVATIONS)}")
     for name, vector in (("bias", bias), ("scale", scale), ("shift", shift)):
         if vector is None:
             continue
@@ -53,9 +73,8 @@ def check(
             raise ValueError(f"{op}: {name} must be ({d},), contiguous, got {tuple(vector.shape)}")
         if name != "bias" and vector.dtype != torch.float32:
             raise ValueError(f"{op}: {name} must be float32, got {vector.dtype}")
-    for name, t in (("weight", weight), ("bias", bias), ("scale", scale), ("shift", shift)):
-        if t is not None and t.device != x.device:
-            raise ValueError(f"{op}: {name} is on {t.device} but x is on {x.device}")
+        if vector.device != x.device:
+            raise ValueError(f"{op}: {name} is on {vector.device} but x is on {x.device}")
 
 
 def result(op: str, out: Tensor | None, shape: tuple[int, int, int, int], like: Tensor) -> Tensor:
@@ -117,16 +136,6 @@ def vector_width(*counts: int) -> int:
         while count % width:
             width //= 2
     return width
-
-
-def architecture(device: torch.device) -> int:
-    """Compute capability of ``device`` as in sm_89; 0 under ROCm, and 80 for tensors on the CPU."""
-    if device.type != "cuda":
-        return 80
-    if torch.version.hip:
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 def interpreted(kernel: Any) -> bool:

@@ -76,6 +76,16 @@ def is_kernel_device(device: torch.device) -> bool:
     return device.type == "cuda" or (device.type == "cpu" and is_emulated())
 
 
+def architecture(device: torch.device) -> int:
+    """Compute capability of ``device`` as in sm_89; 0 under ROCm, and 80 for tensors on the CPU."""
+    if device.type != "cuda":
+        return 80
+    if torch.version.hip:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def why_not(device: torch.device) -> str:
     """Why Triton kernels cannot run on tensors of ``device``; ``""`` where they can.
 

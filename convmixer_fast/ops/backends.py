@@ -9,7 +9,7 @@ run raises and says why. The environment variable ``CONVMIXER_FAST_BACKEND`` ove
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import _native
+from .. import _native, _native_cuda
 from ..kernels import precision, support
-from ..kernels.configs import why_slower
+from ..kernels.configs import TRITON, CudaConfig, ProductConfig, lookup_order, why_slower
 from . import first_use, verdicts
 from .cases import UINT8_STEM, Case, case_of
 
@@ -39,12 +39,15 @@ class BackendError(RuntimeError):
 class Choice(NamedTuple):
     """The backend that serves a call, and why it and no faster one.
 
-    ``memory_format``: the layout in which PyTorch's operators were found to be fastest, if known.
+    ``memory_format``: the layout in which PyTorch's operators were found to be fastest, if known;
+    ``case``, ``config``: the kernel that serves a call on a GPU.
     """
 
     backend: str
     reason: str
     memory_format: torch.memory_format | None = None
+    case: Case | None = None
+    config: verdicts.Config | None = None
 
 
 def _check_name(name: str, where: str) -> str:
@@ -82,7 +85,7 @@ def available_backends() -> dict[str, str]:
         "reference": "",
         "cpu": "" if _native.load() else _native.why_unavailable(),
         "triton": support.why_not_here(),
-        "cuda": "this release has no C++ kernels for GPUs: triton's serve them",
+        "cuda": _native_cuda.why_not_here(),
     }
 
 
@@ -125,14 +128,15 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def gpu_kernels_run(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether Triton kernels, as far as is known before a call, serve activations like these.
+    """Whether kernels, as far as is known before a call, serve activations like these.
 
-    Under ``auto`` only on a GPU; by name on CPU tensors too, where kernels are emulated.
+    Under ``auto`` only on a GPU; by name on CPU tensors too, where kernels are emulated. The CUDA
+    kernels are one half of a block: where Triton has no other, nothing is laid out for them.
     """
     if not support.is_kernel_device(device):
         return False
     asked = requested_backend()
-    wanted = asked == "triton" or (asked == "auto" and _auto_is_triton(device))
+    wanted = asked in ("triton", "cuda") or (asked == "auto" and _auto_is_triton(device))
     return wanted and not _why_not_triton(device, dtype)
 
 
@@ -154,7 +158,7 @@ def compiled_kernels_run(device: torch.device, dtype: torch.dtype, op: str = "")
     """
     if not gpu_kernels_run(device, dtype):
         return False
-    return requested_backend() == "triton" or not _why_slower(op, dtype)
+    return requested_backend() in ("triton", "cuda") or not _why_slower(op, dtype)
 
 
 # What torch.compiler.assume_constant_result does, which would import the compiler and Triton here.
@@ -190,8 +194,6 @@ def call_of(
     case = case_of(op, x, weight, bias, act, dtype)
     shape = (x.shape[0], x.shape[2], x.shape[3])
     verdict = None if support.why_not(x.device) else verdicts.lookup(case, shape)
-    if verdict is not None and verdict.config is not None:
-        case = case._replace(tile=str(verdict.config))
     return Call(case, shape, verdict)
 
 
@@ -208,33 +210,141 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, call: Call | None 
     asked = requested_backend()
     if asked == "reference":
         return Choice("reference", "asked for by name")
-    if asked == "triton" or (asked == "auto" and _auto_is_triton(device)):
-        why_not = _why_not_triton(device, dtype)
-        if not why_not and call is not None:
-            why_not = first_use.verdict(call.case) or ""
-        if asked == "triton":
-            _refuse(asked, why_not)
-        if why_not:
-            return Choice("reference", f"triton: {why_not}")
-        verdict = None if call is None else call.verdict
-        if asked == "auto":
-            if verdict is not None and verdict.winner != "triton":
-                return Choice("reference", f"tuned: {verdict.reason()}", _FORMATS[verdict.winner])
-            # What was measured counts for more than what is expected.
-            slower = _why_slower(op if call is None else call.case.op, dtype)
-            if slower and verdict is None:
-                return Choice("reference", f"expected to be faster: {slower}")
-        reason = f"one Triton kernel, {_trust(call)}"
-        if verdict is not None:
-            reason += f"; tuned: {verdict.reason()}"
-        return Choice("triton", _named(asked, reason))
+    if asked in ("triton", "cuda") or (asked == "auto" and _auto_is_triton(device)):
+        return _choose_gpu(asked, op, device, dtype, call)
     why_not_cpu = _why_not_cpu(op, device, dtype)
     if asked == "auto":
         if why_not_cpu:
             return Choice("reference", f"cpu: {why_not_cpu}")
         return Choice("cpu", _CPU_KERNELS[op])
-    _refuse(asked, why_not_cpu if asked == "cpu" else available_backends()[asked])
+    _refuse(asked, why_not_cpu)
     return Choice(asked, _named(asked, _CPU_KERNELS[op]))
+
+
+def _choose_gpu(
+    asked: str, op: str, device: torch.device, dtype: torch.dtype, call: Call | None
+) -> Choice:
+    """`choose` where kernels for GPUs are wanted."""
+    why_not = _why_not_triton(device, dtype)
+    if asked == "triton":
+        _refuse(asked, why_not)
+    also = ""
+    if asked == "cuda":
+        _refuse(asked, _why_not_cuda(device))
+        if call is not None and call.case.op == "pointwise_mix":
+            usable = cuda_candidates(call.case, call.shape)
+            if not usable:
+                _refuse(asked, "; ".join(dict.fromkeys(_cuda_families(call).values())))
+            return _first_trusted(asked, call, usable, "")
+        also = "the cuda backend has the 1x1 convolutions only: "
+    if why_not:
+        return Choice("reference", f"{also}triton: {why_not}")
+    if call is None:
+        return Choice("triton", _named(asked, f"{also}{_TRITON_KERNEL}, {_trust(None)}"))
+    verdict = call.verdict
+    tuned = "" if verdict is None else f"; tuned: {verdict.reason()}"
+    if asked != "auto":
+        tile = None if verdict is None or verdict.winner != "triton" else verdict.config
+        return _first_trusted(asked, call, [tile], tuned, also)
+    if verdict is not None:
+        if verdict.winner in _FORMATS:
+            return Choice("reference", f"tuned: {verdict.reason()}", _FORMATS[verdict.winner])
+        return _first_trusted(asked, call, [verdict.config], tuned)
+    # What was measured counts for more than what is expected.
+    slower = _why_slower(call.case.op, dtype)
+    if slower:
+        return _first_trusted(asked, call, [ProductConfig()], f"; expected to be faster: {slower}")
+    if call.case.op != "pointwise_mix" or not (device.type == "cuda" or _native_cuda.is_emulated()):
+        return _first_trusted(asked, call, [None], "")
+    order = lookup_order(support.architecture(device))
+    families = _cuda_families(call) if order.kernels != (TRITON,) else {}
+    kernels: list[CudaConfig | None] = []
+    because = f"; {order.reason}"
+    for kernel in order.kernels:
+        why = "" if kernel == TRITON else families.get(kernel, _native_cuda.why_unavailable())
+        if why:
+            because += f"; not {kernel}: {why}"
+        else:
+            kernels.append(None if kernel == TRITON else CudaConfig(kernel))
+    return _first_trusted(asked, call, kernels, because)
+
+
+_TRITON_KERNEL = "one Triton kernel"
+
+
+def _first_trusted(
+    asked: str,
+    call: Call,
+    kernels: Sequence[verdicts.Config | None],
+    because: str,
+    also: str = "",
+) -> Choice:
+    """The first of some kernels that was not found to be bad, else PyTorch.
+
+    Raises:
+        BackendError: there is none, and a backend was asked for by name.
+    """
+    bad = []
+    for config in kernels:
+        case = call.case if config is None else call.case._replace(tile=str(config))
+        backend, what = "triton", _TRITON_KERNEL
+        if isinstance(config, CudaConfig):
+            backend, what = "cuda", f"one CUDA kernel ({config.family})"
+        elif isinstance(config, ProductConfig):
+            what = "PyTorch's product and one Triton kernel for the rest"
+        why = first_use.verdict(case)
+        if why:
+            bad.append(f"{config if backend == 'cuda' else backend}: {why}")
+            continue
+        rest = "".join(f"; not {row}" for row in bad)
+        reason = _named(asked, f"{also}{what}, {_trust(case)}{because}{rest}")
+        return Choice(backend, reason, None, case, config)
+    why_not = "; ".join(bad)
+    if asked == "triton" or (asked == "cuda" and not also):
+        _refuse(asked, why_not)
+    return Choice("reference", also + why_not)
+
+
+def _why_not_cuda(device: torch.device) -> str:
+    """Why the CUDA extension serves nothing on a device; ``""`` where it has kernels for it."""
+    if device.type != "cuda" and not _native_cuda.is_emulated():
+        return f"the tensors are on {device.type}"
+    if _native_cuda.load() is None:
+        return _native_cuda.why_unavailable()
+    return _native_cuda.why_not_gpu(support.architecture(device))
+
+
+def cuda_candidates(case: Case, shape: tuple[int, int, int]) -> list[CudaConfig]:
+    """The CUDA kernels that can run such calls of a 1x1 convolution, expected to be fast or not."""
+    families = _cuda_families(Call(case, shape, None))
+    return [CudaConfig(family) for family, why in families.items() if not why]
+
+
+def _cuda_families(call: Call) -> dict[str, str]:
+    """Every family of CUDA kernels that may serve a 1x1 convolution, the best first, with ``""`` or
+    why it cannot."""
+    device = torch.device(call.case.device)
+    why_not = _why_not_cuda(device)
+    kind = _native_cuda.type_of(call.case.dtype)
+    if not why_not and not kind:
+        why_not = (
+            'float32 is multiplied exactly unless torch.set_float32_matmul_precision("high") '
+            "allows TF32"
+            if call.case.dtype == torch.float32
+            else f"no kernel for {str(call.case.dtype).removeprefix('torch.')}"
+        )
+    if why_not:
+        return dict.fromkeys(_native_cuda.FAMILIES, why_not)
+    n, h, w = call.shape
+    case, found = call.case, {}
+    capability = support.architecture(device)
+    for family in _native_cuda.FAMILIES:
+        found[family] = _native_cuda.refusal(
+            family, capability, kind, n * h * w, case.out_channels, case.channels, case.act
+        )
+        if not found[family] and family == "wgmma" and not first_use.is_on():
+            found[family] = f"not without its check at the first use ({first_use.ENVIRONMENT}=0)"
+    return found
 
 
 _FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
@@ -244,24 +354,24 @@ def _named(asked: str, what: str) -> str:
     return what if asked == "auto" else f"asked for by name: {what}"
 
 
-def _trust(call: Call | None) -> str:
-    if call is not None and first_use.verdict(call.case) == "":
-        _, why = first_use.retreat(call.case)
+def _trust(case: Case | None) -> str:
+    if case is not None and first_use.verdict(case) == "":
+        _, why = first_use.retreat(case)
         plain = f", without the copy engine: {why}" if why else ""
         return f"checked against PyTorch{plain}"
     return "to be checked at its first use" if first_use.is_on() else "not checked"
 
 
-def fall_back(op: str, call: Call | None) -> None:
-    """PyTorch is to serve a call that `choose` gave to Triton, whose kernel is not to be trusted.
+def fall_back(op: str, choice: Choice) -> None:
+    """Another is to serve a call that `choose` gave to a kernel which is not to be trusted.
 
     Raises:
-        BackendError: ``triton`` was asked for by name.
+        BackendError: the kernel's backend was asked for by name.
     """
-    if requested_backend() == "triton":
-        why = first_use.verdict(call.case) if call is not None else None
+    if requested_backend() == choice.backend:
+        why = first_use.verdict(choice.case) if choice.case is not None else None
         _refuse(
-            "triton",
+            choice.backend,
             why
             or f"the kernel of {op} could not be checked here (a CUDA graph is being captured, or "
             "memory is short): run the model once before",

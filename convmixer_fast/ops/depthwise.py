@@ -81,11 +81,11 @@ def _kernel(
     backend = choice.backend
     if backend == "cpu":
         return _native.depthwise_mix(x, weight, bias, scale, shift, act)
-    if backend == "triton" and call is not None:
-        out = gpu.serve(call, _reference, x, weight, bias, scale, shift, act)
+    if choice.case is not None:
+        out = gpu.serve(choice.case, choice.config, _reference, x, weight, bias, scale, shift, act)
         if out is not None:
             return out
-        backends.fall_back(NAME, call)
+        backends.fall_back(NAME, choice)
     # Operands have the dtype they are to be computed in: autocast has nothing to add.
     with torch.autocast(x.device.type, enabled=False):
         operands = (weight, bias, scale, shift, act)

@@ -142,7 +142,11 @@ def describe(error: BaseException) -> str:
 def _settle(case: Case, why: str) -> None:
     _verdicts[case] = why
     support.new_epoch()
-    if why:
+    if not why:
+        return
+    if case.tile.startswith("cuda "):
+        _warn(f"the CUDA kernel ({case.tile[5:]}) for {case} is not used, the next best is", why)
+    else:
         _warn(f"the Triton kernel for {case} is not used, PyTorch's own operators are", why)
 
 

@@ -1,9 +1,9 @@
 """How does an operator become a kernel launch on a GPU?
 
-Between the operators, which take any strides, and the Triton kernels, which want channels-last:
-the layout in and out, the depthwise taps in the kernel's order, the device that the launch is for,
-and the check before a kernel's first result (`first_use`). Triton is imported here, at the first
-call that a kernel may serve, and nowhere above.
+Between the operators, which take any strides, and the kernels, Triton's and CUDA's, which want
+channels-last: the layout in and out, the depthwise taps in the kernel's order, the device that the
+launch is for, and the check before a kernel's first result (`first_use`). Triton is imported here,
+at the first call that a kernel of its may serve, and nowhere above.
 
 Every function returns None where the kernel is not to be trusted with the call: PyTorch's operators
 then serve it.
@@ -17,11 +17,15 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _native_cuda
 from ..kernels import support
 from ..kernels.configs import (
+    CudaConfig,
     PointwiseConfig,
+    ProductConfig,
     lookup_pointwise,
     pointwise_candidates,
     without_descriptors,
@@ -34,8 +38,8 @@ from .common import accumulation_dtype, memory_format_of
 from .first_use import is_capturing as is_capturing
 
 if TYPE_CHECKING:
-    from .backends import Call
     from .packing import Packed
+
 
 
 class Kernels(NamedTuple):
@@ -45,20 +49,23 @@ class Kernels(NamedTuple):
     depthwise_mix: Callable[..., Tensor]
     pointwise_mix: Callable[..., Tensor]
     patch_embed: Callable[..., Tensor]
+    after_product_: Callable[..., Tensor]
 
 
 @cache
 def kernels() -> Kernels:
     """The Triton kernels. Importing them imports Triton."""
+    from ..kernels.after_product import after_product_
     from ..kernels.depthwise import depthwise_mix, pack_taps
     from ..kernels.pointwise import pointwise_mix
     from ..kernels.stem import patch_embed
 
-    return Kernels(pack_taps, depthwise_mix, pointwise_mix, patch_embed)
+    return Kernels(pack_taps, depthwise_mix, pointwise_mix, patch_embed, after_product_)
 
 
-#: An attribute of weights that are private copies (see `keep_taps`).
+#: Attributes of tensors that are private copies (see `keep_taps` and `keep_float32`).
 _TAPS = "_convmixer_fast_taps"
+_FLOAT32 = "_convmixer_fast_float32"
 
 
 def keep_taps(weight: Tensor) -> Tensor:
@@ -78,10 +85,22 @@ def taps_of(weight: Tensor) -> Tensor:
     return kernels().pack_taps(weight.detach()) if kept is None else kept
 
 
+def keep_float32(bias: Tensor | None) -> Tensor | None:
+    """Keep a bias (D,) in float32 with it, as the CUDA kernels want it; only as for `keep_taps`."""
+    if bias is not None and bias.dtype != torch.float32:
+        setattr(bias, _FLOAT32, bias.float())
+    return bias
+
+
+def float32_of(bias: Tensor | None) -> Tensor | None:
+    kept: Tensor | None = getattr(bias, _FLOAT32, None)
+    return bias.detach().float() if kept is None and bias is not None else kept
+
+
 def memory_of(packed: Tensor) -> list[Tensor]:
     """A packed copy and what is kept with it."""
-    kept = getattr(packed, _TAPS, None)
-    return [packed] if kept is None else [packed, kept]
+    kept = [getattr(packed, name, None) for name in (_TAPS, _FLOAT32)]
+    return [packed, *(tensor for tensor in kept if tensor is not None)]
 
 
 def as_channels_last(x: Tensor) -> Tensor:
@@ -150,6 +169,8 @@ def _pointwise(
     std: Sequence[float] | None = None,
     config: Any = None,
 ) -> Tensor:
+    if isinstance(config, ProductConfig):
+        return _after_product(x, weight, bias, scale, shift, act)
     n, _, h, w = x.shape
     d, _, p, _ = weight.shape
     out = torch.empty(
@@ -159,13 +180,37 @@ def _pointwise(
         memory_format=stem_format(x, p),
     )
     x = x.detach().resolve_neg()
+    if isinstance(config, CudaConfig):
+        bias = float32_of(bias)
     operands = [weight.detach().contiguous(), *_vectors(bias, scale, shift), act]
+    if isinstance(config, CudaConfig):
+        pixels = as_channels_last(x)
+        cuda: Callable[..., Tensor] = _native_cuda.pointwise_mix
+        return _into(out, lambda out: cuda(pixels, *operands, out=out, family=config.family))
     if p == 1 and x.dtype != torch.uint8:
         pixels = as_channels_last(x)
         run = kernels().pointwise_mix
         return _into(out, lambda out: run(pixels, *operands, out=out, config=config))
     embed = partial(kernels().patch_embed, mean=mean, std=std)
     return _into(out, lambda out: embed(x, *operands, out=out, config=config))
+
+
+def _after_product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    act: str,
+) -> Tensor:
+    """PyTorch's convolution as its settings have it, and one kernel in the place of its result."""
+    wanted = memory_format_of(x)
+    with torch.autocast(x.device.type, enabled=False):
+        h = F.conv2d(as_channels_last(x.detach().resolve_neg()), weight.detach())
+    h = kernels().after_product_(as_channels_last(h), *_vectors(bias, scale, shift), act)
+    if wanted == torch.channels_last:
+        return h
+    return torch.empty(h.shape, dtype=h.dtype, device=h.device).copy_(h)
 
 
 def _into(out: Tensor, launch: Callable[[Tensor], Tensor]) -> Tensor:
@@ -185,7 +230,8 @@ _RUN: dict[str, Callable[..., Tensor]] = {
 
 
 def serve(
-    call: Call,
+    case: Case,
+    config: Any,
     reference: Callable[..., Tensor],
     x: Tensor,
     *operands: Any,
@@ -193,12 +239,10 @@ def serve(
     """The result of an operator by its kernel, or None where PyTorch is to compute it.
 
     Args:
-        call: what `backends.call_of` makes of the operator's arguments.
+        case, config: the kernel, as `backends.choose` names it.
         reference: the operator in PyTorch's own calls, against which a kernel is checked.
         x, operands: the operator's arguments; checked, and not empty.
     """
-    case = call.case
-    config = None if call.verdict is None else call.verdict.config
     with on_device(x):
         if not first_use.ready(
             case,
@@ -236,6 +280,10 @@ def prepare(case: Case, config: Any, packed: Packed) -> Callable[[Tensor, Tensor
     if case.op != "pointwise_mix":
         raise ValueError(f"prepare: no block calls {case.op}")
     weight = weight.contiguous()
+    if isinstance(config, CudaConfig):
+        vectors[0] = float32_of(packed.bias)
+        run: Callable[..., Tensor] = _native_cuda.pointwise_mix
+        return lambda x, out: run(x, weight, *vectors, out=out, family=config.family)
     return lambda x, out: kernels().pointwise_mix(x, weight, *vectors, out=out, config=config)
 
 
@@ -314,7 +362,7 @@ def plainer_tile(case: Case, config: Any = None) -> PointwiseConfig | None:
     Args:
         config: the tile of the call; None: the shipped one.
     """
-    if case.op != "pointwise_mix":
+    if case.op != "pointwise_mix" or isinstance(config, CudaConfig | ProductConfig):
         return None
     from ..kernels import operands
 

@@ -94,17 +94,20 @@ def _kernel(
         return _empty(x, weight)
     call = backends.call_of(NAME, x, weight, bias, act)
     choice = backends.choose(NAME, x.device, x.dtype, call)
-    backend = choice.backend
-    if backend == "cpu" and memory_format_of(x) == torch.contiguous_format:
+    if choice.backend == "cpu" and memory_format_of(x) == torch.contiguous_format:
         return _native.channel_mix(x, weight, bias, scale, shift, act)
-    if backend == "triton" and call is not None:
-        out = gpu.serve(call, _reference, x, weight, bias, scale, shift, act)
+    while choice.case is not None:
+        out = gpu.serve(choice.case, choice.config, _reference, x, weight, bias, scale, shift, act)
         if out is not None:
             return out
-        backends.fall_back(NAME, call)
+        # What was just found to be bad has a second choice; what could not be checked has not.
+        backends.fall_back(NAME, choice)
+        tried, choice = choice.case, backends.choose(NAME, x.device, x.dtype, call)
+        if choice.case == tried:
+            break
     # Operands have the dtype they are to be computed in: autocast has nothing to add.
     with torch.autocast(x.device.type, enabled=False):
-        if backend == "cpu":
+        if choice.backend == "cpu":
             return _native.epilogue_(_convolve(x, weight, bias), scale, shift, act)
         operands = (weight, bias, scale, shift, act)
         return gpu.in_layout(

@@ -93,11 +93,11 @@ def _kernel(
     if call is not None:
         choice = backends.choose(NAME, x.device, weight.dtype, call)
         operands = (weight, bias, scale, shift, act, mean, std)
-        if choice.backend == "triton":
-            out = gpu.serve(call, _reference, x, *operands)
+        if choice.case is not None:
+            out = gpu.serve(choice.case, choice.config, _reference, x, *operands)
             if out is not None:
                 return out
-            backends.fall_back(NAME, call)
+            backends.fall_back(NAME, choice)
         elif choice.memory_format is not None:
             wanted = gpu.stem_format(x, weight.shape[2])
             with torch.autocast(x.device.type, enabled=False):

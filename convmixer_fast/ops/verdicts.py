@@ -14,6 +14,7 @@ import os
 import sys
 import tempfile
 import threading
+import typing
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
@@ -32,12 +33,15 @@ ENVIRONMENT = "CONVMIXER_FAST_CACHE"
 #: Of the files; another number is another format, and not read.
 FORMAT = 1
 
-Config = configs.DepthwiseConfig | configs.PointwiseConfig
+Config = (
+    configs.DepthwiseConfig | configs.PointwiseConfig | configs.CudaConfig | configs.ProductConfig
+)
 
-#: The winners there can be: our kernel, PyTorch's operators on channels-last activations, and those
-#: on contiguous ones, with both conversions counted.
-WINNERS = ("triton", "channels_last", "contiguous")
-_TYPES = {kind.__name__: kind for kind in (configs.DepthwiseConfig, configs.PointwiseConfig)}
+#: The winners there can be: Triton's kernel, a CUDA kernel, PyTorch's product with one kernel after
+#: it, PyTorch's operators on channels-last activations, and those on contiguous ones, with both
+#: conversions counted.
+WINNERS = ("triton", "cuda", "product", "channels_last", "contiguous")
+_TYPES = {kind.__name__: kind for kind in typing.get_args(Config)}
 
 
 class Verdict(NamedTuple):

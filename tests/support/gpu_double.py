@@ -20,6 +20,7 @@ from torch import Tensor
 
 from convmixer_fast.arch import ACTIVATIONS
 from convmixer_fast.kernels import support
+from convmixer_fast.kernels.configs import ProductConfig
 from convmixer_fast.ops import first_use, gpu, use_backend, verdicts
 
 
@@ -99,14 +100,21 @@ class Double:
         h = F.conv2d(x.float(), weight.float(), bias, stride=p)
         return self._finish(name, x, self._affine(h, scale, shift, act), out, config)
 
+    def after_product_(self, h, bias, scale, shift, act) -> Tensor:
+        assert is_packed_channels_last(h)
+        wide = h.float() if bias is None else h.float() + bias.float().view(1, -1, 1, 1)
+        return self._finish(
+            "after_product_", h, self._affine(wide, scale, shift, act), h, ProductConfig()
+        )
+
 
 @contextmanager
-def installed(backend: str = "triton") -> Iterator[Double]:
+def installed(backend: str = "triton", double: Double | None = None) -> Iterator[Double]:
     """Kernels "run" on CPU tensors inside the block, asked for by name, and are PyTorch's."""
-    double = Double()
+    double = double or Double()
     with pytest.MonkeyPatch.context() as patch, support.emulated(), use_backend(backend):
         patch.setattr(support, "_why_no_triton", lambda: "")
-        names = ("pack_taps", "depthwise_mix", "pointwise_mix", "patch_embed")
+        names = ("pack_taps", "depthwise_mix", "pointwise_mix", "patch_embed", "after_product_")
         table = gpu.Kernels(*(getattr(double, name) for name in names))
         patch.setattr(gpu, "kernels", lambda: table)
         # Nothing that was tuned or found out elsewhere counts, and nothing is left behind.

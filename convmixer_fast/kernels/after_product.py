@@ -1,0 +1,94 @@
+"""What follows a 1x1 convolution that PyTorch computed? The rest of the block's half, in one pass.
+
+    h[m, n] = scale[n] * act(h[m, n] + bias[n]) + shift[n], in place
+
+m counts the N H W pixels of a channels-last tensor. Where PyTorch's library multiplies faster than
+a kernel with this in its epilogue, bias, activation and BatchNorm still need not be three passes:
+each element is read once and written once, which is the bound.
+
+One program takes BLOCK_M x BLOCK_N elements, 32 a thread of four warps.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import operands
+from .epilogue import finish
+
+BLOCK_M, BLOCK_N = 16, 256
+
+
+# M changes with every batch size and says nothing about alignment: no kernel of its own for it.
+@triton.jit(do_not_specialize=["M"])
+def after_product_kernel(
+    h,
+    bias,
+    scale,
+    shift,
+    M,
+    n_vectors,
+    ACT: tl.constexpr,
+    VECTOR_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """h [M, N], N = n_vectors VECTOR_N (see `operands.vector_width`); one tile a program.
+
+    M may pass 2^31: a tile's start is int64, offsets inside it are int32.
+    """
+    N = n_vectors * VECTOR_N
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tile = tl.program_id(0)
+    first_row = (tile // tiles_n).to(tl.int64) * BLOCK_M
+    columns = (tile % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, BLOCK_M)
+    rows_left = tl.minimum(M - first_row, BLOCK_M).to(tl.int32)
+    inside = (m < rows_left)[:, None] & (columns < N)[None, :]
+    place = h + first_row * N + (m[:, None] * N + columns[None, :])
+    sums = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    values = finish(sums, bias, scale, shift, columns, N, ACT)
+    tl.store(place, values.to(h.dtype.element_ty), mask=inside)
+
+
+def after_product_(
+    h: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, act: str
+) -> Tensor:
+    """``scale * act(h + bias) + shift`` in the place of h, on the current device and stream.
+
+    Args:
+        h: (N, D, H, W), float32, float16 or bfloat16, channels-last without gaps: a 1x1
+            convolution's result, without its bias; overwritten.
+        bias: (D,) of a floating dtype, or None.
+        scale, shift: (D,) float32.
+        act: a name in `convmixer_fast.arch.ACTIVATIONS`.
+
+    Returns:
+        h. Computed in float32, rounded once.
+
+    Raises:
+        ValueError: an operand's shape, dtype, device or layout does not fit.
+    """
+    images, N, height, width = h.shape
+    operands.check_vectors("after_product_", h, N, bias, scale, shift, act)
+    operands.result("after_product_", h, (images, N, height, width), h)
+    M = images * height * width
+    if h.numel() == 0:
+        return h
+    vector_n = operands.vector_width(N)
+    after_product_kernel[(triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N),)](
+        h,
+        bias,
+        scale,
+        shift,
+        M,
+        N // vector_n,
+        ACT=act,
+        VECTOR_N=vector_n,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=BLOCK_N,
+        num_warps=4,
+    )
+    return h
