@@ -66,9 +66,10 @@ CMF_DEVICE uint32_t swizzled(int row, int chunk) {
   return row * kStepBytes + (chunk ^ (row / 2 % kChunks)) * 16;
 }
 
-// Sixteen bytes in copies of kBytes, zeros from the element `left` on.
+// Sixteen bytes in copies of kBytes, zeros from the element `left` on. Narrow copies of a warp go to 32
+// different banks: lanes whose chunks lie 128 bytes apart begin with different words.
 template <int kBytes, int kSize>
-CMF_DEVICE void copy_chunk(Shared to, const uint8_t* from, int left) {
+CMF_DEVICE void copy_chunk(Shared to, const uint8_t* from, int left, int lane) {
   if constexpr (kBytes == 2) {
     // Odd rows of 16-bit elements: no asynchronous copy is that narrow.
     const uint16_t* element = reinterpret_cast<const uint16_t*>(from);
@@ -81,8 +82,9 @@ CMF_DEVICE void copy_chunk(Shared to, const uint8_t* from, int left) {
     store_shared_128(to, word);
   } else {
 #pragma unroll
-    for (int i = 0; i < 16; i += kBytes) {
-      copy_async<kBytes>(to + i, from + i, i / kSize < left);
+    for (int i = 0; i < 16 / kBytes; ++i) {
+      const int at = kBytes == 4 ? (i ^ lane / 8) * 4 : 0;
+      copy_async<kBytes>(to + at, from + at, at / kSize < left);
     }
   }
 }
@@ -99,8 +101,6 @@ CMF_DEVICE void pointwise_tile(const Operands& p, uint8_t* buffers) {
                               static_cast<uint32_t>((p.n + C::kTileN - 1) / C::kTileN));
   const int64_t m0 = static_cast<int64_t>(tile.m) * C::kTileM;
   const int n0 = static_cast<int>(tile.n) * C::kTileN;
-  const int rows = static_cast<int>(min(p.m - m0, static_cast<int64_t>(C::kTileM)));
-  const int columns = min(p.n - n0, C::kTileN);
 
   // Copies: this thread's chunk of every kRowsAtOnce-th row, its place counted in copies.
   const int row = thread / kChunks, chunk = thread % kChunks;
@@ -109,11 +109,13 @@ CMF_DEVICE void pointwise_tile(const Operands& p, uint8_t* buffers) {
   uint32_t a_row[kRowsA], w_row[kRowsW];
 #pragma unroll
   for (int i = 0; i < kRowsA; ++i) {
-    a_row[i] = static_cast<uint32_t>(min(row + i * kRowsAtOnce, rows - 1)) * p.a_stride;
+    const int64_t here = m0 + row + i * kRowsAtOnce;
+    a_row[i] = static_cast<uint32_t>(min(here, p.m - 1) - m0) * p.a_stride;
   }
 #pragma unroll
   for (int i = 0; i < kRowsW; ++i) {
-    w_row[i] = static_cast<uint32_t>(min(row + i * kRowsAtOnce, columns - 1)) * p.w_stride;
+    const int here = n0 + row + i * kRowsAtOnce;
+    w_row[i] = static_cast<uint32_t>(min(here, p.n - 1) - n0) * p.w_stride;
   }
   const Shared base = shared_address(buffers);
   const Shared to = base + swizzled(row, chunk);
@@ -122,12 +124,12 @@ CMF_DEVICE void pointwise_tile(const Operands& p, uint8_t* buffers) {
 #pragma unroll
     for (int i = 0; i < kRowsA; ++i) {
       copy_chunk<C::kCopyBytes, C::kSize>(to + buffer + i * kRowsAtOnce * kStepBytes,
-                                          a + static_cast<uint64_t>(a_row[i]) * C::kCopyBytes, left);
+                                          a + static_cast<uint64_t>(a_row[i]) * C::kCopyBytes, left, lane);
     }
 #pragma unroll
     for (int i = 0; i < kRowsW; ++i) {
       copy_chunk<C::kCopyBytes, C::kSize>(to + buffer + kBufferA + i * kRowsAtOnce * kStepBytes,
-                                          w + static_cast<uint64_t>(w_row[i]) * C::kCopyBytes, left);
+                                          w + static_cast<uint64_t>(w_row[i]) * C::kCopyBytes, left, lane);
     }
     copy_commit();
     a += kStepBytes;
@@ -209,8 +211,6 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Operands p{a, w, bias, scale, shift, d, m, n, k, a_stride, w_stride};
 #ifdef __CUDA_ARCH__
   pointwise_tile<C, stages_for(__CUDA_ARCH__ / 10)>(p, buffers);
-#elif defined(CUDA_EMU)
-  pointwise_tile<C, CUDA_EMU>(p, buffers);
 #endif
 }
 
