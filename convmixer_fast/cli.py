@@ -1,4 +1,5 @@
-"""What can be done from a shell? ``convmixer-fast info | predict | doctor | convert | demo``.
+"""What can be done from a shell? ``convmixer-fast info | predict | doctor | convert | demo``, and
+``benchmark``, which has a module of its own.
 
 Flags carry timm's names. What can be expected to go wrong (a path, an image, a checkpoint, a
 setting, a missing library, a full disk) is one line on stderr and exit code 2; with
@@ -447,6 +448,12 @@ def build_parser() -> argparse.ArgumentParser:
     output_format(info)
 
     _add_predict(command("predict", _predict, "classify images"))
+
+    from . import cli_benchmark  # it uses this module's helpers
+
+    cli_benchmark.add_arguments(
+        command("benchmark", cli_benchmark.run, "time one model, with timm's flags and result keys")
+    )
 
     doctor = command("doctor", _doctor, "say what is installed, which backends run, and check them")
     doctor.add_argument(
