@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from convmixer_fast import ConvMixer, cli, save_checkpoint
+from convmixer_fast import ConvMixer, cli, cli_common, save_checkpoint
 from convmixer_fast.arch import ACTIVATIONS, VARIANTS
 from convmixer_fast.checkpoint import FORMATS
 from convmixer_fast.demo import plain_twin
@@ -492,11 +492,11 @@ def test_wrong_usage_leaves_with_code_2(capsys, arguments):
 
 
 def test_lists_of_choices_are_those_of_the_package():
-    assert tuple(ACTIVATIONS) == cli._ACTIVATIONS
-    assert tuple(INTERPOLATIONS) == cli._INTERPOLATIONS
-    assert ("auto", *BACKENDS) == cli._BACKENDS
-    assert tuple(FORMATS) == cli._FORMATS
-    assert cli.DEFAULT_MODEL in VARIANTS
+    assert tuple(ACTIVATIONS) == cli_common.ACTIVATIONS
+    assert tuple(INTERPOLATIONS) == cli_common.INTERPOLATIONS
+    assert ("auto", *BACKENDS) == cli_common.BACKENDS
+    assert tuple(FORMATS) == cli_common.FORMATS
+    assert cli_common.DEFAULT_MODEL in VARIANTS
 
 
 def test_interruption_is_130_and_quiet(capsys, monkeypatch):

@@ -1,0 +1,188 @@
+"""What do commands share? Their names for things, the model they load, how they speak."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from .inference import Preprocessing
+    from .model import ConvMixer
+
+PROG = "convmixer-fast"
+DEFAULT_MODEL = "convmixer_768_32"
+
+# Values that argparse lists in its help. The modules that own them are not imported here, so that
+# help and errors of usage come at once; the tests hold both lists together.
+ACTIVATIONS = ("gelu", "relu", "silu", "hardswish", "identity")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
+FORMATS = ("timm", "locuslab", "mmpretrain", "tweet")
+
+_ACT_UNKNOWN = (
+    "the activation of {} cannot be read from its weights: pass --act gelu (the paper's default) "
+    "or the one it was trained with"
+)
+
+
+def add_model_arguments(sub: argparse.ArgumentParser) -> None:
+    """Which model, and how images become its input: for `load_model` and `preprocessing_of`."""
+    model = sub.add_argument_group("model")
+    model.add_argument(
+        "-m",
+        "--model",
+        metavar="NAME",
+        help=f"timm's or the paper's name (default: as --checkpoint says, else {DEFAULT_MODEL})",
+    )
+    weights = model.add_mutually_exclusive_group()
+    weights.add_argument("--checkpoint", metavar="FILE", help="weights, in any published format")
+    weights.add_argument("--pretrained", action="store_true", help="fetch the published weights")
+    model.add_argument("--act", choices=ACTIVATIONS, help="activation, where the file cannot tell")
+    model.add_argument("--num-classes", type=positive, metavar="N", help="classes to expect")
+
+    images = sub.add_argument_group("images (default: as the model was trained)")
+    images.add_argument("--img-size", type=positive, metavar="N", help="side of the model's input")
+    images.add_argument("--input-size", type=int, nargs=3, metavar=("C", "H", "W"))
+    images.add_argument("--crop-pct", type=float, metavar="X", help="share kept by the centre crop")
+    images.add_argument("--mean", type=float, nargs="+", metavar="X", help="of pixels in 0..1")
+    images.add_argument("--std", type=float, nargs="+", metavar="X")
+    images.add_argument("--interpolation", choices=INTERPOLATIONS)
+
+
+def add_running_arguments(sub: argparse.ArgumentParser) -> None:
+    """How it is computed."""
+    run = sub.add_argument_group("running")
+    run.add_argument("-b", "--batch-size", type=int, default=32, metavar="N", help="default: 32")
+    run.add_argument(
+        "-j", "--workers", type=int, default=2, metavar="N", help="decoders (default: 2)"
+    )
+    run.add_argument("--device", metavar="NAME", help="default: cuda where there is one, else cpu")
+    run.add_argument("--amp", action="store_true", help="mixed precision")
+    run.add_argument(
+        "--amp-dtype",
+        choices=("float16", "bfloat16"),
+        help="default: float16 on cuda, else bfloat16",
+    )
+    run.add_argument("--channels-last", action="store_true", help="NHWC memory layout")
+    run.add_argument("--backend", choices=BACKENDS, default="auto", help="kernels (default: auto)")
+
+
+def load_model(args: argparse.Namespace) -> ConvMixer:
+    """The model with the weights that ``--checkpoint`` or ``--pretrained`` name, in eval mode."""
+    from dataclasses import replace
+
+    from .arch import find_variant
+    from .checkpoint import build_model_kwargs, load_checkpoint, read_checkpoint
+    from .model import ConvMixer, create_model
+
+    variant = find_variant(args.model) if args.model else None
+    if args.checkpoint:
+        held = read_checkpoint(args.checkpoint)
+        if variant and _shape(held.arch) != _shape(variant.arch):
+            raise ValueError(
+                f"{args.checkpoint} holds {held.arch}, not {variant.name}: leave --model out to "
+                "take the architecture from the file"
+            )
+        act = args.act or (variant.arch.act if variant and not held.arch.act else None)
+        if not (act or held.arch.act):
+            raise ValueError(_ACT_UNKNOWN.format(args.checkpoint))
+        model = ConvMixer(**build_model_kwargs(held, act))
+        # An activation that is not the file's was remarked upon above; once is enough.
+        load_checkpoint(model, replace(held, arch=replace(held.arch, act=model.arch.act)))
+    elif args.pretrained:
+        variant = variant or find_variant(DEFAULT_MODEL)
+        kwargs = {"act_layer": args.act} if args.act else {}
+        with suppress(ImportError):  # told by create_model
+            from huggingface_hub.utils import logging
+
+            # Its accounts of every retry; the failure itself comes as an error.
+            logging.set_verbosity_error()
+        try:
+            created = create_model(variant.name, pretrained=True, **kwargs)
+        except RuntimeError as error:
+            raise RuntimeError(f"{error}; on the command line: --checkpoint FILE") from error
+        assert isinstance(created, ConvMixer)
+        model = created
+    else:
+        raise ValueError(
+            "predictions of random weights mean nothing: pass --checkpoint FILE or --pretrained"
+        )
+    if model.num_classes == 0:
+        raise ValueError(f"{args.checkpoint} has no classifier: there is nothing to predict")
+    if args.num_classes not in (None, model.num_classes):
+        raise ValueError(
+            f"--num-classes {args.num_classes}, but the weights are for {model.num_classes} classes"
+        )
+    return model.eval()
+
+
+def _shape(arch: Any) -> tuple[int, ...]:
+    return arch.dim, arch.depth, arch.kernel_size, arch.patch_size
+
+
+def preprocessing_of(args: argparse.Namespace, model: ConvMixer) -> Preprocessing:
+    """What the model was trained on (else the published recipe), with the flags on top."""
+    from .arch import VARIANTS
+    from .inference import Preprocessing
+
+    known = (v for v in VARIANTS.values() if _shape(v.arch) == _shape(model.arch))
+    cfg = model.pretrained_cfg or next(known, VARIANTS[DEFAULT_MODEL]).pretrained_cfg
+    found = Preprocessing.from_cfg(
+        cfg,
+        in_chans=model.in_chans,
+        img_size=args.img_size,
+        input_size=args.input_size,
+        crop_pct=args.crop_pct,
+        interpolation=args.interpolation,
+        mean=args.mean,
+        std=args.std,
+    )
+    channels, height, width = found.input_size
+    if channels != model.in_chans:
+        raise ValueError(
+            f"--input-size asks for {channels} channels, the model takes {model.in_chans}"
+        )
+    patch = model.arch.patch_size
+    if min(height, width) < patch:
+        raise ValueError(
+            f"images of {height}x{width} px are smaller than one patch of {patch}x{patch}: "
+            "raise --img-size"
+        )
+    return found
+
+
+def device_of(name: str | None) -> torch.device:
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: torch knows no such device, try cpu or cuda") from error
+    if device.type == "meta":
+        raise ValueError("--device meta: that device computes nothing, try cpu or cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: torch sees no CUDA device")
+    return device
+
+
+def positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def printable(text: str) -> str:
+    """One line without control characters, whatever a file is called."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.splitlines()))
+
+
+def note(text: str) -> None:
+    print(f"{PROG}: {printable(text)}", file=sys.stderr, flush=True)
