@@ -1,5 +1,4 @@
-"""What can be done from a shell? ``convmixer-fast info | predict | doctor | convert | demo``, and
-``benchmark``, which has a module of its own.
+"""What can be done from a shell? ``convmixer-fast --help`` lists it.
 
 Flags carry timm's names. What can be expected to go wrong (a path, an image, a checkpoint, a
 setting, a missing library, a full disk) is one line on stderr and exit code 2; with
@@ -16,6 +15,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .cli_benchmark import add_benchmark, benchmark
 from .cli_common import ACTIVATIONS, FORMATS, PROG, note, positive, printable
 from .cli_predict import add_predict, predict
 
@@ -229,12 +229,8 @@ def build_parser() -> argparse.ArgumentParser:
     output_format(info)
 
     add_predict(command("predict", predict, "classify images"))
-
-    from . import cli_benchmark  # it uses this module's helpers
-
-    cli_benchmark.add_arguments(
-        command("benchmark", cli_benchmark.run, "time one model, with timm's flags and result keys")
-    )
+    text = "time one model, with timm's flags and result keys"
+    add_benchmark(command("benchmark", benchmark, text))
 
     doctor = command("doctor", _doctor, "say what is installed, which backends run, and check them")
     doctor.add_argument(

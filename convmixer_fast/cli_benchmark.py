@@ -21,7 +21,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from . import cli
+from .cli_common import ACTIVATIONS, BACKENDS, DEFAULT_MODEL, device_of, note, positive
 from .files import write_whole
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ MODES = ("inference", "train", "both")
 BATCH_SIZE = {"cuda": 256, "cpu": 4}
 
 
-def add_arguments(sub: argparse.ArgumentParser) -> None:
+def add_benchmark(sub: argparse.ArgumentParser) -> None:
     """The flags of the command; those that timm has are named and mean as there."""
     sub.epilog = (
         "The result is printed as JSON after a line '--result', as timm's benchmark.py prints it. "
@@ -45,7 +45,7 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
         "-m",
         "--model",
         metavar="NAME",
-        default=cli.DEFAULT_MODEL,
+        default=DEFAULT_MODEL,
         help="timm's or the paper's name (default: %(default)s)",
     )
     what.add_argument(
@@ -54,20 +54,18 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
         default="inference",
         help="default: %(default)s",
     )
-    what.add_argument("--act", choices=cli._ACTIVATIONS, help="default: the published one")
-    what.add_argument("--num-classes", type=cli._positive, metavar="N")
+    what.add_argument("--act", choices=ACTIVATIONS, help="default: the published one")
+    what.add_argument("--num-classes", type=positive, metavar="N")
     what.add_argument(
         "--compare", action="store_true", help="beside the plain PyTorch model, outputs checked"
     )
-    what.add_argument("--backend", choices=cli._BACKENDS, default="auto", help="default: auto")
+    what.add_argument("--backend", choices=BACKENDS, default="auto", help="default: auto")
 
     size = sub.add_argument_group("input")
     defaults = ", ".join(f"{n} on {device}" for device, n in BATCH_SIZE.items())
-    size.add_argument(
-        "-b", "--batch-size", type=cli._positive, metavar="N", help=f"default: {defaults}"
-    )
-    size.add_argument("--img-size", type=cli._positive, metavar="N", help="default: the model's")
-    size.add_argument("--input-size", type=cli._positive, nargs=3, metavar=("C", "H", "W"))
+    size.add_argument("-b", "--batch-size", type=positive, metavar="N", help=f"default: {defaults}")
+    size.add_argument("--img-size", type=positive, metavar="N", help="default: the model's")
+    size.add_argument("--input-size", type=positive, nargs=3, metavar=("C", "H", "W"))
     size.add_argument("--channels-last", action="store_true", help="NHWC memory layout")
     size.add_argument(
         "--precision", choices=PRECISIONS, default="float32", help="default: %(default)s"
@@ -81,12 +79,8 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
 
     run = sub.add_argument_group("running")
     run.add_argument("--device", metavar="NAME", help="default: cuda where there is one, else cpu")
-    run.add_argument(
-        "--num-warm-iter", type=cli._positive, default=10, metavar="N", help="default: 10"
-    )
-    run.add_argument(
-        "--num-bench-iter", type=cli._positive, default=40, metavar="N", help="default: 40"
-    )
+    run.add_argument("--num-warm-iter", type=positive, default=10, metavar="N", help="default: 10")
+    run.add_argument("--num-bench-iter", type=positive, default=40, metavar="N", help="default: 40")
     run.add_argument(
         "--torchcompile",
         nargs="?",
@@ -104,13 +98,13 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
     output.add_argument("--results-format", choices=("csv", "json"), default="csv")
 
 
-def run(args: argparse.Namespace) -> int:
+def benchmark(args: argparse.Namespace) -> int:
     """Run the command; prints the result and returns the exit code."""
     from .arch import find_variant
     from .model import create_model
     from .ops import use_backend
 
-    device = cli._device(args.device)
+    device = device_of(args.device)
     variant = find_variant(args.model)
     precision = "amp" if args.amp or args.amp_dtype else args.precision
     if args.compare and args.bench == "train":
@@ -155,9 +149,9 @@ def run(args: argparse.Namespace) -> int:
     # The marker by which timm's bulk scripts find the result.
     print(f"--result\n{json.dumps(results, indent=4)}")
     if args.results_file:
-        cli._note(f"wrote {args.results_file}")
+        note(f"wrote {args.results_file}")
     if "error" in results:
-        cli._note(f"error: {results['error']}")
+        note(f"error: {results['error']}")
         return 1
     return 0
 
@@ -206,7 +200,9 @@ def with_smaller_batches(
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            told = f"out of memory at batch {batch}: {cli._message(error).splitlines()[0]}"
+            # Of MemoryError there is often no more than its name.
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            told = f"out of memory at batch {batch}: {reason}"
         # Past the handler: its traceback held the tensors of the failed try.
         gc.collect()
         if torch.cuda.is_available():
@@ -214,7 +210,7 @@ def with_smaller_batches(
         next_batch = smaller_batch(batch)
         if not retry or not next_batch:
             raise _OutOfMemory(told)
-        cli._note(f"{told}; trying {next_batch}")
+        note(f"{told}; trying {next_batch}")
         batch = next_batch
 
 
@@ -260,7 +256,7 @@ class _Bench:
                 found |= self._checked(runs["ours"](), plain, x)
         beside = " beside eager PyTorch" if "eager" in runs else ""
         size_told = "x".join(map(str, self.input_size))
-        cli._note(f"infer: batches of {batch} x {size_told} on {self.device}{beside}")
+        note(f"infer: batches of {batch} x {size_told} on {self.device}{beside}")
         with torch.inference_mode():
             times = interleaved_times(
                 runs, self.args.num_bench_iter, warmup=self.args.num_warm_iter
@@ -416,7 +412,7 @@ class _Bench:
     def _tell(self, what: str, done: int, batch: int, seconds: float) -> None:
         total = self.args.num_bench_iter
         if done % max(1, total // 5) == 0:
-            cli._note(f"{what}: step {done} of {total}, {done * batch / seconds:.2f} img/s")
+            note(f"{what}: step {done} of {total}, {done * batch / seconds:.2f} img/s")
 
 
 def _rates(seconds: list[float], batch: int) -> dict[str, float]:
