@@ -56,9 +56,9 @@ def source(
         "stride_w": 1,
     }
     if uint8:
-        signature |= dict.fromkeys(("mean", "std"), "*fp32")
+        signature |= dict.fromkeys(("gain", "offset"), "*fp32")
     else:
-        constants |= dict.fromkeys(("mean", "std"))
+        constants |= dict.fromkeys(("gain", "offset"))
     return stem.stem_kernel, signature, constants
 
 
@@ -122,7 +122,7 @@ def predict(
     x = torch.randint(0, 256, (1, 3, image, image)).to(pixels)
     weight = (torch.randn(dim, 3, patch, patch) / (3 * patch * patch) ** 0.5).to(dtype)
     vector = torch.ones(dim)
-    normal = {"mean": torch.ones(3) / 2, "std": torch.ones(3) / 4} if x.dtype == torch.uint8 else {}
+    normal = {"mean": [0.5] * 3, "std": [0.25] * 3} if x.dtype == torch.uint8 else {}
     settings = {"race": False, "init": False, "max_ctas": 2}
     with ptxsim.triton_on_cpu(cc=architecture, **settings) as log:
         patch_embed(x, weight, None, vector, vector, "gelu", config=config, **normal)

@@ -9,6 +9,7 @@ one by one.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,13 +27,17 @@ from .arch import activation_layer, activation_name
 from .kernels import support
 from .kernels.precision import dot_precision
 from .ops import backends, first_use, gpu
+from .ops.cases import UINT8_STEM
 from .ops.common import accumulation_dtype, memory_format_of
 from .ops.depthwise import depthwise_mix
 from .ops.mixer import mixer_stack
 from .ops.packing import Packed, PackedCache, batch_norm_affine, cacheable, sources_of
 from .ops.pointwise import pointwise_mix
+from .ops.stem import normalized, patch_embed_uint8
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+#: (mean, std) of images in [0, 1], a number for each channel of both.
+Normalization = tuple[Sequence[float], Sequence[float]]
 
 
 class DropPath(nn.Module):
@@ -112,8 +117,14 @@ def _hooked(module: nn.Module) -> bool:
     )
 
 
-def _why_composed(conv: Any, act: nn.Module, bn: Any, x: Tensor, op: str) -> str:
-    """Why these three children must run one by one on ``x``; ``""`` when fusing is the same."""
+def _why_composed(
+    conv: Any, act: nn.Module, bn: Any, x: Tensor, op: str, dtype: torch.dtype | None = None
+) -> str:
+    """Why these three children must run one by one on ``x``; ``""`` when fusing is the same.
+
+    Args:
+        dtype: that ``x`` is converted to on the way, where it is another than its own.
+    """
     compiling = torch.compiler.is_compiling()
     if isinstance(x, torch.fx.Proxy) or (not compiling and torch._C._get_tracing_state()):
         return "torch.fx and torch.jit.trace see plain modules"
@@ -131,18 +142,19 @@ def _why_composed(conv: Any, act: nn.Module, bn: Any, x: Tensor, op: str) -> str
         return f"the input has {x.shape[1]} channels, the convolution takes {conv.in_channels}"
     weight = conv.weight
     device = x.device.type
+    dtype = dtype or x.dtype
     if device == "meta":
         return "meta tensors hold no values"
     if torch.is_autocast_enabled(device):
-        if x.dtype != torch.get_autocast_dtype(device):
+        if dtype != torch.get_autocast_dtype(device):
             return "autocast changes the input's dtype"
-    elif x.dtype != weight.dtype:
-        return f"the input is {x.dtype}, the weights {weight.dtype}"
-    if not x.is_floating_point():
-        return f"the input is {x.dtype}"
+    elif dtype != weight.dtype:
+        return f"the input is {dtype}, the weights {weight.dtype}"
+    if not dtype.is_floating_point:
+        return f"the input is {dtype}"
     if x.device != weight.device:
         return f"the input is on {x.device}, the weights on {weight.device}"
-    if device != "cpu" and compiling and not backends.compiled_kernels_run(x.device, x.dtype, op):
+    if device != "cpu" and compiling and not backends.compiled_kernels_run(x.device, dtype, op):
         # The operator is opaque to the compiler; where no kernel of ours stands behind it, the
         # plain operators are the faster graph.
         return "no fused kernel for this device: the compiler gets plain operators"
@@ -155,29 +167,41 @@ def _why_composed(conv: Any, act: nn.Module, bn: Any, x: Tensor, op: str) -> str
     return ""
 
 
-def _operands(cache: PackedCache[Packed], conv: Any, bn: Any, x: Tensor, depthwise: bool) -> Packed:
-    """The operator's arguments: cached copies for inference, differentiable ones otherwise."""
+def _operands(
+    cache: PackedCache[Packed],
+    conv: Any,
+    bn: Any,
+    x: Tensor,
+    depthwise: bool,
+    dtype: torch.dtype | None = None,
+) -> Packed:
+    """The operator's arguments: cached copies for inference, differentiable ones otherwise.
+
+    Args:
+        dtype: as for `_why_composed`.
+    """
+    dtype = dtype or x.dtype
     sources = sources_of(conv, bn)
     inference = not (torch.is_grad_enabled() and any(t.requires_grad for t in sources))
     if inference and not torch.compiler.is_compiling() and cacheable(sources):
-        on_gpu = backends.gpu_kernels_run(x.device, x.dtype)
+        on_gpu = backends.gpu_kernels_run(x.device, dtype)
         # Only the channels-last kernels want another order than the parameter's own.
         repack = depthwise and not on_gpu and memory_format_of(x) == torch.channels_last
 
         def pack() -> Packed:
-            weight = conv.weight.detach().to(x.dtype)
+            weight = conv.weight.detach().to(dtype)
             if repack:
                 weight = weight.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
             elif on_gpu:
                 weight = gpu.keep_taps(weight) if depthwise else weight.contiguous()
-            bias = None if conv.bias is None else conv.bias.detach().to(x.dtype)
-            wide = accumulation_dtype(x.dtype)
+            bias = None if conv.bias is None else conv.bias.detach().to(dtype)
+            wide = accumulation_dtype(dtype)
             scale, shift = (v.to(wide) for v in batch_norm_affine(bn, torch.float64))
             return Packed(weight, bias, scale, shift)
 
-        return cache.get((repack, on_gpu, x.dtype, bn.eps), sources, pack)
-    bias = None if conv.bias is None else conv.bias.to(x.dtype)
-    return Packed(conv.weight.to(x.dtype), bias, *batch_norm_affine(bn, x.dtype))
+        return cache.get((repack, on_gpu, dtype, bn.eps), sources, pack)
+    bias = None if conv.bias is None else conv.bias.to(dtype)
+    return Packed(conv.weight.to(dtype), bias, *batch_norm_affine(bn, dtype))
 
 
 class _Plan(NamedTuple):
@@ -255,7 +279,15 @@ class _Fused(nn.Module):
 
     _packed: PackedCache[Any]
 
-    def _decide(self, op: str, why_composed: str, x: Tensor, conv: Any, act: Any) -> bool:
+    def _decide(
+        self,
+        op: str,
+        why_composed: str,
+        x: Tensor,
+        conv: Any,
+        act: Any,
+        dtype: torch.dtype | None = None,
+    ) -> bool:
         """Whether to call the fused operator, reporting the choice to `backends.recording`."""
         if torch.compiler.is_compiling():
             return not why_composed
@@ -263,8 +295,8 @@ class _Fused(nn.Module):
         if why_composed:
             choice = backends.composed(why_composed)
         else:
-            call = backends.call_of(op, x, conv.weight, conv.bias, activation_name(act))
-            choice = backends.choose(op, x.device, x.dtype, call)
+            call = backends.call_of(op, x, conv.weight, conv.bias, activation_name(act), dtype)
+            choice = backends.choose(op, x.device, dtype or x.dtype, call)
         if backends.is_recording():
             backends.record(self, op, choice, call)
         # The operator also knows PyTorch's own calls, in the layout that was measured.
@@ -434,9 +466,17 @@ class PatchEmbed(_FusedSequential):
         patch_size: p.
         act_layer: a class or factory of activation modules, or a name in `arch.ACTIVATIONS`.
         device, dtype: as for `nn.Conv2d`.
+        normalize: (mean, std), a number for each channel of both: uint8 images are taken too, and
+            become ``(x / 255 - mean) / std``, inside the kernel on a GPU. Other images are left as
+            they are.
+
+    Raises:
+        ValueError: mean or std does not fit the channels, or no image could be divided by std.
 
     Source: Trockman and Kolter 2022, section 2.
     """
+
+    normalize: Normalization | None = None
 
     def __init__(
         self,
@@ -446,6 +486,7 @@ class PatchEmbed(_FusedSequential):
         act_layer: Callable[[], nn.Module] | str = nn.GELU,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        normalize: Normalization | None = None,
     ) -> None:
         super().__init__(
             nn.Conv2d(in_chans, dim, patch_size, stride=patch_size, device=device, dtype=dtype),
@@ -453,13 +494,79 @@ class PatchEmbed(_FusedSequential):
             nn.BatchNorm2d(dim, device=device, dtype=dtype),
         )
         self._packed = PackedCache()
+        if normalize is not None:
+            self.normalize = _checked_normalization(normalize, in_chans)
+
+    def extra_repr(self) -> str:
+        return "" if self.normalize is None else f"normalize={self.normalize}"
 
     def forward(self, x: Tensor) -> Tensor:
+        normalize = self.normalize
+        # torch.fx sees a stem of floats.
+        if normalize is not None and not isinstance(x, torch.fx.Proxy) and x.dtype == torch.uint8:
+            out = self._on_uint8(x, *normalize)
+            if out is not None:
+                return out
+            x = normalized(x, *normalize, dtype_of_pixels(x, self))
         if len(self) != 3:
             return super().forward(x)
         conv, act, bn = self
         out = _fused_pointwise(self, self._packed, conv, act, bn, x, stem=True)
         return super().forward(x) if out is None else out
+
+    def _on_uint8(self, x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor | None:
+        """The stem with its normalisation as one operator, or None where PyTorch normalises first.
+
+        That is so where no kernel would serve the operator, and where gradients are recorded, which
+        it does not have.
+        """
+        if len(self) != 3 or not is_patchwise(self[0]):
+            return None
+        conv: Any
+        conv, act, bn = self
+        dtype = dtype_of_pixels(x, self)
+        compiling = torch.compiler.is_compiling()
+        serve = backends.compiled_kernels_run if compiling else backends.gpu_kernels_run
+        if (not compiling and torch._C._get_tracing_state()) or not serve(x.device, dtype):
+            return None
+        if torch.is_grad_enabled() and any(t.requires_grad for t in sources_of(conv, bn)):
+            return None
+        # Where the modules run one by one the float stem says so.
+        if _why_composed(conv, act, bn, x, UINT8_STEM, dtype):
+            return None
+        if not self._decide(UINT8_STEM, "", x, conv, act, dtype):
+            return None
+        operands = _operands(self._packed, conv, bn, x, depthwise=False, dtype=dtype)
+        return patch_embed_uint8(x, *operands, activation_name(act), mean, std)
+
+
+def _checked_normalization(normalize: Normalization, channels: int) -> Normalization:
+    """(mean, std) as tuples of floats."""
+    try:
+        mean, std = (tuple(float(v) for v in values) for values in normalize)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"normalize must be (mean, std), a number for each channel of both, got {normalize!r}"
+        ) from error
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != channels:
+            raise ValueError(
+                f"normalize: {name} has {len(values)} numbers, the images have {channels} channels"
+            )
+        if not all(map(math.isfinite, values)):
+            raise ValueError(f"normalize: {name} must be finite, got {values}")
+    if min(std) <= 0:
+        raise ValueError(f"normalize: std must be positive, got {std}")
+    return mean, std
+
+
+def dtype_of_pixels(x: Tensor, stem: nn.Module) -> torch.dtype:
+    """What uint8 images are normalised to: the dtype that the stem computes in."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    dtype: torch.dtype = next(stem.parameters()).dtype
+    return dtype
 
 
 class MixerBlock(_FusedSequential):

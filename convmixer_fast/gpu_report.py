@@ -19,13 +19,16 @@ from .arch import VARIANTS
 from .files import write_whole
 from .kernels import precision, support
 from .ops import BackendError, first_use, gpu, verdicts
-from .ops.cases import Case, case_of
+from .ops.cases import UINT8_STEM, Case, case_of
+from .ops.verdicts import Config
 from .timing import gpu_seconds
-from .tune import LAYOUTS, REFERENCES, layout_of
+from .tune import LAYOUTS, REFERENCES, STEMS, layout_of
 
 FORMAT = 1
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BATCHES = (1, 64)
+#: The name of the times of a tile that took the place of a wrong one.
+WITHOUT_TMA = "triton without TMA"
 
 
 class Problem(NamedTuple):
@@ -49,24 +52,25 @@ class Problem(NamedTuple):
         x = one.expand(n, self.channels, h, w)
         weight = one.expand(self.out_channels, inputs, k, k)
         op = "pointwise_mix" if self.op == "patch_embed" else self.op
-        return case_of(op, x, weight, one.expand(self.out_channels), self.act)
+        return case_of(op, x, weight, one.expand(self.out_channels), self.act, self.dtype)
 
     def macs(self) -> int:
         n, h, w = self.shape
         k, c, d = self.kernel_size, self.channels, self.out_channels
         if self.op == "depthwise_mix":
             return n * h * w * c * k * k
-        stride = k if self.op == "patch_embed" else 1
+        stride = k if self.op in STEMS else 1
         return n * (h // stride) * (w // stride) * d * c * k * k
 
     def bytes(self) -> int:
         """Read and written once: activations in, out, and the weight."""
         n, h, w = self.shape
         k, c, d = self.kernel_size, self.channels, self.out_channels
-        stride = k if self.op == "patch_embed" else 1
+        stride = k if self.op in STEMS else 1
         weight = d * k * k * (1 if self.op == "depthwise_mix" else c)
         out = n * (h // stride) * (w // stride) * d
-        return self.dtype.itemsize * (n * h * w * c + out + weight)
+        pixel = 1 if self.op == UINT8_STEM else self.dtype.itemsize
+        return pixel * n * h * w * c + self.dtype.itemsize * (out + weight)
 
 
 def problems(
@@ -82,10 +86,11 @@ def problems(
             act = arch.act or "gelu"
             for n in batches:
                 at = (n, *grid)
-                yield Problem(
-                    *(variant.paper_name, "patch_embed", dtype, (n, *size)),
-                    *(arch.in_chans, arch.dim, arch.patch_size, act),
-                )
+                for op in STEMS:
+                    yield Problem(
+                        *(variant.paper_name, op, dtype, (n, *size)),
+                        *(arch.in_chans, arch.dim, arch.patch_size, act),
+                    )
                 yield Problem(
                     *(variant.paper_name, "depthwise_mix", dtype, at),
                     *(arch.dim, arch.dim, arch.kernel_size, act),
@@ -112,7 +117,8 @@ def report(
 
     Returns:
         What the module's docstring says, ready for JSON. A kernel that fails is a row with a
-        ``reason``.
+        ``reason``. Where a tile that the copy engine (TMA) moves is not right, ``substitute`` says
+        whether the one without it is, which then serves users and is timed.
 
     Raises:
         BackendError: no GPU kernels can run here, with the reason.
@@ -162,38 +168,52 @@ def _row(
         "shape": list(problem.shape),
         "macs": problem.macs(),
         "bytes": problem.bytes(),
-        "ok": False,
         "seconds": {},
     }
+    row |= _errors(case, None)
+    # A speed of wrong numbers is none. Where the copy engine's form is wrong, users get another.
+    right: dict[str, Config | None] = {"triton": None} if row["ok"] else {}
+    tile = None if row["ok"] else gpu.plainer_tile(case)
+    if tile is not None:
+        row["substitute"] = {"tile": str(tile)} | _errors(case, tile)
+        if row["substitute"]["ok"]:
+            right[WITHOUT_TMA] = tile
     reference = REFERENCES[case.op]
     try:
-        errors = gpu.measure_errors(case, reference)
-        row |= {
-            "ok": errors.ok,
-            "max_error": errors.max_error,
-            "rms_error": errors.rms_error,
-            "torch_max_error": errors.torch_max_error,
-            "torch_rms_error": errors.torch_rms_error,
-            "max_bar": errors.max_bar,
-            "rms_bar": errors.rms_bar,
-        }
         operands = gpu.operands_for(case, problem.shape)
-        if errors.ok:  # a speed of wrong numbers is none
-            row["seconds"]["triton"] = timer(gpu.launcher(case, operands))
+        for name, config in right.items():
+            row["seconds"][name] = timer(gpu.launcher(case, operands, config))
         wanted = layout_of(case, operands[0])
         for name, memory_format in LAYOUTS.items():
-            arguments = (memory_format, wanted, reference, *operands, case.act)
+            arguments = (memory_format, wanted, reference, *operands)
             row["seconds"][name] = timer(lambda arguments=arguments: gpu.in_layout(*arguments))  # type: ignore[misc]
     except Exception as error:  # whatever a broken kernel raises is the finding
-        row |= {"ok": False, "reason": first_use.describe(error)}
+        row |= {"ok": False, "reason": row.get("reason", first_use.describe(error))}
     return row
+
+
+def _errors(case: Case, config: Config | None) -> dict[str, Any]:
+    """Whether the kernel with that tile is right, and its errors, or the reason why it failed."""
+    try:
+        errors = gpu.measure_errors(case, REFERENCES[case.op], config)
+    except Exception as error:  # as above
+        return {"ok": False, "reason": first_use.describe(error)}
+    return {
+        "ok": errors.ok,
+        "max_error": errors.max_error,
+        "rms_error": errors.rms_error,
+        "torch_max_error": errors.torch_max_error,
+        "torch_rms_error": errors.torch_rms_error,
+        "max_bar": errors.max_bar,
+        "rms_bar": errors.rms_bar,
+    }
 
 
 def line(row: dict[str, Any]) -> str:
     """A row as text: operator, shape, errors or what went wrong, times, rates of ours."""
     n, h, w = row["shape"]
     what = (
-        f"{row['op']:<13} {row['variant']:<8} {row['dtype']:<8} {n} x {row['channels']} x {h} x {w}"
+        f"{row['op']:<17} {row['variant']:<8} {row['dtype']:<8} {n} x {row['channels']} x {h} x {w}"
     )
     if "max_error" in row:
         verdict = "ok" if row["ok"] else "WRONG"
@@ -204,8 +224,11 @@ def line(row: dict[str, Any]) -> str:
         found = "no result"
     if "reason" in row:
         found += f", FAILED: {row['reason']}"
+    if "substitute" in row:
+        plain = row["substitute"]
+        found += ", without TMA " + ("ok" if plain["ok"] else plain.get("reason", "WRONG too"))
     times = ", ".join(f"{name} {1e3 * t:.3g} ms" for name, t in row["seconds"].items())
-    ours = row["seconds"].get("triton")
+    ours = row["seconds"].get("triton", row["seconds"].get(WITHOUT_TMA))
     if ours:
         times += (
             f" ({2e-12 * row['macs'] / ours:.3g} TFLOP/s, {1e-9 * row['bytes'] / ours:.3g} GB/s)"

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import checkpoint as checkpoints
 from .arch import VARIANTS, Arch, Variant, activation_layer, activation_name, find_variant
-from .blocks import MixerBlock, MixerStack, PatchEmbed
+from .blocks import MixerBlock, MixerStack, Normalization, PatchEmbed
 
 #: Pooling before the classifier, and how many times the channels it hands on.
 _POOLS = {"": 1, "avg": 1, "max": 1, "avgmax": 1, "catavgmax": 2}
@@ -79,6 +79,9 @@ class ConvMixer(nn.Module):
         drop_path_rate: stochastic depth of the residual branches, growing linearly with depth
             from 0 to this.
         n_classes: the original repository's name for ``num_classes``.
+        normalize: (mean, std), a number for each channel of both: uint8 images, NCHW or
+            channels-last, are taken too, and become ``(x / 255 - mean) / std`` in the stem, inside
+            its kernel on a GPU. Images of other dtypes are left as they are.
 
     Raises:
         ValueError: an argument is out of range, or the pooling cannot feed the classifier.
@@ -104,6 +107,7 @@ class ConvMixer(nn.Module):
         *,
         drop_path_rate: float = 0.0,
         n_classes: int | None = None,
+        normalize: Normalization | None = None,
     ) -> None:
         super().__init__()
         if n_classes is not None:
@@ -122,7 +126,7 @@ class ConvMixer(nn.Module):
         self.grad_checkpointing = False
         self.pretrained_cfg: dict[str, Any] = {}
 
-        self.stem = PatchEmbed(in_chans, dim, patch_size, act_layer, device=device, dtype=dtype)
+        self.stem = PatchEmbed(in_chans, dim, patch_size, act_layer, device, dtype, normalize)
         rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
         self.blocks = MixerStack(
             *[
@@ -235,7 +239,7 @@ class ConvMixer(nn.Module):
             or torch._C._get_tracing_state()
             or isinstance(x, torch.fx.Proxy)
         ):
-            _check_image(x, self.stem[0])
+            _check_image(x, self.stem)
         return self.stem(x)
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -497,10 +501,16 @@ def _take_indices(blocks: int, indices: int | Sequence[int] | None) -> tuple[lis
     return take, max(take)
 
 
-def _check_image(x: Tensor, stem: nn.Module) -> None:
+def _check_image(x: Tensor, whole: nn.Sequential) -> None:
     """One line for the inputs that PyTorch would answer with a riddle."""
+    stem = whole[0]
     if not isinstance(stem, nn.Conv2d):
         return
+    if x.dtype == torch.uint8 and getattr(whole, "normalize", None) is None:
+        raise ValueError(
+            "the images are uint8 and the model does not know how to normalise them: build it with "
+            "normalize=(mean, std), or pass normalised floats"
+        )
     if x.dim() != 4:
         raise ValueError(
             f"expected a batch of images (N, {stem.in_channels}, H, W), got {tuple(x.shape)}: "

@@ -27,14 +27,17 @@ from .blocks import (
     DepthwiseMix,
     MixerBlock,
     MixerStack,
+    Normalization,
     PatchEmbed,
     PointwiseMix,
     _Fused,
     _FusedSequential,
+    dtype_of_pixels,
     is_depthwise,
     is_pointwise,
 )
 from .graphs import StackGraphs
+from .ops.stem import normalized
 from .reference import Residual
 
 
@@ -692,6 +695,8 @@ def _unfuse(module: nn.Module) -> nn.Module:
     plain: nn.Module
     if original is not None and not (drops and "drop_path(" not in _formula(original[0])):
         plain = original[0]
+    elif isinstance(module, PatchEmbed) and module.normalize is not None:
+        plain = NormalizedSequential()
     elif not isinstance(module, DepthwiseMix):
         plain = nn.Sequential()
     elif module._branch == "fn" and not drops:
@@ -716,6 +721,17 @@ class ResidualSequential(nn.Sequential):
         return y + x
 
 
+class NormalizedSequential(nn.Sequential):
+    """A stem that takes uint8 images too; ``normalize``: their (mean, std), as for `ConvMixer`."""
+
+    normalize: Normalization
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, torch.fx.Proxy) and x.dtype == torch.uint8:
+            x = normalized(x, *self.normalize, dtype_of_pixels(x, self))
+        return super().forward(x)
+
+
 def _substitute(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
     """Put ``new[id(m)]`` in the place of every m in ``model``, wherever it stands."""
     for container in [*model.modules(), *new.values()]:
@@ -725,6 +741,7 @@ def _substitute(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
 
 
 __all__ = [
+    "NormalizedSequential",
     "OptimizationReport",
     "OptimizationRow",
     "ResidualSequential",

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from .explain import recorded_calls
 from .kernels import configs, support
-from .ops import BackendError, depthwise, first_use, gpu, pointwise, verdicts
-from .ops.cases import Case
+from .ops import BackendError, depthwise, first_use, gpu, pointwise, stem, verdicts
+from .ops.cases import UINT8_STEM, Case
 from .timing import gpu_seconds
 
 #: Another candidate than the shipped kernel must be faster by this factor: less is noise.
@@ -31,7 +31,10 @@ REFERENCES: dict[str, Callable[..., Tensor]] = {
     "depthwise_mix": depthwise._reference,
     "pointwise_mix": pointwise._reference,
     "patch_embed": pointwise._reference,
+    UINT8_STEM: stem._reference,
 }
+#: Operators whose kernel size is a stride.
+STEMS = ("patch_embed", UINT8_STEM)
 #: In which PyTorch's own operators are tried.
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
@@ -152,7 +155,7 @@ def _measure(
             continue
         seconds[name] = timer(gpu.launcher(case, operands, config))
     for name, memory_format in LAYOUTS.items():
-        arguments = (memory_format, wanted, reference, *operands, case.act)
+        arguments = (memory_format, wanted, reference, *operands)
         seconds[name] = timer(partial(gpu.in_layout, *arguments))
     fastest = min(seconds, key=lambda name: seconds[name])
     if "triton" in seconds and seconds["triton"] <= MARGIN * seconds[fastest]:
@@ -163,7 +166,7 @@ def _measure(
 
 def layout_of(case: Case, x: Tensor) -> torch.memory_format:
     """The layout that the operator of ``case`` gives its result for activations ``x``."""
-    return gpu.stem_format(x, case.kernel_size if case.op == "patch_embed" else 1)
+    return gpu.stem_format(x, case.kernel_size if case.op in STEMS else 1)
 
 
 def _candidates(case: Case) -> Iterator[verdicts.Config | None]:

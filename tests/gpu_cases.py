@@ -87,15 +87,18 @@ class MatrixOperands:
     bias: Tensor | None
     scale: Tensor
     shift: Tensor
-    mean: Tensor | None = None
-    std: Tensor | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
     def pixels(self, dtype: torch.dtype) -> Tensor:
         """x as the product sees it: normalised in ``dtype`` where it is uint8."""
         if self.mean is None or self.std is None:
             return self.x.to(dtype)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        mean, std = (v.to(wide).view(1, -1, 1, 1) for v in (self.mean, self.std))
+        mean, std = (
+            torch.tensor(v, dtype=wide, device=self.x.device).view(1, -1, 1, 1)
+            for v in (self.mean, self.std)
+        )
         return ((self.x.to(wide) / 255 - mean) / std).to(dtype)
 
 
@@ -124,7 +127,7 @@ def draw(
     mean = std = None
     if case.pixels == "uint8":
         x = torch.randint(0, 256, (case.n, case.c, case.h, case.w), generator=g).to(torch.uint8)
-        mean, std = (torch.tensor(v[: case.c]).to(device) for v in NORMALISE)
+        mean, std = (v[: case.c] for v in NORMALISE)
     else:
         x = torch.randn(case.n, case.c, case.h, case.w, generator=g).to(dtype)
     fan_in = max(1, case.c * case.p**2)

@@ -20,25 +20,39 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 #: Sides that no tile and no patch divides.
 IMAGES = (1, 3, 27, 45)
+NORMAL = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 #: Width, kernel size and activation of the published variants.
 WIDTHS = [(768, 7, "relu"), (1024, 9, "gelu"), (1536, 9, "gelu")]
 #: Asks for the tests of all of them in the simulator.
 ALL = "CONVMIXER_FAST_ALL_WIDTHS"
 
 
-def make(dim: int, k: int, act: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
-    """A model of three blocks in ``dtype``, and in float64."""
-    model = trained_like_(ConvMixer(dim, 3, k, 4, num_classes=5, act_layer=act), (2, *IMAGES[1:]))
+def make(
+    dim: int, k: int, act: str, dtype: torch.dtype, depth: int = 3
+) -> tuple[nn.Module, nn.Module]:
+    """A model in ``dtype``, and in float64."""
+    model = ConvMixer(dim, depth, k, 4, num_classes=5, act_layer=act, normalize=NORMAL)
+    model = trained_like_(model, (2, *IMAGES[1:]))
     # One rounding of the parameters, for both.
     model = model.to(dtype)
     return model, copy.deepcopy(model).double()
 
 
 @torch.no_grad()
-def check(dim: int, k: int, act: str, dtype: torch.dtype, device: str = "cpu") -> None:
-    model, oracle = make(dim, k, act, dtype)
+def check(
+    dim: int,
+    k: int,
+    act: str,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    uint8: bool = False,
+    depth: int = 3,
+) -> None:
+    model, oracle = make(dim, k, act, dtype, depth)
     x = torch.randn(IMAGES).to(dtype)
-    want = oracle(x.double())
+    if uint8:
+        x = torch.randint(0, 256, IMAGES, dtype=torch.uint8)
+    want = oracle(x if uint8 else x.double())
     model, x = model.to(device), x.to(device)
     with use_backend("reference"):
         theirs = model(x)
@@ -46,6 +60,7 @@ def check(dim: int, k: int, act: str, dtype: torch.dtype, device: str = "cpu") -
         ours = model(x)
         rows = explain(model, x)
     assert {row.backend for row in rows} == {"triton"}
+    assert rows[0].op == ("patch_embed_uint8" if uint8 else "pointwise_mix")
     assert_numerics(ours, theirs, want)
 
 
@@ -61,6 +76,15 @@ def test_interpreter(dim: int, k: int, act: str, monkeypatch: pytest.MonkeyPatch
     check(dim, k, act, torch.float32)
 
 
+@interpreter
+def test_interpreter_uint8_images_after_a_first_use() -> None:
+    first_use.forget()
+    check(24, 3, "gelu", torch.float32, uint8=True, depth=1)
+    assert len(first_use.results()) == 3
+    assert not any(first_use.results().values())
+    first_use.forget()
+
+
 @compiler
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_simulator(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,6 +94,16 @@ def test_simulator(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
         check(64, 5, "gelu", dtype)
     assert len(log) == 7
     assert not any(stats.races for stats in log)
+
+
+@compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_simulator_uint8_images(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    sim = ptxsim()
+    monkeypatch.setenv(first_use.ENVIRONMENT, "0")
+    with support.emulated(), sim.triton_on_cpu(cc=80, strict=True) as log:
+        check(64, 3, "gelu", dtype, uint8=True, depth=1)
+    assert len(log) == 3
 
 
 @compiler
@@ -106,8 +140,9 @@ def test_simulator_finds_the_first_use_right() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("dim", "k", "act"), [*WIDTHS, (37, 4, "silu")])
-def test_hardware(dim: int, k: int, act: str, dtype: torch.dtype) -> None:
-    check(dim, k, act, dtype, "cuda")
+@pytest.mark.parametrize("uint8", [False, True])
+def test_hardware(dim: int, k: int, act: str, dtype: torch.dtype, uint8: bool) -> None:
+    check(dim, k, act, dtype, "cuda", uint8)
     assert not any(first_use.results().values())
 
 

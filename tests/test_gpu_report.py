@@ -11,10 +11,13 @@ from gpu_double import installed
 from convmixer_fast import BackendError, cli, gpu_report
 from convmixer_fast.arch import VARIANTS
 from convmixer_fast.gpu_report import Problem
+from convmixer_fast.kernels import configs
+from convmixer_fast.ops import gpu
 
 CPU = torch.device("cpu")
 SMALL = (
     Problem("tiny", "patch_embed", torch.float32, (1, 13, 9), 3, 8, 4, "gelu"),
+    Problem("tiny", "patch_embed_uint8", torch.bfloat16, (1, 13, 9), 3, 8, 4, "gelu"),
     Problem("tiny", "depthwise_mix", torch.bfloat16, (1, 6, 5), 8, 8, 3, "relu"),
     Problem("tiny", "pointwise_mix", torch.float16, (1, 6, 5), 8, 8, 1, "gelu"),
 )
@@ -27,7 +30,7 @@ def seconds(run) -> float:
 
 def test_every_operator_of_every_variant_is_a_problem():
     rows = list(gpu_report.problems())
-    assert len(rows) == 3 * 3 * 2 * len(VARIANTS)
+    assert len(rows) == 4 * 3 * 2 * len(VARIANTS)
     arithmetic = {(p.variant, p.op): p.macs() for p in rows if p.shape[0] == 1}
     for variant in VARIANTS.values():
         macs, depth = variant.arch.macs(variant.input_size[1:]), variant.arch.depth
@@ -35,11 +38,13 @@ def test_every_operator_of_every_variant_is_a_problem():
         assert arithmetic[name, "depthwise_mix"] * depth == macs.depthwise
         assert arithmetic[name, "pointwise_mix"] * depth == macs.pointwise
         assert arithmetic[name, "patch_embed"] == macs.stem
+        assert arithmetic[name, "patch_embed_uint8"] == macs.stem
 
 
 def test_bytes_are_those_of_reading_and_writing_once():
-    stem, depthwise, pointwise = SMALL
+    stem, uint8_stem, depthwise, pointwise = SMALL
     assert stem.bytes() == 4 * (13 * 9 * 3 + 3 * 2 * 8 + 8 * 3 * 16)
+    assert uint8_stem.bytes() == 13 * 9 * 3 + 2 * (3 * 2 * 8 + 8 * 3 * 16)
     assert depthwise.bytes() == 2 * (2 * 30 * 8 + 8 * 9)
     assert pointwise.bytes() == 2 * (2 * 30 * 8 + 64)
 
@@ -53,9 +58,10 @@ def test_rows_are_checked_and_timed(tmp_path):
         assert row["ok"]
         assert 0 < row["max_error"] <= row["max_bar"]
         assert set(row["seconds"]) == {"triton", "channels_last", "contiguous"}
-    assert len(lines) == 3
-    assert "ok, max error" in lines[1]
-    assert "GB/s" in lines[1]
+    assert len(lines) == 4
+    for text in lines:
+        assert "ok, max error" in text
+        assert "GB/s" in text
     gpu_report.write(report, tmp_path / "out.json")
     assert json.loads((tmp_path / "out.json").read_text()) == report
     assert [p.name for p in tmp_path.iterdir()] == ["out.json"]
@@ -66,8 +72,10 @@ def test_a_wrong_kernel_has_no_speed_and_a_broken_one_a_reason():
         double.wrong.add("patch_embed")
         double.error["pointwise_mix"] = RuntimeError("out of resource")
         report = gpu_report.report(CPU, which=SMALL, timer=seconds)
-    stem, depthwise, pointwise = report["rows"]
+    stem, uint8_stem, depthwise, pointwise = report["rows"]
     assert depthwise["ok"]
+    assert uint8_stem["ok"]
+    assert set(pointwise["seconds"]) == {"channels_last", "contiguous"}
     assert not stem["ok"]
     assert "triton" not in stem["seconds"]
     assert stem["seconds"]["contiguous"] == 1e-3
@@ -75,6 +83,35 @@ def test_a_wrong_kernel_has_no_speed_and_a_broken_one_a_reason():
     assert not gpu_report.healthy(report)
     assert "WRONG" in gpu_report.line(stem)
     assert "FAILED: RuntimeError: out of resource" in gpu_report.line(pointwise)
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_tile_of_the_copy_engine_that_fails_is_timed_without_it(monkeypatch, works):
+    plain = configs.PointwiseConfig(64, 64, 32, num_warps=4)
+    monkeypatch.setattr(gpu, "plainer_tile", lambda case: plain)
+    with installed() as double:
+        run = double.pointwise_mix
+
+        def broken(*args, config=None, **kw):
+            if config is None or not works:
+                raise RuntimeError("no descriptors")
+            return run(*args, config=config, **kw)
+
+        table = gpu.kernels()._replace(pointwise_mix=broken)
+        monkeypatch.setattr(gpu, "kernels", lambda: table)
+        report = gpu_report.report(CPU, which=SMALL[3:], timer=seconds)
+    (row,) = report["rows"]
+    assert not row["ok"]
+    assert row["reason"] == "RuntimeError: no descriptors"
+    assert row["substitute"]["tile"] == str(plain)
+    assert row["substitute"]["ok"] is works
+    assert ("triton without TMA" in row["seconds"]) is works
+    assert "triton" not in row["seconds"]
+    text = gpu_report.line(row)
+    assert "FAILED: RuntimeError: no descriptors" in text
+    assert ("without TMA ok; triton without TMA 1 ms" in text) is works
+    assert ("TFLOP/s" in text) is works
+    assert not gpu_report.healthy(report)
 
 
 def test_no_gpu_is_one_line_on_the_command_line(capsys, monkeypatch, tmp_path):
@@ -100,7 +137,7 @@ def test_the_command_writes_the_file(capsys, monkeypatch, tmp_path):
     with installed() as double:
         assert cli.main(["doctor", "--gpu"]) == 0
         out, err = capsys.readouterr()
-        assert len(out.splitlines()) == 3
+        assert len(out.splitlines()) == len(SMALL)
         assert "wrote convmixer_fast-gpu.json" in err
         double.wrong.add("patch_embed")
         assert cli.main(["doctor", "--gpu", "--format", "json", "--output", "x.json"]) == 1

@@ -16,6 +16,9 @@ Source: Trockman and Kolter 2022, section 2: patch embeddings by a convolution w
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -35,8 +38,8 @@ def stem_kernel(
     scale,
     shift,
     out,
-    mean,
-    std,
+    gain,
+    offset,
     M,
     patches,
     patches_w,
@@ -61,6 +64,7 @@ def stem_kernel(
 
     M = images * patches patches, patches_w of them in a row of an image; K = C P P. Addresses of
     pixels are int64: an image may have more than 2^31 elements. Divisions by P are by a constant.
+    gain and offset [C] are for uint8 pixels, which become gain * x - offset; None for others.
     """
     N = n_vectors * VECTOR_N
     K = k_vectors * VECTOR_K
@@ -99,11 +103,11 @@ def stem_kernel(
             + column.to(tl.int64) * stride_w
         )
         a = tl.load(corners[:, None] + offsets[None, :], mask=inside[None, :], other=0)
-        if mean is not None:
-            # (x / 255 - mean) / std; past the sum's end 0 * 1 - 0.
-            divisor = tl.load(std + channel, mask=inside, other=1.0)
-            offset = tl.load(mean + channel, mask=inside, other=0.0) / divisor
-            a = a.to(tl.float32) * (1.0 / (255.0 * divisor))[None, :] - offset[None, :]
+        if gain is not None:
+            # Past the sum's end 0 * 0 - 0.
+            factor = tl.load(gain + channel, mask=inside, other=0.0)
+            less = tl.load(offset + channel, mask=inside, other=0.0)
+            a = a.to(tl.float32) * factor[None, :] - less[None, :]
         a = a.to(dtype)
         b = tl.load(w_tile, mask=inside[:, None], other=0.0)
         if WIDEN:
@@ -127,8 +131,8 @@ def patch_embed(
     act: str,
     out: Tensor | None = None,
     config: PointwiseConfig | None = None,
-    mean: Tensor | None = None,
-    std: Tensor | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> Tensor:
     """``scale * act(W patches(x) + bias) + shift`` in one kernel, on the current device and stream.
 
@@ -141,8 +145,8 @@ def patch_embed(
         act: a name in `convmixer_fast.arch.ACTIVATIONS`.
         out: where to put the result: its shape and dtype, channels-last.
         config: another tile than `configs.lookup_stem` gives.
-        mean, std: (C,) float32, for uint8 and only then: pixels are normalised to
-            (x / 255 - mean) / std in float32 and rounded to the weight's dtype.
+        mean, std: a number for each of C channels, for uint8 and only then: pixels are normalised
+            to (x / 255 - mean) / std in float32 and rounded to the weight's dtype.
 
     Returns:
         (N, D, H // p, W // p), channels-last, dtype of the weight. Sums are float32, rounded once.
@@ -165,6 +169,9 @@ def patch_embed(
     M, K = images * patches, channels * p * p
     if config is None:
         config = lookup_stem(weight.dtype)
+    gain = offset = None
+    if mean is not None and std is not None:
+        gain, offset = _gain_and_offset(tuple(mean), tuple(std), x.device)
     vector_n, vector_k = operands.vector_width(N), operands.vector_width(K)
     grid = (triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)
     stem_kernel[grid](
@@ -174,8 +181,8 @@ def patch_embed(
         scale,
         shift,
         out,
-        mean,
-        std,
+        gain,
+        offset,
         M,
         patches,
         patches_w,
@@ -198,7 +205,37 @@ def patch_embed(
     return out
 
 
-def _check_pixels(x: Tensor, mean: Tensor | None, std: Tensor | None) -> None:
+_normal: dict[tuple[tuple[float, ...], tuple[float, ...], torch.device], tuple[Tensor, Tensor]] = {}
+_lock = threading.Lock()
+
+
+def _gain_and_offset(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Tensors (C,) float32 with which ``gain * x - offset`` is ``(x / 255 - mean) / std``.
+
+    Made once for a device: a copy from the host at every call would hold up the GPU.
+    """
+    key = (mean, std, device)
+    found = _normal.get(key)
+    if found is not None:
+        return found
+    both = torch.empty(2, len(mean), device=device)
+    # Filled by kernels, which a CUDA graph may record, unlike copies from the host.
+    for c, (m, s) in enumerate(zip(mean, std, strict=True)):
+        both[0, c].fill_(1 / (255 * s))
+        both[1, c].fill_(m / s)
+    gain, offset = both.unbind()
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return gain, offset  # true only where the graph that is recorded is replayed
+        # Other streams will read them.
+        torch.cuda.current_stream(device).synchronize()
+    with _lock:
+        return _normal.setdefault(key, (gain, offset))
+
+
+def _check_pixels(x: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
     if x.dtype != torch.uint8:
         if x.dtype not in operands.DTYPES:
             raise ValueError(
@@ -210,10 +247,8 @@ def _check_pixels(x: Tensor, mean: Tensor | None, std: Tensor | None) -> None:
     if mean is None or std is None:
         raise ValueError("patch_embed: uint8 images need mean and std")
     for name, v in (("mean", mean), ("std", std)):
-        if v.shape != (x.shape[1],) or v.dtype != torch.float32 or not v.is_contiguous():
+        if len(v) != x.shape[1]:
             raise ValueError(
-                f"patch_embed: {name} must be ({x.shape[1]},), float32, contiguous; "
-                f"got {tuple(v.shape)}, {v.dtype}"
+                f"patch_embed: {name} must have a number for each of {x.shape[1]} channels, "
+                f"got {len(v)}"
             )
-        if v.device != x.device:
-            raise ValueError(f"patch_embed: {name} is on {v.device} but x is on {x.device}")

@@ -21,7 +21,7 @@ from .. import _native
 from ..kernels import precision, support
 from ..kernels.configs import why_slower
 from . import first_use, verdicts
-from .cases import Case, case_of
+from .cases import UINT8_STEM, Case, case_of
 
 ENVIRONMENT = "CONVMIXER_FAST_BACKEND"
 #: From the most general to the most special.
@@ -92,6 +92,7 @@ _CPU_DTYPES = {
     "mixer_stack": (torch.float32, torch.bfloat16, torch.float16),
     "depthwise_mix": (torch.float32,),
     "pointwise_mix": (torch.float32,),
+    UINT8_STEM: (torch.float32,),
 }
 
 
@@ -107,6 +108,7 @@ _CPU_KERNELS = {
     "mixer_stack": "whole blocks in one C++ call",
     "depthwise_mix": "one C++ kernel",
     "pointwise_mix": "one C++ kernel; channels-last, PyTorch's convolution and one C++ pass",
+    UINT8_STEM: "PyTorch normalises, then as pointwise_mix",
 }
 
 
@@ -171,12 +173,21 @@ class Call(NamedTuple):
 
 
 def call_of(
-    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    act: str | None,
+    dtype: torch.dtype | None = None,
 ) -> Call | None:
-    """The `Call` of an operator on ``x``; None where no GPU kernel may serve it."""
+    """The `Call` of an operator on ``x``; None where no GPU kernel may serve it.
+
+    Args:
+        dtype: that is computed in, where it is not that of ``x``.
+    """
     if act is None or not support.is_kernel_device(x.device):
         return None
-    case = case_of(op, x, weight, bias, act)
+    case = case_of(op, x, weight, bias, act, dtype)
     shape = (x.shape[0], x.shape[2], x.shape[3])
     verdict = None if support.why_not(x.device) else verdicts.lookup(case, shape)
     if verdict is not None and verdict.config is not None:

@@ -8,6 +8,8 @@ import torch
 
 from ..kernels.configs import POINTWISE
 
+#: The stem's operator on uint8 images.
+UINT8_STEM = "patch_embed_uint8"
 #: Columns from which every row of tiles has a first, a last and inner tiles, for any k and tile.
 WIDE = 64
 #: Outputs above which no row of the table for products of few outputs holds.
@@ -17,7 +19,8 @@ MANY_OUTPUTS = max(row.outputs for row in POINTWISE if row.outputs is not None)
 class Case(NamedTuple):
     """One operator, on one device, in the form that one compiled kernel serves.
 
-    ``op``: ``depthwise_mix``, ``pointwise_mix`` or ``patch_embed`` (the stem's form of the second);
+    ``op``: ``depthwise_mix``, ``pointwise_mix``, ``patch_embed`` (the stem's form of the second) or
+    ``patch_embed_uint8`` (the same on uint8 images); ``dtype``: the weight's;
     ``kernel_size``: k of a depthwise convolution, p of a stem, else 1. ``size``: what of the
     activations' size chooses another form: of a depthwise convolution the width, up to `WIDE`; of a
     product 1 where it has more than `MANY_OUTPUTS`; else 0. ``tile``: the kernel's configuration in
@@ -45,16 +48,25 @@ class Case(NamedTuple):
 
 
 def case_of(
-    op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, act: str
+    op: str,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    act: str,
+    dtype: torch.dtype | None = None,
 ) -> Case:
-    """The case of an operator's call on ``x`` (N, C, H, W) with a convolution's ``weight``."""
+    """The case of an operator's call on ``x`` (N, C, H, W) with a convolution's ``weight``.
+
+    Args:
+        dtype: that is computed in, where it is not that of ``x``.
+    """
     n, c, h, w = x.shape
     d, p = weight.shape[0], weight.shape[-1]
     size = 0
     if op == "depthwise_mix":
         size = min(w, WIDE)
-    elif p == 1:
+    elif p == 1 and op != UINT8_STEM:
         size = int(n * h * w * d > MANY_OUTPUTS)
-    else:
+    elif op != UINT8_STEM:
         op = "patch_embed"
-    return Case(op, str(x.device), x.dtype, c, d, p, act, bias is not None, size)
+    return Case(op, str(x.device), dtype or x.dtype, c, d, p, act, bias is not None, size)

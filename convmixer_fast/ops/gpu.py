@@ -11,9 +11,9 @@ then serve it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -29,7 +29,7 @@ from ..kernels.configs import (
 from ..kernels.precision import dot_precision
 from ..testing import ErrorReport, error_report
 from . import first_use
-from .cases import MANY_OUTPUTS, Case
+from .cases import MANY_OUTPUTS, UINT8_STEM, Case
 from .common import accumulation_dtype, memory_format_of
 from .first_use import is_capturing as is_capturing
 
@@ -145,23 +145,26 @@ def _pointwise(
     scale: Tensor,
     shift: Tensor,
     act: str,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     config: Any = None,
 ) -> Tensor:
     n, _, h, w = x.shape
     d, _, p, _ = weight.shape
     out = torch.empty(
         (n, d, h // p, w // p),
-        dtype=x.dtype,
+        dtype=weight.dtype,
         device=x.device,
         memory_format=stem_format(x, p),
     )
     x = x.detach().resolve_neg()
     operands = [weight.detach().contiguous(), *_vectors(bias, scale, shift), act]
-    if p == 1:
+    if p == 1 and x.dtype != torch.uint8:
         pixels = as_channels_last(x)
         run = kernels().pointwise_mix
         return _into(out, lambda out: run(pixels, *operands, out=out, config=config))
-    return _into(out, lambda out: kernels().patch_embed(x, *operands, out=out, config=config))
+    embed = partial(kernels().patch_embed, mean=mean, std=std)
+    return _into(out, lambda out: embed(x, *operands, out=out, config=config))
 
 
 def _into(out: Tensor, launch: Callable[[Tensor], Tensor]) -> Tensor:
@@ -176,6 +179,7 @@ _RUN: dict[str, Callable[..., Tensor]] = {
     "depthwise_mix": _depthwise,
     "pointwise_mix": _pointwise,
     "patch_embed": _pointwise,
+    UINT8_STEM: _pointwise,
 }
 
 
@@ -183,18 +187,14 @@ def serve(
     call: Call,
     reference: Callable[..., Tensor],
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: Tensor,
-    shift: Tensor,
-    act: str,
+    *operands: Any,
 ) -> Tensor | None:
     """The result of an operator by its kernel, or None where PyTorch is to compute it.
 
     Args:
         call: what `backends.call_of` makes of the operator's arguments.
         reference: the operator in PyTorch's own calls, against which a kernel is checked.
-        x, weight, bias, scale, shift, act: see the operator; checked, and not empty.
+        x, operands: the operator's arguments; checked, and not empty.
     """
     case = call.case
     config = None if call.verdict is None else call.verdict.config
@@ -205,23 +205,14 @@ def serve(
             lambda: plainer_tile(case, config),
         ):
             return None
-    return launch(case, first_use.retreat(case)[0] or config, x, weight, bias, scale, shift, act)
+    return launch(case, first_use.retreat(case)[0] or config, x, *operands)
 
 
-def launch(
-    case: Case,
-    config: Any,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: Tensor,
-    shift: Tensor,
-    act: str,
-) -> Tensor | None:
+def launch(case: Case, config: Any, x: Tensor, *operands: Any) -> Tensor | None:
     """The result of a kernel that was found right, or None where it could not be launched."""
     with _on_device(x):
         try:
-            return _RUN[case.op](x, weight, bias, scale, shift, act, config)
+            return _RUN[case.op](x, *operands, config=config)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a launch can fail in as many ways as a first one
@@ -246,7 +237,8 @@ def in_layout(
 
 
 def operands_for(case: Case, shape: tuple[int, int, int]) -> list[Any]:
-    """Random x, weight, bias, scale and shift of a case, x (N, C, H, W) being channels-last.
+    """Random arguments for the operator of a case: x, weight, bias, scale, shift, act, and the mean
+    and std of uint8 images. x (N, C, H, W) is channels-last.
 
     Statistics are those of a trained layer, and the user's random numbers stay what they would have
     been.
@@ -265,12 +257,20 @@ def operands_for(case: Case, shape: tuple[int, int, int]) -> list[Any]:
     k, d = case.kernel_size, case.out_channels
     inputs = 1 if case.op == "depthwise_mix" else case.channels
     wide = accumulation_dtype(case.dtype)
+    x, normal = draw(n, case.channels, h, w), []
+    if case.op == UINT8_STEM:
+        # Three in four pixels are drawn, the others are black or white.
+        x = (x * 110 + 128).clamp_(0, 255).to(torch.uint8)
+        normal = [[0.4 + c % 7 / 40 for c in range(case.channels)] for _ in range(2)]
+        normal[1].reverse()
     return [
-        draw(n, case.channels, h, w).contiguous(memory_format=torch.channels_last),
+        x.contiguous(memory_format=torch.channels_last),
         (draw(d, inputs, k, k, dtype=wide) / (inputs * k * k) ** 0.5).to(case.dtype),
         draw(d) if case.bias else None,
         draw(d, dtype=wide),
         draw(d, dtype=wide),
+        case.act,
+        *normal,
     ]
 
 
@@ -286,7 +286,7 @@ def launcher(case: Case, operands: list[Any], config: Any = None) -> Callable[[]
 
     def launch() -> Tensor:
         with _on_device(x):
-            return run(x, weight, *rest, case.act, config)
+            return run(x, weight, *rest, config=config)
 
     return launch
 
@@ -335,7 +335,7 @@ def measure_errors(case: Case, reference: Callable[..., Tensor], config: Any = N
     cut off.
     """
     k = case.kernel_size
-    if case.op == "patch_embed":
+    if case.op in ("patch_embed", UINT8_STEM):
         shape = (2, 11 * k + 1, 13 * k)
     elif case.op == "depthwise_mix":
         shape = (2, 2 * k + 11, case.size)
@@ -345,7 +345,7 @@ def measure_errors(case: Case, reference: Callable[..., Tensor], config: Any = N
     device = torch.device(case.device)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         operands = operands_for(case, shape)
-        ours = _RUN[case.op](*operands, case.act, config)
-        theirs = reference(*operands, case.act)
-        exact = reference(*(t if t is None else t.to(torch.float64) for t in operands), case.act)
+        ours = _RUN[case.op](*operands, config=config)
+        theirs = reference(*operands)
+        exact = reference(*(t.double() if isinstance(t, Tensor) else t for t in operands))
         return error_report(ours, theirs, exact)

@@ -44,19 +44,25 @@ LIBRARY.define(
 
 
 def _check(
-    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, act: str
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    act: str,
+    name: str = NAME,
 ) -> None:
-    check_operands(NAME, x, weight, bias, scale, shift, act)
+    check_operands(name, x, weight, bias, scale, shift, act)
     if weight.dim() != 4 or weight.shape[2] != weight.shape[3] or weight.shape[2] < 1:
         raise ValueError(
-            f"{NAME}: weight must be (D, C, 1, 1) or (D, C, p, p), got {tuple(weight.shape)}"
+            f"{name}: weight must be (D, C, 1, 1) or (D, C, p, p), got {tuple(weight.shape)}"
         )
     if weight.shape[1] != x.shape[1]:
-        raise ValueError(f"{NAME}: weight is for {weight.shape[1]} channels, x has {x.shape[1]}")
+        raise ValueError(f"{name}: weight is for {weight.shape[1]} channels, x has {x.shape[1]}")
     p = weight.shape[2]
     if p > 1 and (x.shape[2] < p or x.shape[3] < p):
         raise ValueError(
-            f"{NAME}: x of {x.shape[2]} x {x.shape[3]} is smaller than a patch of {p} x {p}"
+            f"{name}: x of {x.shape[2]} x {x.shape[3]} is smaller than a patch of {p} x {p}"
         )
 
 
@@ -64,7 +70,7 @@ def _empty(x: Tensor, weight: Tensor) -> Tensor:
     p = weight.shape[2]
     shape = (x.shape[0], weight.shape[0], x.shape[2] // p, x.shape[3] // p)
     memory_format = gpu.stem_format(x, p)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
+    return torch.empty(shape, dtype=weight.dtype, device=x.device, memory_format=memory_format)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

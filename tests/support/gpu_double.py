@@ -90,8 +90,14 @@ class Double:
         assert weight.is_contiguous()
         p = weight.shape[-1]
         bias = None if bias is None else bias.float()
+        assert (x.dtype == torch.uint8) == (mean is not None) == (std is not None)
+        name = "patch_embed"
+        if mean is not None:
+            name = "patch_embed_uint8"
+            mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (mean, std))
+            x = ((x / 255 - mean) / std).to(weight.dtype)
         h = F.conv2d(x.float(), weight.float(), bias, stride=p)
-        return self._finish("patch_embed", x, self._affine(h, scale, shift, act), out, config)
+        return self._finish(name, x, self._affine(h, scale, shift, act), out, config)
 
 
 @contextmanager
