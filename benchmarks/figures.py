@@ -124,7 +124,7 @@ def whole_models() -> str:
         if lines:
             columns = (
                 *("model", "batch", "img/s", "of peak"),
-                *("times eager PyTorch's speed", "times the best peer's (which)"),
+                *("times eager NCHW's speed", "times the best peer's (which)"),
             )
             parts += [_where(path, measured, rows), table(columns, lines)]
     return "\n\n".join(parts)
