@@ -1,13 +1,13 @@
 """The whole CPU suite in one command: measures, and writes tables and charts.
 
     python benchmarks/cpu.py                                # a look, in minutes
-    python benchmarks/cpu.py --preset full                  # everything: four hours on 2 cores
+    python benchmarks/cpu.py --preset full                  # everything: hours
     python benchmarks/cpu.py --preset full --suites models --variants 768/32   # one piece of it
     python benchmarks/cpu.py --preset full --resume         # what is still missing
 
-Writes cpu.json, cpu.md, cpu-models.svg and cpu-kernels.svg into benchmarks/results/MACHINE, where
-MACHINE is derived from the processor (see `machine.machine_name`). Rows are merged into the file
-group by group as soon as they are measured. Every suite, and in it every model, gets a process of
+Writes cpu.json, cpu.md and the charts into benchmarks/results/MACHINE, where MACHINE is derived
+from the processor (see `machine.machine_name`). Rows are merged into the file group by group as
+soon as they are measured. Every suite, and in it every model, gets a process of
 its own, so that none inherits memory or an allocator's habits. Options that are not named here go
 to pytest: `pytest benchmarks --help` lists them under "convmixer_fast".
 """
@@ -33,7 +33,10 @@ SUITES = {
     "kernels": False,
     "numerics": True,
     "memory": True,
+    "steps": True,
+    "training": True,
     "scaling": True,
+    "resolution": True,
     "models": True,
 }
 
@@ -64,6 +67,10 @@ def main() -> int:
             chosen = [f"--variants={variant}"] if variant else []
             if suite == "scaling":
                 chosen.append(f"--large={variant if variant in preset.large else ''}")
+            if suite == "resolution":
+                chosen = [f"--resolution={variant}"]
+                if variant not in preset.resolution:
+                    continue
             pieces.append((f"{suite} {variant}".strip(), suite, chosen))
     failed = []
     # `python -m pytest` looks for modules where it stands: in an empty folder it finds the package
@@ -84,6 +91,7 @@ def main() -> int:
     if measured is not None:
         print(report.text(measured, report.tables(measured)[:1]))
         print("", rows, *report.write(rows), sep="\n")
+        print("figures of the README and docs: python benchmarks/report.py --readme")
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

@@ -43,8 +43,10 @@ class Preset:
     """How much of everything.
 
     ``systems`` are names in `systems.SYSTEMS`; ``large`` are the variants that get an image of
-    `LARGE_SIDE`. A group of systems that take turns is given as many rounds as fit into
-    ``budget`` seconds, but at least ``least_rounds`` and at most ``most_rounds``.
+    `LARGE_SIDE`; ``resolution`` those that get one image of each of ``sides`` pixels, and
+    ``resolution_batches`` images of the usual size. A group of systems that take turns is given as
+    many rounds as fit into ``budget`` seconds, but at least ``least_rounds`` and at most
+    ``most_rounds``.
     """
 
     variants: tuple[str, ...]
@@ -53,6 +55,10 @@ class Preset:
     block_batches: tuple[int, ...]
     memory_batches: tuple[int, ...]
     large: tuple[str, ...]
+    resolution: tuple[str, ...]
+    sides: tuple[int, ...]
+    resolution_batches: tuple[int, ...]
+    training_batches: tuple[int, ...]
     systems: tuple[str, ...]
     least_rounds: int
     most_rounds: int
@@ -68,6 +74,10 @@ PRESETS = {
         block_batches=(1,),
         memory_batches=(1, 4),
         large=(),
+        resolution=("1024/20",),
+        sides=(64, 128, 256, 512),
+        resolution_batches=(1, 2, 4, 8),
+        training_batches=(4,),
         systems=("eager NCHW", "eager channels-last", "ONNX Runtime", "OpenVINO"),
         least_rounds=3,
         most_rounds=9,
@@ -81,6 +91,10 @@ PRESETS = {
         block_batches=(1, 4),
         memory_batches=(1, 4, 16),
         large=("1024/20", "768/32"),
+        resolution=("1024/20",),
+        sides=(64, 128, 256, 512, 1024, 2048, 4096),
+        resolution_batches=(1, 2, 4, 8, 16, 32, 64),
+        training_batches=(4,),
         systems=(
             "eager NCHW",
             "eager channels-last",

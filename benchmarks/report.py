@@ -2,20 +2,26 @@
 
     python benchmarks/report.py benchmarks/results/MACHINE/cpu.json
 
-writes cpu.md, cpu-models.svg and cpu-kernels.svg beside the file. (`cpu.py` does so by itself.)
+writes cpu.md and the charts beside the file (`cpu.py` does so by itself).
+
+    python benchmarks/report.py --readme
+
+puts the figures of all results into README.md and docs/ again.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import charts
+import figures
 import results
 from presets import BATCH, THREADS
-from results import Report, Row
+from results import Report, Row, in_order, select
 
 #: Of the machine's peak, (at least, aim).
 OF_PEAK = {"1536/20": (0.90, 1.00), "768/32": (0.88, 0.95), "1024/20": (0.85, 0.92)}
@@ -78,12 +84,8 @@ class Line:
         return {**row, "met": self.met, "detail": self.detail}
 
 
-def _select(rows: Iterable[Row], **wanted: Any) -> list[Row]:
-    return [row for row in rows if all(row.get(k) == v for k, v in wanted.items())]
-
-
 def _value(rows: Iterable[Row], column: str, **wanted: Any) -> float | None:
-    found = [row[column] for row in _select(rows, **wanted) if column in row]
+    found = [row[column] for row in select(rows, **wanted) if column in row]
     return found[0] if found else None
 
 
@@ -91,7 +93,7 @@ def _ratio(a: float | None, b: float | None) -> float | None:
     return None if a is None or not b else a / b
 
 
-def _best_peer(rows: list[Row]) -> Row | None:
+def best_peer(rows: list[Row]) -> Row | None:
     peers = [r for r in rows if "ms" in r and r["system"] not in ("ours", "peak")]
     return min(peers, key=lambda row: row["ms"], default=None)
 
@@ -99,15 +101,15 @@ def _best_peer(rows: list[Row]) -> Row | None:
 def summary(report: Report) -> list[Line]:
     """Every promise, in the order of their weight, held against the rows."""
     rows = report["rows"]
-    whole = _select(rows, suite="models", batch=BATCH, threads=THREADS)
+    whole = select(rows, suite="models", batch=BATCH, threads=THREADS)
     at = f"batch {BATCH}, {THREADS} threads"
     lines = [
         Line(f"{model}, of peak, {at}", _value(whole, "of peak", model=model, system="ours"), *bars)
         for model, bars in OF_PEAK.items()
     ]
     for model, bars in SPEED_UP.items():
-        group = _select(whole, model=model)
-        best, ours = _best_peer(group), _value(group, "ms", system="ours")
+        group = select(whole, model=model)
+        best, ours = best_peer(group), _value(group, "ms", system="ours")
         detail = ""
         if best is not None:
             timed = len([r for r in group if "ms" in r and r["system"] not in ("ours", "peak")])
@@ -119,18 +121,18 @@ def summary(report: Report) -> list[Line]:
             Line(f"{model}, speed against the best peer, {at}", speed_up, *bars, detail=detail)
         )
 
-    scaling = _select(rows, suite="scaling", system="ours")
+    scaling = select(rows, suite="scaling", system="ours")
     for model in OF_PEAK:
-        mine = [r for r in _select(scaling, model=model) if "side" not in r]
+        mine = [r for r in select(scaling, model=model) if "side" not in r]
         full = _value(mine, "img/s", batch=BATCH, threads=THREADS)
         one = _value(mine, "img/s", batch=1, threads=THREADS)
         what = f"{model}, batch 1 against batch {BATCH}, {THREADS} threads"
         lines.append(Line(what, _ratio(one, full), BATCH_1))
     for model in OF_PEAK:
-        mine = [r for r in _select(scaling, model=model) if "side" not in r]
+        mine = [r for r in select(scaling, model=model) if "side" not in r]
         full = _value(mine, "img/s", batch=BATCH, threads=2)
         single = _value(mine, "img/s", batch=BATCH, threads=1)
-        peaks = _select(rows, suite="scaling", group=model, system="peak")
+        peaks = select(rows, suite="scaling", group=model, system="peak")
         own = _ratio(_value(peaks, "GMAC/s", threads=2), _value(peaks, "GMAC/s", threads=1))
         detail = "" if own is None else f"the loop of multiply-adds itself: {own:.2f}"
         what = f"{model}, 2 threads against 1, batch {BATCH}"
@@ -156,14 +158,14 @@ def summary(report: Report) -> list[Line]:
         ratio = _ratio(big["ns / patch"], usual["ns / patch"])
         lines.append(Line(what, ratio, LARGE, at_most=True, detail=detail))
 
-    halves = _select(rows, suite="kernels", part="depthwise half", system="ours", threads=THREADS)
+    halves = select(rows, suite="kernels", part="depthwise half", system="ours", threads=THREADS)
     for row in halves:
         what = f"depthwise half, {row['model']}, batch {row['batch']}, of peak"
         lines.append(Line(what, row.get("of peak"), *DEPTHWISE))
     if not halves:
         lines.append(Line("depthwise half, of peak", None, *DEPTHWISE))
 
-    memory = _select(rows, suite="memory")
+    memory = select(rows, suite="memory")
     for model in dict.fromkeys(r["model"] for r in memory):
         pairs = {
             batch: _ratio(
@@ -178,7 +180,7 @@ def summary(report: Report) -> list[Line]:
             detail = f"worst of batches {', '.join(map(str, known))}: {worst}"
             what = f"{model}, peak memory of the process against eager"
             lines.append(Line(what, known[worst], MEMORY, at_most=True, detail=detail))
-    for row in _select(rows, suite="numerics"):
+    for row in select(rows, suite="numerics"):
         products = row["system"].removeprefix("ours, ")
         if "within rule" not in row or (products == UNSET and "note" in row):
             continue
@@ -199,6 +201,7 @@ class Table:
     about: str
     columns: tuple[str, ...]
     rows: list[Row]
+    suite: str = ""
 
 
 def _columns(text: str) -> tuple[str, ...]:
@@ -234,6 +237,28 @@ _SUITES: dict[str, tuple[str, str, tuple[str, ...]]] = {
             "p80 ms, rounds, cores"
         ),
     ),
+    "steps": (
+        "Step by step",
+        "Each line is the one before it with one thing changed, in the same rounds; the last is "
+        "the model as it is used.",
+        _columns("model, batch, threads, system, ms, of peak, img/s, p20 ms, p80 ms, rounds"),
+    ),
+    "training": (
+        "A training step",
+        "Forward, backward and SGD. While BatchNorm gathers batch statistics our modules run their "
+        "children one by one: equal speed is what to expect.",
+        _columns(
+            "model, batch, threads, system, img/s, ours is faster, ms, p20 ms, p80 ms, rounds"
+        ),
+    ),
+    "resolution": (
+        "Larger images and batches",
+        "A patch is one position of the grid: equal cost for each is what to expect.",
+        _columns(
+            "model, side, batch, threads, system, img/s, of peak, ours is faster, ns / patch, ms, "
+            "p20 ms, p80 ms, rounds"
+        ),
+    ),
     "memory": (
         "Peak memory",
         "Of a fresh process that builds the model and runs it twice: all of it, and what it has "
@@ -256,6 +281,10 @@ _SUITES: dict[str, tuple[str, str, tuple[str, ...]]] = {
 }
 
 
+#: Suites whose groups have rows of ours and of others.
+_COMPARED = ("models", "kernels", "training", "resolution")
+
+
 def _with_speed_up(rows: list[Row]) -> list[Row]:
     """``ours is faster``: times, than that row's system, of the same group and part."""
     ours = {
@@ -271,25 +300,16 @@ def _with_speed_up(rows: list[Row]) -> list[Row]:
     return out
 
 
-def _in_order(rows: list[Row]) -> list[Row]:
-    """Model by model as first measured, batch by batch; a group's rows keep their order."""
-    models = list(dict.fromkeys(r.get("model") for r in rows))
-    return sorted(
-        rows,
-        key=lambda r: (models.index(r.get("model")), r.get("batch") or 0, -(r.get("threads") or 0)),
-    )
-
-
 def tables(report: Report, unmeasured: bool = True) -> list[Table]:
     """The summary, with or without the promises no row tells of, and a table for each suite."""
     found = []
     for suite, (title, about, columns) in _SUITES.items():
-        rows = _select(report["rows"], suite=suite)
-        if suite in ("models", "kernels"):
-            rows = _in_order(_with_speed_up(rows))
+        rows = select(report["rows"], suite=suite)
+        if suite in _COMPARED:
+            rows = in_order(_with_speed_up(rows))
         if rows:
             shown = tuple(c for c in columns if any(c in row for row in rows))
-            found.append(Table(title, about, shown, rows))
+            found.append(Table(title, about, shown, rows, suite))
     lines = [line.row() for line in summary(report) if unmeasured or line.measured is not None]
     about = (
         f"float32, batch {BATCH} and {THREADS} threads unless a line says otherwise. Of peak: all "
@@ -307,10 +327,6 @@ def cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.3g}"
     return "" if value is None else str(value)
-
-
-def _threads(count: int) -> str:
-    return "1 thread" if count == 1 else f"{count} threads"
 
 
 def heading(report: Report) -> list[str]:
@@ -351,68 +367,15 @@ def markdown(report: Report, charts: Sequence[str] = ()) -> str:
     for table in tables(report):
         lines += ["", f"## {table.title}", ""]
         lines += [table.about, ""] if table.about else []
-        lines += [f"![{c}]({c})" for c in charts if c.endswith(f"-{_CHARTED.get(table.title)}.svg")]
-        lines += ["" for c in charts if c.endswith(f"-{_CHARTED.get(table.title)}.svg")]
+        for name in charts:
+            if name.endswith(f"-{table.suite}.svg"):
+                lines += [f"![{name}]({name})", ""]
         lines.append("| " + " | ".join(table.columns) + " |")
         lines.append("|" + "---|" * len(table.columns))
         for row in table.rows:
             cells = [cell(row.get(c)).replace("|", "/") for c in table.columns]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-#: Title of a table -> the suite whose chart stands above it.
-_CHARTED = {"Whole models": "models", "One block and its halves": "kernels"}
-
-
-def chart(report: Report, suite: str, path: Path) -> bool:
-    """Bars of the share of the machine's peak: a panel for each thread count (and half of a block),
-    a group for each model and batch. Returns False, and writes nothing, where there are no rows."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    matplotlib.rcParams["svg.hashsalt"] = "convmixer_fast"
-    rows = [
-        r for r in _select(report["rows"], suite=suite) if "of peak" in r and r["system"] != "peak"
-    ]
-    if not rows:
-        return False
-    key: Callable[[Row], tuple[Any, Any]] = lambda r: (r["model"], r["batch"])  # noqa: E731
-    panels = list(dict.fromkeys((r["threads"], r.get("part", "")) for r in rows))
-    names = list(dict.fromkeys(key(r) for r in _in_order(rows)))
-    systems = list(dict.fromkeys(r["system"] for r in rows))
-    size = (3.0 + 0.19 * len(names) * (len(systems) + 1), 3.2 * len(panels))
-    figure, grid = pyplot.subplots(
-        len(panels), figsize=size, layout="constrained", squeeze=False, sharex=True, sharey=True
-    )
-    width = 0.85 / len(systems)
-    for (threads, part), axes in zip(panels, grid[:, 0], strict=True):
-        here = [r for r in rows if (r["threads"], r.get("part", "")) == (threads, part)]
-        for i, system in enumerate(systems):
-            shares = {key(r): 100 * r["of peak"] for r in here if r["system"] == system}
-            offset = (i - (len(systems) - 1) / 2) * width
-            places = [g + offset for g, name in enumerate(names) if name in shares]
-            heights = [shares[name] for name in names if name in shares]
-            # The colour goes with the system, also in a panel that lacks some.
-            axes.bar(places, heights, width, label=system, color=f"C{i}")
-        axes.axhline(100, color="black", linewidth=0.8, linestyle="--")
-        axes.set_ylabel("% of peak")
-        axes.set_title(f"{part + ', ' if part else ''}{_threads(threads)}", fontsize="medium")
-    # Strassen's algorithm does fewer multiply-adds than are counted: bars may pass 100.
-    axes.set_ylim(0, max(105.0, 105.0 * max(r["of peak"] for r in rows)))
-    axes.set_xticks(
-        range(len(names)),
-        [f"{m}\nbatch {b}".replace(", ", "\n") for m, b in names],
-        fontsize="small",
-    )
-    figure.suptitle(f"{report['machine']['cpu']}, {report['runs'][-1]['date']}, float32")
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
-    return True
 
 
 def write(path: Path) -> list[Path]:
@@ -424,19 +387,27 @@ def write(path: Path) -> list[Path]:
     report = results.load(path)
     if report is None:
         raise ValueError(f"there is no {path}")
-    charts = [path.with_name(f"{path.stem}-{suite}.svg") for suite in _CHARTED.values()]
-    charts = [
-        c for c, suite in zip(charts, _CHARTED.values(), strict=True) if chart(report, suite, c)
+    drawn = [path.with_name(f"{path.stem}-{suite}.svg") for suite in charts.CHARTS]
+    drawn = [
+        c for c, suite in zip(drawn, charts.CHARTS, strict=True) if charts.draw(report, suite, c)
     ]
     table = path.with_suffix(".md")
-    table.write_text(markdown(report, [c.name for c in charts]))
-    return [table, *charts]
+    table.write_text(markdown(report, [c.name for c in drawn]))
+    return [table, *drawn]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("rows", type=Path, nargs="+", help="JSON files written by --rows")
-    for path in parser.parse_args().rows:
+    parser.add_argument("rows", type=Path, nargs="*", help="JSON files written by --rows")
+    parser.add_argument(
+        "--readme", action="store_true", help="put the figures into README.md and docs/ again"
+    )
+    options = parser.parse_args()
+    if not options.rows and not options.readme:
+        parser.error("name JSON files, or pass --readme")
+    if options.readme:
+        print("\n".join(figures.update()))
+    for path in options.rows:
         try:
             print(", ".join(str(p) for p in write(path)))
         except ValueError as error:

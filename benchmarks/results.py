@@ -90,3 +90,17 @@ def save(report: Report, path: Path) -> None:
     text = json.dumps(head, indent=1)[:-2]
     partial.write_text(f'{text},\n "rows": [\n{rows}\n ]\n}}\n')
     os.replace(partial, path)
+
+
+def select(rows: Iterable[Row], **wanted: Any) -> list[Row]:
+    """The rows whose columns have these values."""
+    return [row for row in rows if all(row.get(k) == v for k, v in wanted.items())]
+
+
+def in_order(rows: list[Row]) -> list[Row]:
+    """Model by model as first measured, batch by batch; a group's rows keep their order."""
+    models = list(dict.fromkeys(r.get("model") for r in rows))
+    return sorted(
+        rows,
+        key=lambda r: (models.index(r.get("model")), r.get("batch") or 0, -(r.get("threads") or 0)),
+    )

@@ -160,6 +160,12 @@ class Arch:
         norms = 1 + 2 * self.depth
         return macs.stem + macs.pointwise + macs.head + (2 * norms + 1) * elements
 
+    def macts_timm(self, img_size: int | tuple[int, int] = 224) -> int:
+        """Activations as timm's published tables count them: outputs of the convolutions that
+        fvcore sees (the stem, the pointwise ones) and of the classifier."""
+        rows, cols = self.grid(img_size)
+        return (1 + self.depth) * rows * cols * self.dim + self.num_classes
+
     def macs_mmpretrain(self, img_size: int | tuple[int, int] = 224) -> int:
         """What mmpretrain's model cards count for the backbone, in multiply-adds.
 

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .cli_benchmark import add_benchmark, benchmark
 from .cli_common import ACTIVATIONS, FORMATS, PROG, note, positive, printable
 from .cli_evaluate import add_evaluate, evaluate
 from .cli_predict import add_predict, predict
@@ -234,6 +235,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_stream(
         command("stream", stream, "classify one image of any size, in memory that does not grow")
     )
+    text = "time one model, with timm's flags and result keys"
+    add_benchmark(command("benchmark", benchmark, text))
 
     doctor = command("doctor", _doctor, "say what is installed, which backends run, and check them")
     doctor.add_argument(

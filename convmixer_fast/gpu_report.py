@@ -10,15 +10,13 @@ from __future__ import annotations
 import json
 import os
 import platform
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from .arch import VARIANTS
+from .files import write_whole
 from .kernels import configs, precision, support
 from .ops import BackendError, backends, first_use, gpu, verdicts
 from .ops.cases import UINT8_STEM, Case, case_of
@@ -268,17 +266,7 @@ def write(report: dict[str, Any], path: str | os.PathLike[str]) -> None:
     Raises:
         OSError: it cannot be written; what was there before is left.
     """
-    target = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(report, file, indent=1)
-            file.write("\n")
-        os.replace(temporary, target)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
+    write_whole(path, json.dumps(report, indent=1) + "\n")
 
 
 def healthy(report: dict[str, Any]) -> bool:

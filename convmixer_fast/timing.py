@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
@@ -45,6 +46,31 @@ def interleaved_times(
                 run()
             times[name].append((time.perf_counter() - start) / calls)
     return times
+
+
+def timestamps(
+    parts: Sequence[Callable[..., Any]],
+    finish: Callable[[], None],
+    between: Callable[[], None] | None = None,
+) -> list[float]:
+    """Seconds of each part of one step; a part is called with what the one before returned.
+
+    Args:
+        finish: waits until the device is done, before the first reading and the last.
+        between: the same after the parts before the last; without it their times are those of
+            launching, and only the sum means something.
+    """
+    finish()
+    readings = [time.perf_counter()]
+    handed: tuple[Any, ...] = ()
+    for i, part in enumerate(parts):
+        handed = (part(*handed),)
+        if i == len(parts) - 1:
+            finish()
+        elif between is not None:
+            between()
+        readings.append(time.perf_counter())
+    return [later - earlier for earlier, later in pairwise(readings)]
 
 
 def spread(seconds: list[float]) -> dict[str, float]:

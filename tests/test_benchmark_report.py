@@ -27,6 +27,7 @@ def _load(name: str) -> ModuleType:
 
 
 results, report, machine = _load("results"), _load("report"), _load("machine")
+charts, figures = _load("charts"), _load("figures")
 
 
 def rows(model: str = "1536/20", **ms: float) -> list[dict[str, Any]]:
@@ -256,6 +257,54 @@ def test_tables_and_charts_are_written_beside_the_rows(tmp_path):
     assert "<!-- 120 -->" in written[1].read_text()
 
 
+def timed(suite: str, system: str, **columns: Any) -> dict[str, Any]:
+    group = f"{columns['model']}, {columns.get('side')}, {columns['batch']}"
+    return {"suite": suite, "group": group, "threads": 2, "system": system, **columns}
+
+
+def test_every_suite_with_a_chart_gets_one_and_its_table(tmp_path):
+    pytest.importorskip("matplotlib")
+    steps = ("eager NCHW", "depthwise half in one kernel", "all blocks in one call")
+    measured = [
+        timed("steps", s, model="1024/20", batch=4, ms=ms, **{"of peak": 700 / ms})
+        for s, ms in zip(steps, (900.0, 950.0, 700.0), strict=True)
+    ]
+    for system, factor in (("ours", 1.0), ("eager NCHW", 1.5)):
+        for side, batch in ((64, 1), (224, 1), (4096, 1), (224, 64)):
+            cost = {"ns / patch": 1e4 * factor, "ms": factor}
+            measured.append(
+                timed("resolution", system, model="1024/20", side=side, batch=batch, **cost)
+            )
+        mib = {"MiB": 600, "MiB above imports": round(100 * factor)}
+        measured.append(timed("memory", system, model="1024/20", batch=4, **mib))
+        measured.append(timed("training", system, model="256/8", batch=4, ms=10 * factor))
+    path = tmp_path / "cpu.json"
+    results.save(made_of(measured), path)
+    written = [p.name for p in report.write(path)]
+    assert written == ["cpu.md", "cpu-steps.svg", "cpu-memory.svg", "cpu-resolution.svg"]
+    text = (tmp_path / "cpu.md").read_text()
+    for chart in written[1:]:
+        assert f"![{chart}]({chart})" in text
+        # Text is drawn as paths, and named in a comment before each.
+        assert "<!--" in (tmp_path / chart).read_text()
+    waterfall = (tmp_path / "cpu-steps.svg").read_text()
+    assert all(f"<!-- {step} -->" in waterfall for step in steps)
+    assert "| 256/8 | 4 | 2 | eager NCHW | 1.5 |" in text
+    # The side itself, not a power of two.
+    assert "<!-- 4096 -->" in (tmp_path / "cpu-resolution.svg").read_text()
+
+
+def test_the_same_rows_draw_the_same_file(tmp_path):
+    pytest.importorskip("matplotlib")
+    made = made_of(rows("1536/20", ours=800.0, **{"eager NCHW": 2000.0}))
+    pictures = []
+    for name in ("a.svg", "b.svg"):
+        assert charts.draw(made, "models", tmp_path / name)
+        pictures.append((tmp_path / name).read_text())
+    assert pictures[0] == pictures[1]
+    assert not charts.draw(made, "memory", tmp_path / "c.svg")
+
+
 def test_the_terminal_can_leave_out_what_was_not_measured():
     made = made_of(rows(ours=1000.0))
     whole, short = (report.text(made, report.tables(made, unmeasured=u)) for u in (True, False))
@@ -299,3 +348,72 @@ def test_a_peer_may_be_a_little_worse_than_eager_but_not_another_model_or_dtype(
 )
 def test_machine_name(cpu, cores, numbers, name):
     assert machine.machine_name(cpu, cores, *numbers) == name
+
+
+# Figures in the README and the documentation
+
+
+@pytest.mark.parametrize("page", figures.pages(), ids=lambda p: p.name)
+def test_figures_in_pages_are_those_of_the_result_files(page):
+    text = page.read_text()
+    assert figures.filled(text) == text, "run: python benchmarks/report.py --readme"
+
+
+def test_the_readme_has_figures_and_marks_those_of_gpus_as_predictions():
+    text = figures.pages()[0].read_text()
+    for name in ("whole-models", "missed", "gpu-predicted"):
+        assert f"<!-- figures: {name} -->\n" in text
+    assert "Predictions, not measurements" in text
+
+
+def test_a_changed_figure_is_put_right_and_nothing_else_is_touched():
+    page = "before 1.5\n<!-- figures: roofline -->\nold\n<!-- end of figures -->\nafter 2.5\n"
+    new = figures.filled(page)
+    assert new.startswith("before 1.5\n<!-- figures: roofline -->\n| model |")
+    assert new.endswith("<!-- end of figures -->\nafter 2.5\n")
+    assert "old" not in new
+    assert figures.filled(new) == new
+
+
+@pytest.mark.parametrize(
+    ("page", "error"),
+    [
+        ("<!-- figures: nobody -->\n<!-- end of figures -->", "no figures are called nobody"),
+        ("<!-- figures: roofline -->\n", "has no"),
+    ],
+)
+def test_a_mark_that_cannot_be_filled_is_an_error(page, error):
+    with pytest.raises(ValueError, match=error):
+        figures.filled(page)
+
+
+def test_ours_stands_beside_timms_row_only_from_the_same_hardware_and_precision():
+    row = {"model": "convmixer_768_32", "bench": "infer", "device": "RTX 4090", "img_size": 224}
+    row |= {"precision": "amp float16"}
+    ours = {"model": "768/32", "device": "NVIDIA GeForce RTX 4090", "precision": "amp"}
+    ours |= {"infer_samples_per_sec": 2000.0, "infer_img_size": 224}
+    slower = ours | {"infer_samples_per_sec": 1500.0}
+    assert figures.measured_beside(row, [slower, ours]) == ours
+    for other in (
+        {"device": "NVIDIA GeForce RTX 3090"},
+        {"model": "1024/20"},
+        {"infer_img_size": 256},
+        {"precision": "float16"},
+    ):
+        assert figures.measured_beside(row, [ours | other]) is None
+    assert figures.measured_beside(row | {"bench": "train"}, [ours]) is None
+
+
+def test_published_rows_are_the_newest_of_each_setting_and_name_their_file():
+    published = json.loads(figures.PUBLISHED.read_text())
+    newest = figures.newest(published["rows"])
+    assert 0 < len(newest) < len(published["rows"])
+    for row in newest:
+        assert row["file"].startswith("results/benchmark-")
+        number = [int(n) for n in row["torch"].split(".")]
+        same = [r for r in published["rows"] if {**r, **_run_of(row)} == row]
+        assert number == max([int(n) for n in r["torch"].split(".")] for r in same)
+
+
+def _run_of(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: row[key] for key in ("torch", "batch_size", "samples_per_sec", "file")}

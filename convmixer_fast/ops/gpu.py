@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from .packing import Packed
 
 
-
 class Kernels(NamedTuple):
     """The functions of `convmixer_fast.kernels`, as a test may replace them."""
 

@@ -1,0 +1,100 @@
+"""The documentation builds without a warning, its Python runs, its messages are the package's."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import fresh_python
+import messages
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+CODE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCKS = [
+    pytest.param(page, code, id=f"{page.relative_to(DOCS).with_suffix('')}-{i}")
+    for page in PAGES
+    for i, code in enumerate(CODE.findall(page.read_text()))
+]
+
+
+@pytest.mark.parametrize(("page", "code"), BLOCKS)
+def test_python_blocks_run(page, code, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, str(page), "exec"), {})
+
+
+def test_every_way_to_start_has_a_block():
+    started = {param.values[0].name for param in BLOCKS if param.values[0].parent.name == "start"}
+    assert started == {"swap.md", "benchmark.md", "batch.md"}
+
+
+def test_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs", reason='pip install ".[docs]"')
+    pytest.importorskip("material", reason='pip install ".[docs]"')
+    pytest.importorskip("mkdocstrings", reason='pip install ".[docs]"')
+    if not (ROOT / "mkdocs.yml").is_file():
+        pytest.skip("not run from a source tree")
+    done = fresh_python.run(
+        *("-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(tmp_path / "site")),
+        *("-f", str(ROOT / "mkdocs.yml")),
+        env={"NO_MKDOCS_2_WARNING": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    api = (tmp_path / "site" / "api" / "index.html").read_text()
+    for name in ("ConvMixer", "optimize", "load_checkpoint", "assert_numerics"):
+        assert f'id="convmixer_fast.{"testing." if "assert" in name else ""}{name}"' in api
+    kernels = (tmp_path / "site" / "kernels" / "index.html").read_text()
+    assert "Write the limit down" in kernels
+
+
+def test_pages_are_all_in_the_navigation():
+    listed = set(re.findall(r"([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert listed == {str(page.relative_to(DOCS)) for page in PAGES}
+
+
+HEADINGS = re.findall(r"^### `(.+)`$", (DOCS / "errors.md").read_text(), re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def sources() -> list[str]:
+    files = [*(ROOT / "convmixer_fast").rglob("*.py"), ROOT / "setup.py"]
+    return [text for file in files for text in messages.of(file)]
+
+
+@pytest.mark.parametrize("heading", [h for h in HEADINGS if "instruction set" not in h])
+def test_an_error_that_is_explained_is_one_that_the_package_prints(heading, sources):
+    assert messages.printed_by(heading, sources), f"nothing prints {heading!r}"
+
+
+def test_the_engines_own_error_is_printed_as_explained():
+    (heading,) = [h for h in HEADINGS if "instruction set" in h]
+    script = "from convmixer_fast import _native; print(_native.why_unavailable())"
+    told = fresh_python.run("-c", script, env={"CONVMIXER_FAST_ISA": "nonsense"}).stdout
+    if "unknown instruction set" not in told:
+        pytest.skip(f"no engine here: {told.strip()}")
+    assert messages.printed_by(heading, [told])
+
+
+def test_a_message_that_nobody_prints_is_noticed(sources):
+    assert not messages.printed_by("the moon is in the wrong …", sources)
+    assert messages.printed_by("a … b", ["say a long b", "no"])
+    assert not messages.printed_by("b … a", ["say a long b"])
+
+
+def test_readme_and_pages_link_to_files_that_exist():
+    for page in (ROOT / "README.md", *PAGES):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_figures_are_typed_nowhere(page):
+    """A rate or a share of a measurement stands in a generated place only."""
+    text = re.sub(r"<!-- figures: .*?<!-- end of figures -->", "", page.read_text(), flags=re.S)
+    text = re.sub(r"```.*?```", "", text, flags=re.S)
+    typed = re.findall(r"\d[\d.,]* ?(?:img/s|GMAC/s|GB/s|TFLOP/s|ms\b|times faster)", text)
+    assert not typed, typed
