@@ -1,4 +1,4 @@
-"""What the package costs besides computing: its import, and its look at packed copies."""
+"""What the package costs besides computing: its import, its look at packed copies, its launches."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from typing import Any
 import fresh_python
 import pytest
 import torch
+from gpu_double import installed
 from recording import Recorder
 
-from convmixer_fast import create_model
+from convmixer_fast import MixerBlock, MixerStack, create_model
+from convmixer_fast.ops import gpu
+from convmixer_fast.steady import SteadyStack
 from convmixer_fast.timing import interleaved_times, spread
 
 
@@ -64,3 +67,45 @@ def test_cache_check(name: str, size: int, benchmark: Any, record: Recorder) -> 
         "of forward": checking / forward,
     }
     record("overheads", group, [row])
+
+
+def _does_nothing(*args: Any, out: Any = None, **kwargs: Any) -> Any:
+    return out
+
+
+def test_host_time_of_fused_halves(
+    benchmark: Any, record: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of everything but the kernels, which do nothing: what a GPU waits for at small batches."""
+    group = "host time per fused half"
+    record.wanted("overheads", group)
+    blocks = 20
+    stack = MixerStack(*[MixerBlock(16, 3) for _ in range(blocks)]).eval().bfloat16()
+    x = torch.randn(1, 16, 2, 2).bfloat16().contiguous(memory_format=torch.channels_last)
+    with installed(), torch.inference_mode():
+        stack(x), stack(x)
+        table = gpu.kernels()._replace(depthwise_mix=_does_nothing, pointwise_mix=_does_nothing)
+        monkeypatch.setattr(gpu, "kernels", lambda: table)
+        stack(x), stack(x)
+        assert isinstance(stack._packed.plan, SteadyStack)
+        assert stack._packed.plan.holds(x)
+
+        def asked_one_by_one() -> None:
+            for block in stack:
+                y = block(x)
+            assert y.shape == x.shape
+
+        runs = {"a stack whose call is like the last": lambda: stack(x)}
+        runs["blocks one by one"] = asked_one_by_one
+        times = benchmark.pedantic(
+            interleaved_times, args=(runs, 31), kwargs={"warmup": 3}, rounds=1
+        )
+    rows = []
+    for name, seconds in times.items():
+        measured = spread(seconds)
+        rows.append(
+            {"what": f"host time per fused half, kernels that do nothing: {name}", "batch": 1}
+            | {c: 1e3 * measured[key] / (2 * blocks) for c, key in _COLUMNS.items()}
+            | {"rounds": len(seconds)}
+        )
+    record("overheads", group, rows)

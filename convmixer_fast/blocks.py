@@ -761,21 +761,24 @@ class MixerStack(_FusedSequential):
 
     def _one_by_one(self, x: Tensor) -> Tensor:
         """The blocks in turn, with fewer questions where the last call was like this one."""
-        steady: SteadyStack | None = self._packed.plan
-        if (
-            steady is not None
-            and tuple(self._modules.values()) == steady.blocks
-            and steady.holds(x)
-        ):
-            out = steady.run(x)
-            if out is not None:
-                return out
-        self._packed.plan = None
-        out = super().forward(x)
-        self._packed.plan = self._steady(x)
+        steady = self._still_steady(x)
+        out = None if steady is None else steady.run(x)
+        if out is None:
+            out = super().forward(x)
+            self._packed.plan = self._made_steady(x)
         return out
 
-    def _steady(self, x: Tensor) -> SteadyStack | None:
+    def _still_steady(self, x: Tensor) -> SteadyStack | None:
+        """What `_made_steady` kept, where a call with ``x`` is like that one."""
+        steady: SteadyStack | None = self._packed.plan
+        if steady is None:
+            return None
+        if tuple(self._modules.values()) == steady.blocks and steady.holds(x):
+            return steady
+        self._packed.plan = None
+        return None
+
+    def _made_steady(self, x: Tensor) -> SteadyStack | None:
         """The stack as a call with ``x`` found it, if GPU kernels served all of it."""
         if torch.is_grad_enabled() or backends.is_recording() or type(x) is not Tensor:
             return None
@@ -803,15 +806,21 @@ class MixerStack(_FusedSequential):
 
     def _on_gpu(self, x: Tensor) -> Tensor:
         """The blocks as a CUDA graph or depth first, where that was asked for and can be."""
-        packed = self._packed_now(x)
+        if gpu.is_capturing(x.device):
+            return self._one_by_one(x)
+        steady = self._still_steady(x)
+        packed = self._packed_now(x) if steady is None else steady.packed()
         if packed is None:
             return super().forward(x)
-        x = _laid_out(self, x)
+        laid_out = _laid_out(self, x)
         if self._graphs is not None and x.shape[0] <= graphs.MAX_BATCH:
-            return self._graphs.run(graphs.key_of(x), packed, super().forward, x)
+            out = self._graphs.run(graphs.key_of(laid_out), packed, super().forward, laid_out)
+            if steady is None:
+                self._packed.plan = self._made_steady(x)
+            return out
         if self._depth_first:
-            return graphs.depth_first(super().forward, x, graphs.l2_bytes(x.device))
-        return super().forward(x)
+            return graphs.depth_first(super().forward, laid_out, graphs.l2_bytes(x.device))
+        return self._one_by_one(x)
 
     def _packed_now(self, x: Tensor) -> tuple[Packed, ...] | None:
         """What GPU kernels would be given of the blocks, or None where they do not run them all."""
@@ -823,7 +832,6 @@ class MixerStack(_FusedSequential):
             or x.dim() != 4
             or x.numel() == 0
             or not backends.gpu_kernels_run(x.device, x.dtype)
-            or gpu.is_capturing(x.device)
         ):
             return None
         halves = list(self._halves_on(x))

@@ -174,6 +174,10 @@ class SteadyStack(NamedTuple):
                 return False
         return True
 
+    def packed(self) -> tuple[Packed, ...]:
+        """The packed copies of all halves, the very ones that their kernels are given."""
+        return tuple(half.packed for half in self.halves)
+
     def run(self, x: Tensor) -> Tensor | None:
         """The blocks on ``x``, or None where a kernel that was right once could not be launched."""
         x = gpu.as_channels_last(x.detach().resolve_neg())

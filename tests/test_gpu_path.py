@@ -285,7 +285,17 @@ def test_a_compiler_gets_plain_operators_for_exact_float32_products(monkeypatch)
     ]
 
 
+def needs_fake_convolutions() -> None:
+    try:
+        with FakeTensorMode():
+            conv = nn.Conv2d(8, 8, 3, padding="same", groups=8, device="cuda")
+            conv(torch.empty(2, 8, 5, 5, device="cuda"))
+    except RuntimeError as error:
+        pytest.skip(f"this torch asks a driver about convolutions that never run: {error}")
+
+
 def test_auto_falls_through_on_a_gpu_and_says_why(monkeypatch):
+    needs_fake_convolutions()
     on_a_fake_gpu(monkeypatch)
     assert {row[1:3] for row in fake_model_rows(torch.float64)} == {
         (
@@ -304,6 +314,7 @@ def test_auto_falls_through_on_a_gpu_and_says_why(monkeypatch):
 
 
 def test_a_compiler_on_a_gpu_gets_the_operators_only_where_kernels_run(monkeypatch):
+    needs_fake_convolutions()
     for why in ("", "the card is in the post"):
         on_a_fake_gpu(monkeypatch, why)
         with FakeTensorMode(), monkeypatch.context() as patch:

@@ -92,6 +92,19 @@ def test_weights_that_change_are_seen(double, model, tape):
 
 
 @torch.no_grad()
+def test_a_graph_that_is_replayed_asks_no_block_for_itself(double, model, tape, monkeypatch):
+    x = torch.randn(IMAGES)
+    for _ in range(3):
+        want = model(x)
+    with monkeypatch.context() as patch:
+        patch.setattr(MixerStack, "_packed_now", lambda self, x: pytest.fail("asked"))
+        assert torch.equal(model(x), want)
+    assert (tape.captures, tape.replays) == (1, 3)
+    model.blocks[1][1].weight.mul_(1.5)
+    assert not torch.equal(assert_true(model, x), want)
+
+
+@torch.no_grad()
 def test_weights_that_change_at_every_call_are_never_captured(double, model, tape):
     for _ in range(4):
         model.blocks[0][1].weight.mul_(1.01)

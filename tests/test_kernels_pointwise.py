@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -17,7 +18,7 @@ from simulator import ptxsim
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from convmixer_fast.arch import ACTIVATIONS
-from convmixer_fast.kernels import operands
+from convmixer_fast.kernels import operands, support
 from convmixer_fast.kernels.configs import PointwiseConfig
 from convmixer_fast.kernels.pointwise import pointwise_mix
 
@@ -87,6 +88,9 @@ def test_interpreter_drawn_shapes(
 def test_interpreter_descriptors(case: MatrixCase, halves: bool) -> None:
     # Shapes that the copy engine cannot address must take the other kernel, the rest this one.
     config = PointwiseConfig(64, 32, 32, descriptors=True, halves=halves)
+    by_8_alone = 8 in (math.gcd(16, case.c), math.gcd(16, case.d))
+    if by_8_alone and support.triton_version().startswith("3.4."):
+        pytest.skip("the interpreter of Triton 3.4 takes strides of elements for bytes")
     check(pointwise_mix, case, torch.float16, config=config)
 
 
