@@ -98,6 +98,8 @@ def add_predict(sub: argparse.ArgumentParser) -> None:
         metavar="S",
         help="what a kill can cost, at most, or a hundredth of the run (default: 5)",
     )
+    for flag in ("--include-index", "--fullname"):
+        output.add_argument(flag, action="store_true", help="always so; for timm's command lines")
     output.add_argument("--no-console-results", action="store_true", help="print no table")
     output.add_argument(
         "--on-error", choices=("skip", "stop"), default="skip", help="for a bad image"

@@ -17,18 +17,21 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from convmixer_fast import ConvMixer, cli, cli_common, save_checkpoint
+from convmixer_fast import ConvMixer, cli, cli_common, cli_predict, save_checkpoint
 from convmixer_fast.arch import ACTIVATIONS, VARIANTS
 from convmixer_fast.checkpoint import FORMATS
 from convmixer_fast.demo import plain_twin
 from convmixer_fast.inference import (
     INTERPOLATIONS,
+    NativeSize,
     Preprocessing,
     class_labels,
+    files,
     read_labels,
     top_predictions,
 )
 from convmixer_fast.inference.batches import image_batches
+from convmixer_fast.inference.results import OUTPUT_TYPES
 from convmixer_fast.ops.backends import BACKENDS
 from convmixer_fast.testing import trained_like_
 
@@ -379,6 +382,104 @@ def test_odd_file_names_stay_on_one_line_and_survive_the_csv(capsys, tmp_path, c
         assert next(csv.DictReader(file))["filename"] == str(odd)
 
 
+def results_of(path: Path) -> list[str]:
+    with open(path, newline="") as file:
+        return [Path(row["filename"]).name for row in csv.DictReader(file)]
+
+
+def test_patterns_and_lists_name_images(capsys, tmp_path, checkpoint, images, monkeypatch):
+    monkeypatch.chdir(images)
+    (images / "notes.txt").write_text("x")
+    listed = tmp_path / "list.csv"
+    listed.write_text("id,picture\n1,b/y.jpeg\n2,a1.png\n3,b/y.jpeg\n4,gone.png\n")
+    lines = tmp_path / "list.txt"
+    lines.write_text("a2.jpg\n\nb/x.png\n")
+    column = ("--image-column", "picture")
+    for arguments, names in [
+        (("a*",), ["a1.png", "a2.jpg", "a10.png"]),
+        (("**/*.jp*g",), ["a2.jpg", "y.jpeg"]),
+        (("*",), ["a1.png", "a2.jpg", "a10.png", "x.png", "y.jpeg"]),
+        (("b/?.png", "a1.png"), ["x.png", "a1.png"]),
+        (("--image-list", listed, *column), ["y.jpeg", "a1.png"]),
+        (("--image-list", lines, "a2.jpg", "a1.png"), ["a2.jpg", "a1.png", "x.png"]),
+    ]:
+        results = tmp_path / "r.csv"
+        code, _, err = run(
+            capsys, "predict", *arguments, "--checkpoint", checkpoint, "--img-size", 32,
+            "--results-file", results, "--overwrite",
+        )  # fmt: skip
+        assert code == 0, err
+        assert results_of(results) == names
+    monkeypatch.chdir(tmp_path)
+    arguments = ("predict", "--image-list", listed, "--checkpoint", checkpoint, "--img-size", 32)
+    assert "which column names the images? It has id, picture" in refused(capsys, *arguments)
+    assert "no column 'x'" in refused(capsys, *arguments, "--image-column", "x")
+    rooted = ("--data-dir", images, "--results-file", results, "--overwrite")
+    assert run(capsys, *arguments, *column, *rooted)[0] == 0
+    assert results_of(results) == ["y.jpeg", "a1.png"]
+    assert (tmp_path / "r.errors.csv").read_text().splitlines() == [
+        "filename,error",
+        f"{images / 'gone.png'},No such file or directory",
+    ]
+
+
+def test_parquet_lists_and_results(capsys, tmp_path, checkpoint, images):
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    import pyarrow
+    import pyarrow.parquet
+
+    names = [str(images / name) for name in ("b/x.png", "a2.jpg")]
+    listed = tmp_path / "list.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"n": [1, 2], "path": names}), listed)
+    common = ("predict", "--image-list", listed, "--checkpoint", checkpoint, "--img-size", 32,
+              "--results-dir", tmp_path / "out", "--results-format", "parquet")  # fmt: skip
+    assert "No such file" in refused(capsys, *common)
+    (tmp_path / "out").mkdir()
+    assert run(capsys, *common)[0] == 0
+    table = pyarrow.parquet.read_table(tmp_path / "out" / "predictions.parquet")
+    assert table["filename"].to_pylist() == names
+    assert str(table.schema.field("prob_0").type) == "float"
+    listed.write_text("not parquet")
+    assert "list.parquet: not a Parquet file" in refused(capsys, *common)
+
+
+def test_embeddings_and_native_sizes(capsys, tmp_path, model, checkpoint, images):
+    results = tmp_path / "r.jsonl"
+    code, out, err = run(
+        capsys, "predict", images, "--checkpoint", checkpoint, "--native-size", "--output-type",
+        "embedding", "--results-file", results,
+    )  # fmt: skip
+    assert (code, out) == (0, "")
+    assert "images as large as they are" in err
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    prepare = NativeSize(mean=VARIANTS["convmixer_768_32"].pretrained_cfg["mean"])
+    assert len(rows) == 5
+    for row in rows:
+        with Image.open(row["filename"]) as image, torch.inference_mode():
+            features = model.forward_features(prepare(image)[None]).mean((2, 3))[0]
+        assert row["embedding"] == pytest.approx(features.tolist(), abs=1e-5)
+
+
+def test_the_last_line_tells_images_failures_rate_and_waiting(capsys, tmp_path, checkpoint, images):
+    (images / "text.jpg").write_text("not a picture")
+    results = tmp_path / "r.csv"
+    _, _, err = predict(capsys, images, checkpoint, "--results-file", results)
+    summary, written = err.splitlines()[-2:]
+    assert re.search(
+        r"5 images, 1 skipped in [\d.]+ s \([\d.]+ img/s, \d+% of the time waiting for images, "
+        r"\w+ kernels\)",
+        summary,
+    ), summary
+    assert written.endswith(f"wrote {results} (5 images); {tmp_path / 'r.errors.csv'} names what "
+                            "could not be read")  # fmt: skip
+    before = results.read_bytes()
+    code, _, err = predict(capsys, images, checkpoint, "--results-file", results, "--resume")
+    assert code == 0
+    assert "0 images in" in err
+    assert "6 were there already" in err
+    assert results.read_bytes() == before
+
+
 class _Bomb:
     def __reduce__(self):
         return os.mkdir, ("bomb-went-off",)
@@ -518,6 +619,8 @@ def test_lists_of_choices_are_those_of_the_package():
     assert tuple(INTERPOLATIONS) == cli_common.INTERPOLATIONS
     assert ("auto", *BACKENDS) == cli_common.BACKENDS
     assert tuple(FORMATS) == cli_common.FORMATS
+    assert tuple(files.FORMATS) == cli_predict.RESULT_FORMATS
+    assert OUTPUT_TYPES == cli_predict.OUTPUT_TYPES
     assert cli_common.DEFAULT_MODEL in VARIANTS
 
 

@@ -219,6 +219,28 @@ def test_a_kill_between_any_two_steps_on_the_disk_loses_and_repeats_nothing(
     assert deaths > 10
 
 
+def test_what_a_kill_leaves_of_a_write_is_swept_up(tmp_path):
+    litter = [tmp_path / ".r.csv.17.partial", tmp_path / ".r.errors.csv.17.partial"]
+    others = tmp_path / ".q.csv.17.partial"
+    interrupted(tmp_path / "r.csv", rows([1]))
+    for path in (*litter, others):
+        path.write_text("half a ro")
+    with ResultFile(tmp_path / "r.csv", COLUMNS, resume=True) as results:
+        results.write(rows([2]))
+    assert sorted(p.name for p in tmp_path.iterdir()) == [others.name, "r.csv"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a full device")
+def test_a_full_device_is_named():
+    def run():
+        with ResultFile("/dev/full", COLUMNS) as results:
+            results.write(rows([1]))
+
+    with pytest.raises(OSError, match="No space left") as caught:
+        run()
+    assert caught.value.filename == "/dev/full"
+
+
 def test_another_run_on_the_same_file_is_refused_while_it_lives(tmp_path):
     with ResultFile(tmp_path / "r.csv", COLUMNS) as results:
         results.write(rows([1]))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import glob
 import json
 import os
 import shutil
@@ -58,6 +59,12 @@ def whole_or_absent(path: Path, mode: str = "w", shown: Path | None = None) -> I
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def _sweep(path: Path) -> None:
+    """Remove what a kill has left of unfinished writes of a file."""
+    for partial in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        partial.unlink(missing_ok=True)
 
 
 def _about(error: OSError, path: Path) -> OSError:
@@ -380,6 +387,8 @@ class ResultFile:
             raise _about(error, self.path) from error
         try:
             self._claim()
+            _sweep(self._target)
+            _sweep(Path(os.path.realpath(self.errors_file)))
             self._begin(unfinished and not overwrite, resume and not overwrite)
         except BaseException:
             self._release()
@@ -482,7 +491,10 @@ class ResultFile:
     def flush(self) -> None:
         """Write what there is as a part, now."""
         if self._out is not None:
-            self._write_through(self._out)
+            try:
+                self._write_through(self._out)
+            except OSError as error:
+                raise _about(error, self.path) from error
         elif self._rows or self._failures:
             self._adopt_finished()
             if self._failures:
@@ -561,8 +573,10 @@ class ResultFile:
         trace: TracebackType | None,
     ) -> None:
         if self._out is not None:
-            with self._out:
-                return
+            # After a failed write, closing would fail once more, in the place of the first error.
+            with suppress(*([OSError] if kind else [])):
+                self._out.close()
+            return
         try:
             if kind is None:
                 self.flush()
