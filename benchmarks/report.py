@@ -344,6 +344,15 @@ def text(report: Report, shown: Iterable[Table]) -> str:
     return "\n\n".join(parts)
 
 
+def grid(table: Table) -> list[str]:
+    """The lines of a table in Markdown, without its title."""
+    lines = ["| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
+    for row in table.rows:
+        cells = [cell(row.get(c)).replace("|", "/") for c in table.columns]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
 def markdown(report: Report, charts: Sequence[str] = ()) -> str:
     """Everything as Markdown, with links to the charts."""
     lines = ["# " + report["machine"]["name"], ""]
@@ -353,11 +362,7 @@ def markdown(report: Report, charts: Sequence[str] = ()) -> str:
         lines += [table.about, ""] if table.about else []
         lines += [f"![{c}]({c})" for c in charts if c.endswith(f"-{_CHARTED.get(table.title)}.svg")]
         lines += ["" for c in charts if c.endswith(f"-{_CHARTED.get(table.title)}.svg")]
-        lines.append("| " + " | ".join(table.columns) + " |")
-        lines.append("|" + "---|" * len(table.columns))
-        for row in table.rows:
-            cells = [cell(row.get(c)).replace("|", "/") for c in table.columns]
-            lines.append("| " + " | ".join(cells) + " |")
+        lines += grid(table)
     return "\n".join(lines) + "\n"
 
 

@@ -162,6 +162,19 @@ def test_joined_pixels_keep_their_bits_where_bands_hold_whole_groups(width: int)
 
 
 @needs_engine
+def test_a_few_pixels_at_the_end_are_multiplied_as_in_the_whole_image() -> None:
+    # The stem's patches have 300 values: enough for Strassen's algorithm, but not for 4 pixels.
+    model = trained(24, 2, 9, 10)
+    x = torch.randn(1, 3, 250, 40)
+    features, _ = whole(model, x)
+    stats = StreamStats()
+    got = stream(model, x, "features", band_rows=8, stats=stats)
+    assert stats.plan is not None
+    assert torch.equal(got, features) or not stats.plan.exact, f"{distance(got, features):.2e} off"
+    assert distance(got, features) <= CLOSE
+
+
+@needs_engine
 def test_without_joined_pixels_every_cut_keeps_its_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CONVMIXER_FAST_STRASSEN", "0")
     model, x = trained(256, 2, 9, 2), torch.randn(1, 3, 40, 42)
@@ -432,7 +445,7 @@ def test_max_memory_cuts_bands_then_strips_and_is_kept(model: cf.ConvMixer) -> N
     free, tight = StreamStats(), StreamStats()
     stream(model, x, stats=free)
     assert free.plan is not None
-    for share in (2, 8):
+    for share in (2, 24):
         limit = free.plan.bytes // share
         got = stream(model, x, "features", max_memory=limit, stats=tight)
         assert tight.plan is not None

@@ -6,6 +6,7 @@ those and one row of its file's tiles.
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -127,7 +128,22 @@ class ArraySource(Source):
         except Exception as error:
             # Decoders of damaged files raise whatever their parsing runs into.
             raise ImageError(f"{self.name}: rows {begin} to {end}: {_reason(error)}") from error
-        return _as_rows(rows, self._layout)
+        found = _as_rows(rows, self._layout)
+        if isinstance(self._array, np.memmap):
+            found = found.clone()
+            forget(self._array)
+        return found
+
+
+def forget(array: np.memmap[Any, Any]) -> None:
+    """Let the pages of a memory map go that were read or written: they stay in its file.
+
+    A mapped page counts as the process's memory for as long as the system has room.
+    """
+    pages = getattr(array, "_mmap", None)
+    # A copy-on-write map keeps in its pages what no file has.
+    if pages is not None and getattr(array, "mode", "c") != "c" and hasattr(mmap, "MADV_DONTNEED"):
+        pages.madvise(mmap.MADV_DONTNEED)
 
 
 def _as_rows(rows: Any, layout: str) -> Tensor:

@@ -29,7 +29,7 @@ from .bands import BandFlow, Plan, blocks_of
 from .heatmap import Heatmap, check_mean_pooling, class_scores
 from .images import ImageError
 from .preprocessing import Preprocessing
-from .sources import Source, open_source
+from .sources import Source, forget, open_source
 
 OUTPUTS = ("logits", "features", "heatmap")
 #: Cells of a heatmap's longer side, at most.
@@ -407,10 +407,11 @@ class _Run:
         )
         with bar:
             while not last:
-                rows = source.read(at * patch, (at + step) * patch)
+                wanted = step if height is None else flow.next_band(height - at)
+                rows = source.read(at * patch, (at + wanted) * patch)
                 new = rows.shape[2] // patch
                 last = new < step if height is None else at + new >= height
-                if height is not None and new < min(step, height - at):
+                if height is not None and new < wanted:
                     raise ImageError(
                         f"{source.name} ended after {at * patch + rows.shape[2]} rows of "
                         f"{source.height}"
@@ -531,6 +532,8 @@ class _Features:
         values = values.to("cpu", self._dtype)
         if self._array is not None:
             self._array[:, :, row : row + rows, column : column + columns] = values.numpy()
+            if isinstance(self._array, np.memmap):
+                forget(self._array)
             return
         if self._whole is None or row + rows > self._whole.shape[2]:
             # The height is not known: room for twice as many rows.
