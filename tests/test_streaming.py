@@ -564,6 +564,35 @@ def test_a_checkpoint_of_another_run_is_not_gone_on_with(tmp_path: Path) -> None
         stream(model, iter([pixels]), band_rows=2, **saving)
 
 
+@pytest.mark.parametrize("name", ["map.npy", "map.zarr"])
+def test_features_have_their_name_only_when_they_are_complete(
+    model: cf.ConvMixer, tmp_path: Path, name: str
+) -> None:
+    if name.endswith("zarr"):
+        pytest.importorskip("zarr")
+    pixels, out, state = image(150, 60), tmp_path / name, tmp_path / "state"
+    with pytest.raises(KeyboardInterrupt):
+        stream(model, cut_off(pixels, 90), "features", out=out, band_rows=2, height=150)
+    assert list(tmp_path.iterdir()) == []
+    saving: dict[str, Any] = {"checkpoint": state, "checkpoint_rows": 20, "height": 150}
+    with pytest.raises(KeyboardInterrupt):
+        stream(model, cut_off(pixels, 90), "features", out=out, band_rows=2, **saving)
+    assert not out.exists()
+    (partial,) = (p for p in tmp_path.iterdir() if p != state)
+    partial.rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="is not there: delete the checkpoint"):
+        stream(model, iter([pixels]), "features", out=out, band_rows=2, **saving)
+    (tmp_path / "elsewhere").rename(partial)
+    got = stream(model, iter([pixels]), "features", out=out, band_rows=2, **saving)
+    assert torch.equal(torch.from_numpy(got[:]), stream(model, pixels, "features", band_rows=2))
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_folder_that_is_not_there_is_named(model: cf.ConvMixer, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"missing/map\.npy"):
+        stream(model, image(), "features", out=tmp_path / "missing" / "map.npy")
+
+
 KILLED = """
 import sys, time
 import numpy as np, torch

@@ -80,6 +80,7 @@ class ArraySource(Source):
             (where both could, the last one of an array and the first one of a tensor).
         granule: rows that lie together in the file, which are read once and kept.
         name: for messages.
+        file: what is to be closed at the end.
 
     Raises:
         ValueError: the shape does not fit.
@@ -92,6 +93,7 @@ class ArraySource(Source):
         layout: str | None = None,
         granule: int = 1,
         name: str = "the array",
+        file: Any = None,
     ) -> None:
         shape = tuple(array.shape)
         layout = layout or _layout(shape, in_chans, isinstance(array, Tensor))
@@ -102,6 +104,11 @@ class ArraySource(Source):
         self.images, self.channels = sizes.get("N", 1), sizes.get("C", 1)
         self.height, self.width = sizes["H"], sizes["W"]
         self._held = (0, torch.empty(0))
+        self._file = file
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
 
     def read(self, begin: int, end: int) -> Tensor:
         assert self.height is not None
@@ -333,7 +340,7 @@ def _open_tiff(path: Path, in_chans: int, layout: str | None) -> Source | None:
         array = zarr.open(store, mode="r")
     except Exception as error:
         raise ImageError(f"{path}: {_reason(error)}") from error
-    return ArraySource(array, in_chans, layout, granule=granule, name=str(path))
+    return ArraySource(array, in_chans, layout, granule, str(path), file=store)
 
 
 def _open_zarr(path: Path, in_chans: int, layout: str | None) -> Source:
