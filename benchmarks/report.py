@@ -426,6 +426,15 @@ def text(report: Report, shown: Iterable[Table]) -> str:
     return "\n\n".join(parts)
 
 
+def grid(table: Table) -> list[str]:
+    """The lines of a table in Markdown, without its title."""
+    lines = ["| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
+    for row in table.rows:
+        cells = [cell(row.get(c)).replace("|", "/") for c in table.columns]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
 def markdown(report: Report, charts: Sequence[str] = ()) -> str:
     """Everything as Markdown, with links to the charts."""
     lines = ["# " + report["machine"]["name"], ""]
@@ -436,11 +445,7 @@ def markdown(report: Report, charts: Sequence[str] = ()) -> str:
         for name in charts:
             if name.endswith(f"-{table.suite}.svg"):
                 lines += [f"![{name}]({name})", ""]
-        lines.append("| " + " | ".join(table.columns) + " |")
-        lines.append("|" + "---|" * len(table.columns))
-        for row in table.rows:
-            cells = [cell(row.get(c)).replace("|", "/") for c in table.columns]
-            lines.append("| " + " | ".join(cells) + " |")
+        lines += grid(table)
     return "\n".join(lines) + "\n"
 
 

@@ -162,6 +162,19 @@ def test_joined_pixels_keep_their_bits_where_bands_hold_whole_groups(width: int)
 
 
 @needs_engine
+def test_a_few_pixels_at_the_end_are_multiplied_as_in_the_whole_image() -> None:
+    # The stem's patches have 300 values: enough for Strassen's algorithm, but not for 4 pixels.
+    model = trained(24, 2, 9, 10)
+    x = torch.randn(1, 3, 250, 40)
+    features, _ = whole(model, x)
+    stats = StreamStats()
+    got = stream(model, x, "features", band_rows=8, stats=stats)
+    assert stats.plan is not None
+    assert torch.equal(got, features) or not stats.plan.exact, f"{distance(got, features):.2e} off"
+    assert distance(got, features) <= CLOSE
+
+
+@needs_engine
 def test_without_joined_pixels_every_cut_keeps_its_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CONVMIXER_FAST_STRASSEN", "0")
     model, x = trained(256, 2, 9, 2), torch.randn(1, 3, 40, 42)
@@ -432,7 +445,7 @@ def test_max_memory_cuts_bands_then_strips_and_is_kept(model: cf.ConvMixer) -> N
     free, tight = StreamStats(), StreamStats()
     stream(model, x, stats=free)
     assert free.plan is not None
-    for share in (2, 8):
+    for share in (2, 24):
         limit = free.plan.bytes // share
         got = stream(model, x, "features", max_memory=limit, stats=tight)
         assert tight.plan is not None
@@ -549,6 +562,35 @@ def test_a_checkpoint_of_another_run_is_not_gone_on_with(tmp_path: Path) -> None
     state.write_bytes(b"no checkpoint")
     with pytest.raises(ValueError, match="is no checkpoint of a stream: delete it"):
         stream(model, iter([pixels]), band_rows=2, **saving)
+
+
+@pytest.mark.parametrize("name", ["map.npy", "map.zarr"])
+def test_features_have_their_name_only_when_they_are_complete(
+    model: cf.ConvMixer, tmp_path: Path, name: str
+) -> None:
+    if name.endswith("zarr"):
+        pytest.importorskip("zarr")
+    pixels, out, state = image(150, 60), tmp_path / name, tmp_path / "state"
+    with pytest.raises(KeyboardInterrupt):
+        stream(model, cut_off(pixels, 90), "features", out=out, band_rows=2, height=150)
+    assert list(tmp_path.iterdir()) == []
+    saving: dict[str, Any] = {"checkpoint": state, "checkpoint_rows": 20, "height": 150}
+    with pytest.raises(KeyboardInterrupt):
+        stream(model, cut_off(pixels, 90), "features", out=out, band_rows=2, **saving)
+    assert not out.exists()
+    (partial,) = (p for p in tmp_path.iterdir() if p != state)
+    partial.rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="is not there: delete the checkpoint"):
+        stream(model, iter([pixels]), "features", out=out, band_rows=2, **saving)
+    (tmp_path / "elsewhere").rename(partial)
+    got = stream(model, iter([pixels]), "features", out=out, band_rows=2, **saving)
+    assert torch.equal(torch.from_numpy(got[:]), stream(model, pixels, "features", band_rows=2))
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_folder_that_is_not_there_is_named(model: cf.ConvMixer, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"missing/map\.npy"):
+        stream(model, image(), "features", out=tmp_path / "missing" / "map.npy")
 
 
 KILLED = """

@@ -40,7 +40,7 @@ from .. import _native
 from ..blocks import DepthwiseMix, MixerBlock, _laid_out, _stacks_run_on, _Whole, is_depthwise
 
 #: A band has at least so many patches where memory allows: a few tiles of the matrix product.
-_BAND_PATCHES = 4096
+_BAND_PATCHES = 8192
 #: Kept rows may be that many times k - 1, so that bands end where groups of joint pixels do.
 _MOST_LAG = 2
 
@@ -170,7 +170,7 @@ class Plan:
         groups = [1]
         if before + -(-after // aligned) * aligned <= _MOST_LAG * max(1, k - 1):
             groups.insert(0, aligned)
-        best = max(1, 2 * (k - 1), -(-_BAND_PATCHES // width))
+        best = max(1, 4 * (k - 1), -(-_BAND_PATCHES // width))
         heights = [band_rows] if band_rows else _halves(best)
         if strip_columns is not None:
             widths = [[min(strip_columns, width)]]
@@ -401,7 +401,9 @@ class BandFlow:
     ) -> None:
         self.blocks, self.images, self.width, self.plan = blocks, images, width, plan
         depth, k = blocks.depth, blocks.kernel_size
-        self.rows = Axis(depth, k, plan.group, plan.rows)
+        # Where products join pixels, a last band of fewer comes with the one before.
+        slack = plan.group if blocks.joined_pixels > 1 else 0
+        self.rows = Axis(depth, k, plan.group, plan.rows + slack)
         self._columns: list[list[Span]] = []
         columns = Axis(depth, k, 1, plan.columns)
         begin = 0
@@ -416,8 +418,16 @@ class BandFlow:
         self._most_kept = self.rows.before + plan.lag
         self._left: list[Tensor | None] = [None] * depth
 
+    def next_band(self, left: int) -> int:
+        """How many rows the next band is to have, of those that are left."""
+        rows, joined = self.plan.rows, self.blocks.joined_pixels
+        rest = left - rows
+        if 0 < rest < self.plan.group + 1 and rest * self.width < joined:
+            return left
+        return min(rows, left)
+
     def feed(self, stem: Stem, rows: int, last: bool) -> Iterator[Piece]:
-        """The next ``rows`` rows of the stem's output, at most a band; yields what comes out."""
+        """The stem's next ``rows`` rows, as `next_band` says; yields what comes out."""
         if self.blocks.depth == 0:
             for begin in range(0, self.width, self.plan.columns):
                 end = min(begin + self.plan.columns, self.width)

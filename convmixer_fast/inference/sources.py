@@ -6,6 +6,7 @@ those and one row of its file's tiles.
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -79,6 +80,7 @@ class ArraySource(Source):
             (where both could, the last one of an array and the first one of a tensor).
         granule: rows that lie together in the file, which are read once and kept.
         name: for messages.
+        file: what is to be closed at the end.
 
     Raises:
         ValueError: the shape does not fit.
@@ -91,6 +93,7 @@ class ArraySource(Source):
         layout: str | None = None,
         granule: int = 1,
         name: str = "the array",
+        file: Any = None,
     ) -> None:
         shape = tuple(array.shape)
         layout = layout or _layout(shape, in_chans, isinstance(array, Tensor))
@@ -101,6 +104,11 @@ class ArraySource(Source):
         self.images, self.channels = sizes.get("N", 1), sizes.get("C", 1)
         self.height, self.width = sizes["H"], sizes["W"]
         self._held = (0, torch.empty(0))
+        self._file = file
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
 
     def read(self, begin: int, end: int) -> Tensor:
         assert self.height is not None
@@ -127,7 +135,22 @@ class ArraySource(Source):
         except Exception as error:
             # Decoders of damaged files raise whatever their parsing runs into.
             raise ImageError(f"{self.name}: rows {begin} to {end}: {_reason(error)}") from error
-        return _as_rows(rows, self._layout)
+        found = _as_rows(rows, self._layout)
+        if isinstance(self._array, np.memmap):
+            found = found.clone()
+            forget(self._array)
+        return found
+
+
+def forget(array: np.memmap[Any, Any]) -> None:
+    """Let the pages of a memory map go that were read or written: they stay in its file.
+
+    A mapped page counts as the process's memory for as long as the system has room.
+    """
+    pages = getattr(array, "_mmap", None)
+    # A copy-on-write map keeps in its pages what no file has.
+    if pages is not None and getattr(array, "mode", "c") != "c" and hasattr(mmap, "MADV_DONTNEED"):
+        pages.madvise(mmap.MADV_DONTNEED)
 
 
 def _as_rows(rows: Any, layout: str) -> Tensor:
@@ -317,7 +340,7 @@ def _open_tiff(path: Path, in_chans: int, layout: str | None) -> Source | None:
         array = zarr.open(store, mode="r")
     except Exception as error:
         raise ImageError(f"{path}: {_reason(error)}") from error
-    return ArraySource(array, in_chans, layout, granule=granule, name=str(path))
+    return ArraySource(array, in_chans, layout, granule, str(path), file=store)
 
 
 def _open_zarr(path: Path, in_chans: int, layout: str | None) -> Source:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import time
 import zipfile
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ from .bands import BandFlow, Plan, blocks_of
 from .heatmap import Heatmap, check_mean_pooling, class_scores
 from .images import ImageError
 from .preprocessing import Preprocessing
-from .sources import Source, open_source
+from .sources import Source, forget, open_source
 
 OUTPUTS = ("logits", "features", "heatmap")
 #: Cells of a heatmap's longer side, at most.
@@ -378,6 +379,10 @@ class _Run:
                 result = self._heatmap(sinks, pool, target)
             else:
                 result = self._logits(pool)
+        except BaseException:
+            if isinstance(sinks, _Features) and saved is None:
+                sinks.discard()
+            raise
         finally:
             flow.close()
         if saved is not None:
@@ -407,10 +412,11 @@ class _Run:
         )
         with bar:
             while not last:
-                rows = source.read(at * patch, (at + step) * patch)
+                wanted = step if height is None else flow.next_band(height - at)
+                rows = source.read(at * patch, (at + wanted) * patch)
                 new = rows.shape[2] // patch
                 last = new < step if height is None else at + new >= height
-                if height is not None and new < min(step, height - at):
+                if height is not None and new < wanted:
                     raise ImageError(
                         f"{source.name} ended after {at * patch + rows.shape[2]} rows of "
                         f"{source.height}"
@@ -489,7 +495,10 @@ class _Run:
 
 
 class _Features:
-    """The last block's map, as it comes: in memory, a .npy memory map or a zarr array."""
+    """The last block's map, as it comes: in memory, a .npy memory map or a zarr array.
+
+    A file has a hidden name beside its own until it is complete.
+    """
 
     def __init__(
         self,
@@ -504,6 +513,7 @@ class _Features:
         self._dtype = dtype
         self._shape = (images, dim, height or 0, width)
         self._array: Any = None
+        self._path, self._height = path, 0
         if path is None:
             if height is not None:
                 self._whole: Tensor | None = torch.empty(self._shape, dtype=dtype)
@@ -514,23 +524,28 @@ class _Features:
             # numpy has no bfloat16; every one of its values is a float32 as well.
             self._dtype = torch.float32
         numbers = np.dtype(str(self._dtype).removeprefix("torch."))
-        if path.suffix == ".npy":
-            mode = "r+" if resume and path.exists() else "w+"
-            self._array = np.lib.format.open_memmap(
-                path, mode=mode, dtype=numbers, shape=None if mode == "r+" else self._shape
-            )
-        elif path.suffix == ".zarr":
-            self._array = _create_zarr(path, self._shape, numbers, resume)
-        else:
+        if path.suffix not in (".npy", ".zarr"):
             raise ValueError(f"features are written to .npy or .zarr, not to {path}")
+        self._partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+        if resume and not self._partial.exists():
+            raise ValueError(
+                f"{self._partial}, which the checkpoint goes on with, is not there: "
+                "delete the checkpoint to start anew"
+            )
+        if path.suffix == ".npy":
+            self._array = _create_npy(self._partial, path, self._shape, numbers, resume)
+        else:
+            self._array = _create_zarr(self._partial, self._shape, numbers, resume)
         if tuple(self._array.shape) != self._shape:
-            raise ValueError(f"{path} has shape {self._array.shape}, not {self._shape}")
+            raise ValueError(f"{self._partial} has shape {self._array.shape}, not {self._shape}")
 
     def add(self, row: int, column: int, values: Tensor) -> None:
         rows, columns = values.shape[2:]
         values = values.to("cpu", self._dtype)
         if self._array is not None:
             self._array[:, :, row : row + rows, column : column + columns] = values.numpy()
+            if isinstance(self._array, np.memmap):
+                forget(self._array)
             return
         if self._whole is None or row + rows > self._whole.shape[2]:
             # The height is not known: room for twice as many rows.
@@ -540,7 +555,7 @@ class _Features:
             if held is not None:
                 self._whole[:, :, : held.shape[2]] = held
         self._whole[:, :, row : row + rows, column : column + columns] = values
-        self._height = max(getattr(self, "_height", 0), row + rows)
+        self._height = max(self._height, row + rows)
 
     def flush(self) -> None:
         if isinstance(self._array, np.memmap):
@@ -550,8 +565,43 @@ class _Features:
         if self._array is None:
             assert self._whole is not None
             return self._whole[:, :, : self._height]
-        self.flush()
-        return self._array
+        assert self._path is not None
+        if self._path.suffix == ".npy":
+            self.flush()
+            os.replace(self._partial, self._path)
+            return np.load(self._path, mmap_mode="r+")
+        import zarr
+
+        if self._path.exists():
+            shutil.rmtree(self._path)
+        os.replace(self._partial, self._path)
+        return zarr.open(str(self._path), mode="r+")
+
+    def discard(self) -> None:
+        """Delete what is not complete."""
+        if self._array is not None:
+            if self._partial.is_dir():
+                shutil.rmtree(self._partial, ignore_errors=True)
+            else:
+                self._partial.unlink(missing_ok=True)
+
+
+def _create_npy(
+    partial: Path, path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], resume: bool
+) -> Any:
+    try:
+        if resume:
+            return np.lib.format.open_memmap(partial, mode="r+")
+        array = np.lib.format.open_memmap(partial, mode="w+", dtype=dtype, shape=shape)
+        if hasattr(os, "posix_fallocate"):
+            # A full disk is an error here, and the end of the process when a page is written.
+            with open(partial, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
+        return array
+    except OSError as error:
+        if not resume:
+            partial.unlink(missing_ok=True)
+        raise type(error)(error.errno, error.strerror, str(path)) from error
 
 
 def _create_zarr(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], resume: bool) -> Any:
