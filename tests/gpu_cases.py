@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -60,6 +60,16 @@ POINTWISE_CASES = (
     MatrixCase("width_1536", 2, 1536, 32, 32, 1536, large=True),
     MatrixCase("width_1024_batch_1", 1, 1024, 16, 16, 1024, large=True),
     MatrixCase("ragged_large", 5, 771, 31, 33, 1029, large=True),
+)
+
+#: For the CUDA kernels, beside those above: more steps along the sum than are on their way at once,
+#: and enough tiles for the large ones.
+CUDA_CASES = (
+    *POINTWISE_CASES,
+    MatrixCase("many_steps", 1, 200, 10, 13, 136),
+    MatrixCase("many_steps_by_2", 1, 198, 5, 13, 70, act="silu"),
+    MatrixCase("many_steps_odd", 1, 197, 5, 13, 71, act="relu"),
+    MatrixCase("many_tiles", 1, 24, 82, 100, 136),
 )
 
 STEM_CASES = (
@@ -152,6 +162,11 @@ def plain(o: MatrixOperands, act: str, dtype: torch.dtype) -> Tensor:
     return affine(activation(h, act), o.scale.to(wide), o.shift.to(wide))
 
 
+def round_to_tf32(x: Tensor) -> Tensor:
+    """float32 values to the nearest with 10 bits of fraction, ties away from zero."""
+    return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
 def enough_draws(*shape: int) -> int:
     """How often to draw operands of a shape that was drawn itself: until there are 256 outputs.
 
@@ -189,9 +204,13 @@ def check(
     dtype: torch.dtype,
     device: str = "cpu",
     draws: int = 1,
+    tf32: bool = False,
     **kw: object,
 ) -> None:
-    """Run a kernel on a case, ``draws`` times: `guarded`, and the numerics rule on all outputs."""
+    """Run a kernel on a case, ``draws`` times: `guarded`, and the numerics rule on all outputs.
+
+    ``tf32``: the kernel multiplies float32 as TF32, and so does what it is measured by.
+    """
     shape = (case.n, case.d, case.h // case.p, case.w // case.p)
     ours, same, exact = [], [], []
     for seed in range(draws):
@@ -200,8 +219,10 @@ def check(
         rest = (o.x, o.weight, o.bias, o.scale, o.shift, case.act)
         run = partial(kernel, *rest, **normal, **kw)
         ours.append(guarded(shape, dtype, device, run))
-        same.append(plain(o, case.act, dtype).flatten())
         exact.append(plain(o, case.act, torch.float64).flatten())
+        if tf32:
+            o = replace(o, x=round_to_tf32(o.x), weight=round_to_tf32(o.weight))
+        same.append(plain(o, case.act, dtype).flatten())
     assert_numerics(torch.cat(ours), torch.cat(same), torch.cat(exact))
 
 

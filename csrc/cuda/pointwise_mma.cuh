@@ -1,21 +1,22 @@
 // How does an NVIDIA GPU since sm_80 multiply d = a w^T without waiting for memory? The kernel of the
 // mma.sync family.
 //
-// for each tile of kTileM x kTileN outputs, in groups that share operands in L2   (one block of threads)
-//   for each step of 64 bytes along k                                  (shared memory, kStages buffers)
-//     for each 32 bytes of it                                          (registers, two sets)
-//       warp tile += a [kWarpM][32 bytes] * w [kWarpN][32 bytes]^T     (mma.sync)
+// for each tile of kTileM x kTileN outputs, in groups that share operands in L2  (one block of threads)
+//   for each step of 64 bytes along k                               (shared memory, kStages buffers)
+//     for each 32 bytes of it                                       (registers, two sets)
+//       warp tile += a [kWarpM][32 bytes] * w [kWarpN][32 bytes]^T  (mma.sync)
 //   epilogue.cuh
 //
-// A step moves (128 + 128) 64 bytes = 16 KiB to shared memory for 128 x 128 x 32 multiply-adds of 16 bits
-// (16 of TF32: the same bytes, half the sum). kStages - 1 steps are on their way at once, copied by
-// cp.async without passing through registers. Four warps, two by two, each hold 64 x 64 sums in 128
-// registers a thread; 32 bytes of k are 8 ldmatrix.x4 for 32 mma. Their two sets take 64 registers more:
-// one is loaded while the other is multiplied. Two blocks fit a multiprocessor by registers (below 256
-// a thread) and by shared memory, 2 kStages 16 KiB: 128 of 164 KiB at four stages, 96 of 100 at three.
+// A step of a 128 x 128 tile moves (128 + 128) 64 bytes = 16 KiB to shared memory for 128 x 128 x 32
+// multiply-adds of 16 bits (16 of TF32: the same bytes, half the sum). kStages - 1 steps are on their
+// way at once, copied by cp.async without passing through registers. Four warps, two by two, each hold
+// 64 x 64 sums in 128 registers a thread; 32 bytes of k are 8 ldmatrix.x4 for 32 mma. Their two sets
+// take 64 registers more: one is loaded while the other is multiplied. Two blocks fit a multiprocessor
+// by registers (below 256 a thread) and by shared memory, 2 kStages 16 KiB: 128 of 164 KiB at four
+// stages, 96 of 100 at three.
 //
-// Rows past the end repeat the last row, whose products nobody stores: the copies need no predicate for
-// them and read nothing new. k's own end is filled with zeros.
+// Rows past the end repeat the last row, for products that nobody stores: the copies need no predicate
+// for them and read nothing new. k's own end is filled with zeros.
 #pragma once
 
 #include "epilogue.cuh"
@@ -23,10 +24,10 @@
 namespace convmixer_fast::cuda {
 
 constexpr int kThreads = 128;
-constexpr int kStepBytes = 64;                       // of each row, along k
-constexpr int kChunks = kStepBytes / 16;             // a chunk: what one lane's address of ldmatrix covers
-constexpr int kRowsAtOnce = kThreads / kChunks;      // copied by all threads, one chunk each
-constexpr int kGroupM = 8;                           // rows of tiles in a group
+constexpr int kStepBytes = 64;                   // of each row, along k
+constexpr int kChunks = kStepBytes / 16;         // of 16 bytes, what one address of ldmatrix covers
+constexpr int kRowsAtOnce = kThreads / kChunks;  // copied by all threads, one chunk each
+constexpr int kGroupM = 8;                       // rows of tiles in a group
 
 // Three buffers where a multiprocessor has 100 KiB of shared memory, for two blocks; four where it has
 // 164 and more. architecture: 10 * major + minor.
@@ -66,9 +67,10 @@ CMF_DEVICE uint32_t swizzled(int row, int chunk) {
   return row * kStepBytes + (chunk ^ (row / 2 % kChunks)) * 16;
 }
 
-// Sixteen bytes in copies of kBytes, zeros from the element `left` on.
+// Sixteen bytes in copies of kBytes, zeros from the element `left` on. Narrow copies of a warp go to 32
+// different banks: lanes whose chunks lie 128 bytes apart begin with different words.
 template <int kBytes, int kSize>
-CMF_DEVICE void copy_chunk(Shared to, const uint8_t* from, int left) {
+CMF_DEVICE void copy_chunk(Shared to, const uint8_t* from, int left, int lane) {
   if constexpr (kBytes == 2) {
     // Odd rows of 16-bit elements: no asynchronous copy is that narrow.
     const uint16_t* element = reinterpret_cast<const uint16_t*>(from);
@@ -81,8 +83,9 @@ CMF_DEVICE void copy_chunk(Shared to, const uint8_t* from, int left) {
     store_shared_128(to, word);
   } else {
 #pragma unroll
-    for (int i = 0; i < 16; i += kBytes) {
-      copy_async<kBytes>(to + i, from + i, i / kSize < left);
+    for (int i = 0; i < 16 / kBytes; ++i) {
+      const int at = kBytes == 4 ? (i ^ lane / 8) * 4 : 0;
+      copy_async<kBytes>(to + at, from + at, at / kSize < left);
     }
   }
 }
@@ -99,8 +102,6 @@ CMF_DEVICE void pointwise_tile(const Operands& p, uint8_t* buffers) {
                               static_cast<uint32_t>((p.n + C::kTileN - 1) / C::kTileN));
   const int64_t m0 = static_cast<int64_t>(tile.m) * C::kTileM;
   const int n0 = static_cast<int>(tile.n) * C::kTileN;
-  const int rows = static_cast<int>(min(p.m - m0, static_cast<int64_t>(C::kTileM)));
-  const int columns = min(p.n - n0, C::kTileN);
 
   // Copies: this thread's chunk of every kRowsAtOnce-th row, its place counted in copies.
   const int row = thread / kChunks, chunk = thread % kChunks;
@@ -109,11 +110,13 @@ CMF_DEVICE void pointwise_tile(const Operands& p, uint8_t* buffers) {
   uint32_t a_row[kRowsA], w_row[kRowsW];
 #pragma unroll
   for (int i = 0; i < kRowsA; ++i) {
-    a_row[i] = static_cast<uint32_t>(min(row + i * kRowsAtOnce, rows - 1)) * p.a_stride;
+    const int64_t here = m0 + row + i * kRowsAtOnce;
+    a_row[i] = static_cast<uint32_t>(min(here, p.m - 1) - m0) * p.a_stride;
   }
 #pragma unroll
   for (int i = 0; i < kRowsW; ++i) {
-    w_row[i] = static_cast<uint32_t>(min(row + i * kRowsAtOnce, columns - 1)) * p.w_stride;
+    const int here = n0 + row + i * kRowsAtOnce;
+    w_row[i] = static_cast<uint32_t>(min(here, p.n - 1) - n0) * p.w_stride;
   }
   const Shared base = shared_address(buffers);
   const Shared to = base + swizzled(row, chunk);
@@ -121,13 +124,14 @@ CMF_DEVICE void pointwise_tile(const Operands& p, uint8_t* buffers) {
   auto copy_step = [&](uint32_t buffer) {
 #pragma unroll
     for (int i = 0; i < kRowsA; ++i) {
-      copy_chunk<C::kCopyBytes, C::kSize>(to + buffer + i * kRowsAtOnce * kStepBytes,
-                                          a + static_cast<uint64_t>(a_row[i]) * C::kCopyBytes, left);
+      const uint8_t* from = a + static_cast<uint64_t>(a_row[i]) * C::kCopyBytes;
+      copy_chunk<C::kCopyBytes, C::kSize>(to + buffer + i * kRowsAtOnce * kStepBytes, from, left, lane);
     }
 #pragma unroll
     for (int i = 0; i < kRowsW; ++i) {
-      copy_chunk<C::kCopyBytes, C::kSize>(to + buffer + kBufferA + i * kRowsAtOnce * kStepBytes,
-                                          w + static_cast<uint64_t>(w_row[i]) * C::kCopyBytes, left);
+      const uint8_t* from = w + static_cast<uint64_t>(w_row[i]) * C::kCopyBytes;
+      copy_chunk<C::kCopyBytes, C::kSize>(to + buffer + kBufferA + i * kRowsAtOnce * kStepBytes, from,
+                                          left, lane);
     }
     copy_commit();
     a += kStepBytes;
@@ -143,7 +147,8 @@ CMF_DEVICE void pointwise_tile(const Operands& p, uint8_t* buffers) {
   uint32_t a_set[2][kI][4], w_set[2][kJ / 2][4];
   auto load_set = [&](int set, uint32_t buffer) {
     // The second half of a step is two chunks on: the swizzle makes that the other 32 bytes.
-    const Shared a_at = base + buffer + (a_lane ^ (set * 32)), w_at = base + buffer + (w_lane ^ (set * 32));
+    const Shared a_at = base + buffer + (a_lane ^ (set * 32));
+    const Shared w_at = base + buffer + (w_lane ^ (set * 32));
 #pragma unroll
     for (int i = 0; i < kI; ++i) load_matrices(a_set[set][i], a_at + i * 16 * kStepBytes);
 #pragma unroll
@@ -203,14 +208,13 @@ CMF_DEVICE void pointwise_tile(const Operands& p, uint8_t* buffers) {
 // As in pointwise.h, rows of a and w a_stride and w_stride copies of C::kCopyBytes apart.
 template <class C>
 __global__ void __launch_bounds__(kThreads, 2)
-    pointwise_mma(const uint8_t* a, const uint8_t* w, const float* bias, const float* scale, const float* shift,
-                  uint8_t* d, int64_t m, int n, int k, uint32_t a_stride, uint32_t w_stride) {
+    pointwise_mma(const uint8_t* a, const uint8_t* w, const float* bias, const float* scale,
+                  const float* shift, uint8_t* d, int64_t m, int n, int k, uint32_t a_stride,
+                  uint32_t w_stride) {
   CMF_DYNAMIC_SHARED(buffers);
   const Operands p{a, w, bias, scale, shift, d, m, n, k, a_stride, w_stride};
 #ifdef __CUDA_ARCH__
   pointwise_tile<C, stages_for(__CUDA_ARCH__ / 10)>(p, buffers);
-#elif defined(CUDA_EMU)
-  pointwise_tile<C, CUDA_EMU>(p, buffers);
 #endif
 }
 

@@ -1,0 +1,285 @@
+"""What does the CUDA 1x1 convolution come to before it runs? Machine code, and simulated runs.
+
+nvcc compiles for GPUs that are not there, and a simulator runs its PTX. Functions take ``ptxsim``,
+the simulator's module, as an argument: who calls knows where it is.
+"""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from gpu_build import REGISTERS_ALL, SHARED_ALL, WARPS_ALL
+from torch import Tensor
+
+from convmixer_fast.kernels.configs import family
+from convmixer_fast.kernels.operands import pixel_rows
+
+SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
+#: What the extension is compiled with; ptxas's warnings (spills, stack, serialised matrix
+#: instructions) are errors.
+FLAGS = ("-std=c++17", "-O3", "-Xptxas=-warn-spills,-warn-lmem-usage,-Werror")
+ARCHITECTURES = (80, 86, 89, 90, 120)
+#: As in pointwise.h and activation_id.h: the order is the number.
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}
+ACTIVATIONS = ("gelu", "relu", "silu", "hardswish", "identity")
+THREADS, STEP_BYTES = 128, 64
+#: Shared memory of one block, bytes, by family.
+SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
+#: mma a load from shared memory. Small tiles are for few outputs and for channels that no 16 bytes
+#: divide: there more blocks, and fewer registers, are worth more.
+LEAST_MMA_PER_LOAD = {128: 3.0, 64: 2.0}
+#: Instructions issued in the loop for each mma, by (type, copy_bytes, tile). 16-bit types in large
+#: tiles have GPU.md's bar; rounding to TF32 takes two an element, and one mma multiplies half as
+#: many in the same time; small tiles have fewer mma a load and a copy.
+MOST_PER_MMA = {128: {"16": 3.0, "tf32": 5.0}, 64: {"16": 4.0, "tf32": 8.0}}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One instantiation: a type, an activation, and a way (see pointwise_mma.cu)."""
+
+    type: str
+    act: str
+    copy_bytes: int
+    tile: int
+
+    def __str__(self) -> str:
+        return f"{self.type}-{self.act}-{self.way}"
+
+    @property
+    def way(self) -> str:
+        return {2: "by_2", 4: "by_4"}.get(self.copy_bytes, "large" if self.tile == 128 else "small")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return TYPES[self.type]
+
+    @property
+    def size(self) -> int:
+        return self.dtype.itemsize
+
+    @property
+    def arguments(self) -> str:
+        """Of the template."""
+        place = f"Type::{self.type}, Activation::{self.act}"
+        return f"{place}, {self.copy_bytes}, {self.tile}, {self.tile}"
+
+    @property
+    def symbol(self) -> str:
+        """Part of the mangled name, that of no other kernel."""
+        type_, act = list(TYPES).index(self.type), ACTIVATIONS.index(self.act)
+        rest = "".join(f"ELi{value}" for value in (self.copy_bytes, self.tile, self.tile))
+        return f"pointwise_mmaINS0_6ConfigILNS0_4TypeE{type_}ELNS_10ActivationE{act}{rest}E"
+
+
+KERNELS = tuple(
+    Kernel(type_, act, *way)
+    for type_, act, way in itertools.product(
+        TYPES, ACTIVATIONS, ((16, 128), (16, 64), (4, 64), (2, 64))
+    )
+    if not (type_ == "tf32" and way[0] == 2)
+)
+
+
+def named(name: str) -> Kernel:
+    return next(kernel for kernel in KERNELS if str(kernel) == name)
+
+
+def stages(architecture: int) -> int:
+    """As stages_for in pointwise_mma.cuh."""
+    return 3 if architecture in (86, 88, 89) or architecture >= 120 else 4
+
+
+def shared_bytes(kernel: Kernel, architecture: int) -> int:
+    return stages(architecture) * 2 * kernel.tile * STEP_BYTES
+
+
+def source(kernels: Iterable[Kernel]) -> str:
+    """A file that instantiates some of the kernels."""
+    signature = "const uint8_t*, const uint8_t*, const float*, const float*, const float*, uint8_t*"
+    signature += ", int64_t, int, int, uint32_t, uint32_t"
+    lines = ['#include "pointwise_mma.cuh"', "namespace convmixer_fast::cuda {"]
+    for i, kernel in enumerate(kernels):
+        lines.append(f"using C{i} = Config<{kernel.arguments}>;")
+        lines.append(f"template __global__ void pointwise_mma<C{i}>({signature});")
+    return "\n".join([*lines, "}", ""])
+
+
+class CompileError(RuntimeError):
+    """nvcc failed, or warned where that is an error; the message is its output."""
+
+
+def ptx(
+    ptxsim: ModuleType,
+    kernels: Sequence[Kernel],
+    architecture: int = 80,
+    sources: Path = SOURCES,
+) -> Any:
+    """The simulator's module of some kernels, by nvcc from ``sources``."""
+    return ptxsim.cuda.compile(
+        source(kernels), arch=f"sm_{architecture}", includes=[sources], flags=["-O3"]
+    )
+
+
+def build(
+    ptxsim: ModuleType, architecture: int, kernels: Sequence[Kernel] | None = None
+) -> dict[Kernel, Any]:
+    """The machine code's reports (`ptxsim.sass.KernelReport`); None: of pointwise_mma.cu, all."""
+    tool = ptxsim.cuda.nvcc()
+    if tool is None:
+        raise CompileError("nvcc not found: put it on PATH or name it in PTXSIM_NVCC")
+    with tempfile.TemporaryDirectory() as work:
+        file, cubin = SOURCES / "pointwise_mma.cu", Path(work, "kernels.cubin")
+        if kernels is not None:
+            file = Path(work, "some.cu")
+            file.write_text(source(kernels))
+        command = [tool, *FLAGS, f"-I{SOURCES}", f"-arch=sm_{architecture}", "-cubin"]
+        done = subprocess.run(
+            [*command, str(file), "-o", str(cubin)], capture_output=True, text=True
+        )
+        if done.returncode:
+            raise CompileError(done.stderr or done.stdout)
+        reports = ptxsim.sass.analyse(cubin)
+    of = {kernel: [r for r in reports if kernel.symbol in r.name] for kernel in kernels or KERNELS}
+    if len(reports) != len(of) or any(len(found) != 1 for found in of.values()):
+        raise CompileError(f"not the kernels that were asked for: {[r.name for r in reports]}")
+    return {kernel: found[0] for kernel, found in of.items()}
+
+
+def facts(report: Any, kernel: Kernel) -> dict[str, Any]:
+    """What the machine code says, in numbers."""
+    group = family(report.arch)
+    hot = report.hot_loop.histogram if report.hot_loop else {}
+    registers = -(-report.registers // 8) * 8
+    # sm_90's and later static part is the system's own, in each block.
+    shared = shared_bytes(kernel, report.arch)
+    blocks = min(
+        REGISTERS_ALL // (registers * THREADS),
+        SHARED_ALL[group] // (shared + 1024),
+        32 * WARPS_ALL[group] // THREADS,
+    )
+    last = max((i for i, s in enumerate(report.sass) if s.base == "HMMA"), default=0)
+    # The loop's own branch comes first.
+    after = [s for s in report.sass[last:] if s.base != "BRA" or s is not _loop_end(report)]
+    mma = hot.get("HMMA", 0)
+    return {
+        "architecture": report.arch,
+        "kernel": str(kernel),
+        "registers": report.registers,
+        "stack": report.stack,
+        "spills": report.spills,
+        "shared": shared,
+        "stages": stages(report.arch),
+        "blocks": blocks,
+        "loop": report.hot_loop.size if report.hot_loop else 0,
+        "mma": mma,
+        "ldsm": hot.get("LDSM", 0),
+        "copies": hot.get("LDGSTS", 0),
+        "mma_per_ldsm": mma / max(1, hot.get("LDSM", 0)),
+        "per_mma": report.hot_loop.size / max(1, mma) if report.hot_loop else float("inf"),
+        "loop_mix": dict(hot.most_common()) if hot else {},
+        "copy_bits": dict(report.widths("LDGSTS")),
+        "store_bits": dict(report.widths("STG")),
+        "special_per_output": sum(s.base == "MUFU" for s in after) * THREADS / kernel.tile**2,
+        "branches_after": [s.opcode for s in after if s.base in ("BRA", "CALL", "BSSY", "BRX")],
+        "instructions": len(report.sass),
+    }
+
+
+def _loop_end(report: Any) -> Any:
+    loop = report.hot_loop
+    return loop.instructions[-1] if loop else None
+
+
+def broken_bars(report: Any, kernel: Kernel) -> list[str]:
+    """The static bars that a kernel does not meet, in words."""
+    f, group = facts(report, kernel), family(report.arch)
+    tf32, broken = kernel.type == "tf32", []
+
+    def bar(holds: bool, text: str) -> None:
+        if not holds:
+            broken.append(text)
+
+    bar(f["spills"] == 0 and f["stack"] == 0, f"{f['spills']} spills, {f['stack']} bytes of stack")
+    bar(f["shared"] <= SHARED_LIMIT[group], f"{f['shared']} bytes of shared memory")
+    bar(f["blocks"] >= 2, f"{f['blocks']} block on a multiprocessor")
+    wanted = "HMMA.1688.F32.TF32" if tf32 else "HMMA.16816.F32"
+    bar(report.has(wanted), f"no {wanted}")
+    bar(report.has("LDSM.16.M88.4"), "no LDSM.x4")
+    least = LEAST_MMA_PER_LOAD[kernel.tile]
+    bar(f["mma_per_ldsm"] >= least, f"{f['mma_per_ldsm']:.2f} HMMA a LDSM, {least} wanted")
+    copy_bits = {} if kernel.copy_bytes == 2 else {8 * kernel.copy_bytes}
+    bar(set(f["copy_bits"]) == set(copy_bits), f"copies of {f['copy_bits']} bits")
+    store_bits = 128 if kernel.copy_bytes == 16 else 8 * kernel.size
+    bar(set(f["store_bits"]) == {store_bits}, f"stores of {f['store_bits']} bits")
+    bar(f["special_per_output"] <= 2, f"{f['special_per_output']:.2f} special functions an output")
+    bar(f["branches_after"] == [], f"{f['branches_after']} after the loop")
+    if kernel.copy_bytes == 16:
+        most = MOST_PER_MMA[kernel.tile]["tf32" if tf32 else "16"]
+        bar(f["per_mma"] <= most, f"{f['per_mma']:.2f} instructions a mma, {most} at most")
+    return broken
+
+
+def launch(
+    module: Any,
+    kernel: Kernel,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    act: str,
+    *,
+    out: Tensor,
+    architecture: int = 80,
+    **settings: Any,
+) -> Any:
+    """Run a kernel of a `ptx` module on x (N, C, H, W), as the host code would.
+
+    ``out`` is poisoned first. ``settings`` are the simulator's, and so are the counters returned.
+    """
+    n, k = weight.shape[:2]
+    m = x.shape[0] * x.shape[2] * x.shape[3]
+    x, stride = pixel_rows(x, m)
+    a = x.as_strided((m, k), (stride, 1))
+    copy = kernel.copy_bytes // kernel.size
+    if act != kernel.act or k % copy or stride % copy:
+        raise ValueError(f"{kernel} is not for {act} with rows of {k}, {stride} apart")
+    tiles = -(-m // kernel.tile) * -(-n // kernel.tile)
+    return module.launch(
+        kernel.symbol,
+        tiles,
+        THREADS,
+        [
+            *(a, weight.reshape(n, k), None if bias is None else bias.float(), scale, shift),
+            *(out, m, n, k, stride // copy, k // copy),
+        ],
+        dynamic_smem=shared_bytes(kernel, architecture),
+        poison=(5,),
+        **settings,
+    )
+
+
+def traffic(ptxsim: ModuleType, module: Any, kernel: Kernel, k: int = 256) -> dict[str, float]:
+    """Bytes that one tile with ``k`` channels in asks of global memory, against the tiling's ideal.
+
+    The ideal: every element of the tile's rows of both operands, bias, scale, shift, and the
+    outputs, once.
+    """
+    t, dtype = kernel.tile, kernel.dtype
+    x = torch.randn(1, t, 1, k).permute(0, 3, 1, 2).to(dtype)
+    weight = (torch.randn(t, k, 1, 1) / k**0.5).to(dtype)
+    vectors = [torch.randn(t) for _ in range(3)]
+    out = torch.empty(1, t, 1, t, dtype=dtype).permute(0, 3, 1, 2)
+    stats = launch(module, kernel, x, weight, *vectors, kernel.act, out=out, race=False, init=False)
+    asked = 32 * (stats.counters["global_ld_sectors"] + stats.counters["global_st_sectors"])
+    ideal = 2 * t * k * kernel.size + 3 * t * 4 + t * t * kernel.size
+    return {"bytes": asked, "ideal_bytes": ideal, "bytes_over_ideal": asked / ideal}

@@ -1,0 +1,131 @@
+"""Would the tests see a barrier, a wait or a bound that is missing from the CUDA 1x1 convolution?
+
+Each is taken out in turn, and the simulator, or the numerics rule on what it computes, must object.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from eyes import compiler
+from simulator import ptxsim
+from test_pointwise_simulated import cuda_pointwise, named, simulate
+
+SOURCES = cuda_pointwise.SOURCES
+FILES = ("ptx.cuh", "epilogue.cuh", "pointwise_mma.cuh")
+#: What a line with a barrier, a wait, the end of a group of copies, or a bound holds.
+GUARDS = re.compile(
+    r"__syncthreads\(|copy_wait<|copy_commit\(\);|\bmin\(|< left\b|< p\.[mnk]\b|nullptr"
+    r"|inside \?|@q |< kGroupM|== kStages"
+)
+
+pytestmark = compiler
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A guard's line with ``old`` replaced by ``new``, and the kernel and case that show it."""
+
+    name: str
+    old: str
+    new: str
+    kernel: str = "fp16-relu-small"
+    case: str = "channels_by_8"
+    order: str = "lockstep"
+
+    def __str__(self) -> str:
+        return self.name
+
+
+BY_2, BY_4, TF32 = "bf16-gelu-by_2", "bf16-silu-by_4", "tf32-relu-small"
+#: One for each line with a guard, in the order of `FILES` and of their lines.
+MUTANTS = (
+    Mutant("copies read past k", "inside ? kBytes : 0", "kBytes"),
+    Mutant("a null bias is read", "@q ld", "ld", case="no_bias"),
+    Mutant("elements past k are read", "@q ld", "ld", BY_2, "odd_channels"),
+    Mutant("pieces past the end are stored", "@q st", "st"),
+    Mutant("floats past the end are stored", "@q st", "st", "tf32-hardswish-by_4", "odd_channels"),
+    Mutant("halves past the end are stored", "@q st", "st", BY_2, "odd_channels"),
+    Mutant("no word says that there is no bias", "p.bias != nullptr", "true", case="no_bias"),
+    Mutant("columns past n are read", "min(mine + 8 * j + e, p.n - 1)", "mine + 8 * j + e"),
+    Mutant("rows past m are stored", "m < p.m", "true"),
+    Mutant("columns past n: elements", "inside && n < p.n", "inside", BY_2, "odd_channels"),
+    Mutant("columns past n: floats", "inside && n < p.n", "inside", TF32),
+    Mutant("columns past n: pieces", "inside && n < p.n", "inside"),
+    Mutant(
+        "groups of full height", "left < kGroupM ? left : kGroupM", "kGroupM", case="many_steps"
+    ),
+    Mutant("even elements past k", "2 * i < left", "true", BY_2, "odd_channels"),
+    Mutant("odd elements past k", "2 * i + 1 < left", "true", BY_2, "odd_channels"),
+    Mutant("words past k", "at / kSize < left", "true", BY_4, "even_channels"),
+    Mutant("rows of a past m", "min(here, p.m - 1)", "here"),
+    Mutant(
+        "rows of w past n",
+        "min(n0 + row + i * kRowsAtOnce, p.n - 1)",
+        "(n0 + row + i * kRowsAtOnce)",
+    ),
+    Mutant("groups of copies never end", "copy_commit();", ""),
+    Mutant("buffers never come round", "kStages * C::kStageBytes", "0u", case="many_steps"),
+    Mutant("no wait for the first step", "copy_wait<kStages - 2>();", "", case="many_steps"),
+    Mutant("no barrier before the first step", "__syncthreads();", "", order="random"),
+    Mutant("no wait for the next step", "copy_wait<kStages - 2>();", "", case="many_steps"),
+    Mutant("no barrier between steps", "__syncthreads();", "", case="many_steps", order="random"),
+    Mutant("no wait before the end", "copy_wait<0>();", ""),
+)
+
+
+def guarded_lines() -> list[tuple[str, int, str]]:
+    found = []
+    for file in FILES:
+        for number, line in enumerate((SOURCES / file).read_text().splitlines()):
+            if GUARDS.search(line.split("//")[0]):
+                found.append((file, number, line))
+    return found
+
+
+@pytest.fixture(scope="module", name="simulator")
+def _simulator() -> ModuleType:
+    found = ptxsim()
+    if found.cuda.nvcc() is None:
+        pytest.skip("nvcc is not on PATH")
+    return found
+
+
+def copy_of_the_sources(folder: Path) -> Path:
+    """Beside the header that they include from the folder above theirs."""
+    shutil.copytree(SOURCES, folder / "cuda")
+    shutil.copy(SOURCES.parent / "activation_id.h", folder)
+    return folder / "cuda"
+
+
+def test_every_guard_of_the_source_has_a_mutant() -> None:
+    lines = guarded_lines()
+    assert len(lines) == len(MUTANTS), "\n".join(line for _, _, line in lines)
+    for (file, number, line), mutant in zip(lines, MUTANTS, strict=True):
+        assert line.count(mutant.old) == 1, (mutant.name, file, number + 1, line)
+
+
+def test_the_sources_as_they_are_pass(simulator: ModuleType, tmp_path: Path) -> None:
+    runs = list(dict.fromkeys((m.kernel, m.case, m.order) for m in MUTANTS))
+    kernels = [cuda_pointwise.named(name) for name in dict.fromkeys(run[0] for run in runs)]
+    module = cuda_pointwise.ptx(simulator, kernels, sources=copy_of_the_sources(tmp_path))
+    for kernel, case, order in runs:
+        simulate(module, kernel, named(case), order=order)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_a_mutant_is_caught(simulator: ModuleType, tmp_path: Path, mutant: Mutant) -> None:
+    file, number, line = guarded_lines()[MUTANTS.index(mutant)]
+    sources = copy_of_the_sources(tmp_path)
+    lines = (sources / file).read_text().splitlines()
+    lines[number] = line.replace(mutant.old, mutant.new)
+    (sources / file).write_text("\n".join([*lines, ""]))
+    module = cuda_pointwise.ptx(simulator, [cuda_pointwise.named(mutant.kernel)], sources=sources)
+    errors = (AssertionError, simulator.RaceError, simulator.PTXError)
+    with pytest.raises(errors):
+        simulate(module, mutant.kernel, named(mutant.case), order=mutant.order, max_steps=10**6)

@@ -1,0 +1,159 @@
+"""Is what nvcc makes of the CUDA 1x1 convolution right, free of races, and as thrifty as meant?
+
+The PTX of the kernels runs in the simulator. By default some of them; -m gpu_static_full takes all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from eyes import compiler
+from gpu_cases import CUDA_CASES, MatrixCase, check
+from simulator import ptxsim
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+cuda_pointwise = __import__("cuda_pointwise")
+
+#: By what rows of a kernel must be multiples of: a case.
+CASES_OF_WAY = {
+    "large": "many_steps",
+    "small": "channels_by_8",
+    "by_4": "even_channels",
+    "by_2": "odd_channels",
+}
+SOME = (
+    ("bf16-gelu-large", "many_steps"),
+    ("tf32-gelu-large", "several_tiles_and_steps"),
+    ("fp16-relu-small", "channels_by_8"),
+    ("fp16-relu-small", "channel_slice"),
+    ("bf16-silu-by_4", "even_channels"),
+    ("tf32-hardswish-by_4", "channels_by_4"),
+    ("bf16-gelu-by_2", "odd_channels"),
+    ("bf16-gelu-by_2", "odd_channel_slice"),
+    ("fp16-identity-by_2", "one_channel"),
+)
+
+pytestmark = compiler
+
+
+@pytest.fixture(scope="module", name="simulator")
+def _simulator() -> ModuleType:
+    found = ptxsim()
+    if found.cuda.nvcc() is None:
+        pytest.skip("nvcc is not on PATH")
+    return found
+
+
+@pytest.fixture(scope="module", name="module")
+def _module(simulator: ModuleType) -> Any:
+    names = dict.fromkeys(name for name, _ in SOME)
+    return cuda_pointwise.ptx(simulator, [cuda_pointwise.named(name) for name in names])
+
+
+def named(name: str) -> MatrixCase:
+    return next(c for c in CUDA_CASES if c.name == name)
+
+
+def simulate(module: Any, name: str, case: MatrixCase, **settings: Any) -> Any:
+    """Run a kernel on a case; results, races, bounds, bytes never written, conflicts, mma count."""
+    kernel, log = cuda_pointwise.named(name), []
+
+    def run(*operands: Any, out: torch.Tensor) -> torch.Tensor:
+        log.append(
+            cuda_pointwise.launch(module, kernel, *operands, out=out, strict=True, **settings)
+        )
+        return out
+
+    case = dataclasses.replace(case, act=kernel.act)
+    check(run, case, kernel.dtype, tf32=kernel.type == "tf32")
+    (stats,) = log
+    for kind, (took, ideal) in stats.bank_conflicts().items():
+        assert took == ideal, (kind, took, ideal)
+    step = cuda_pointwise.STEP_BYTES // kernel.size
+    m, n, k = (
+        -(-count // unit) * unit
+        for count, unit in (
+            (case.n * case.h * case.w, kernel.tile),
+            (case.d, kernel.tile),
+            (case.c, step),
+        )
+    )
+    assert stats.counters["mma_flops"] == 2 * m * n * k
+    return stats
+
+
+@pytest.mark.parametrize(("name", "case"), SOME)
+def test_simulated(module: Any, name: str, case: str) -> None:
+    simulate(module, name, named(case))
+
+
+@pytest.mark.parametrize("order", ["reverse", "random"])
+def test_with_warps_out_of_step(module: Any, order: str) -> None:
+    # A barrier that is missing gives a wrong result in these orders.
+    simulate(module, "fp16-relu-small", named("many_steps"), order=order, seed=1)
+    simulate(module, "bf16-gelu-by_2", named("odd_channels"), order=order, seed=2)
+
+
+def test_large_tiles_with_warps_out_of_step(module: Any) -> None:
+    case = dataclasses.replace(named("many_steps"), h=12, w=10, d=120)
+    simulate(module, "bf16-gelu-large", case, order="random", seed=3)
+
+
+def test_three_stages(simulator: ModuleType) -> None:
+    kernel = cuda_pointwise.named("bf16-relu-small")
+    module = cuda_pointwise.ptx(simulator, [kernel], architecture=86)
+    simulate(module, str(kernel), named("many_steps"), order="random", architecture=86)
+
+
+def test_no_bias_no_channels_in(module: Any) -> None:
+    simulate(module, "fp16-relu-small", named("no_bias"))
+    kernel, shift = cuda_pointwise.named("fp16-relu-small"), torch.randn(8)
+    x, weight = torch.empty(1, 0, 2, 3).half(), torch.empty(8, 0, 1, 1).half()
+    out = torch.empty(1, 2, 3, 8).half().permute(0, 3, 1, 2)
+    rest = (shift.relu() + 1, torch.full((8,), 2.0), shift, "relu")
+    cuda_pointwise.launch(module, kernel, x, weight, *rest, out=out, strict=True)
+    right = 2 * (shift.relu() + 1) + shift
+    torch.testing.assert_close(
+        out.float(), right.view(1, -1, 1, 1).expand(out.shape), atol=4e-3, rtol=1e-3
+    )
+
+
+@pytest.mark.parametrize("name", ["bf16-gelu-large", "tf32-gelu-large", "fp16-relu-small"])
+def test_memory_traffic_is_the_tilings(simulator: ModuleType, module: Any, name: str) -> None:
+    asked = cuda_pointwise.traffic(simulator, module, cuda_pointwise.named(name))
+    assert asked["bytes_over_ideal"] <= 1.1, asked
+
+
+@pytest.fixture(scope="module", name="all_kernels")
+def _all_kernels(simulator: ModuleType) -> Any:
+    return cuda_pointwise.ptx(simulator, cuda_pointwise.KERNELS)
+
+
+@pytest.mark.gpu_static_full
+@pytest.mark.parametrize("order", ["lockstep", "reverse", "random"])
+@pytest.mark.parametrize("kernel", cuda_pointwise.KERNELS, ids=str)
+def test_every_kernel_in_every_order(all_kernels: Any, kernel: Any, order: str) -> None:
+    simulate(all_kernels, str(kernel), named(CASES_OF_WAY[kernel.way]), order=order, seed=1)
+
+
+@pytest.mark.gpu_static_full
+@pytest.mark.parametrize("case", [c for c in CUDA_CASES if not c.large], ids=str)
+@pytest.mark.parametrize("type_", ["bf16", "tf32"])
+def test_every_shape(all_kernels: Any, case: MatrixCase, type_: str) -> None:
+    # The widest copies that every layout of the case allows.
+    size = cuda_pointwise.TYPES[type_].itemsize
+    counts = [case.c, case.d, *([3] if case.layout == "odd_channel_slice" else [])]
+    way = next(
+        w
+        for w, b in (("small", 16), ("by_4", 4), ("by_2", size))
+        if all(v * size % b == 0 for v in counts)
+    )
+    simulate(all_kernels, f"{type_}-{case.act}-{way}", case)

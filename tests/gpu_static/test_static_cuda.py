@@ -1,0 +1,78 @@
+"""Does every CUDA kernel of the 1x1 convolution compile to what it promises? Needs no GPU."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from eyes import compiler
+from simulator import ptxsim
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+cuda_pointwise = __import__("cuda_pointwise")
+
+SOME = {
+    80: ("bf16-gelu-large", "tf32-gelu-large", "fp16-relu-small", "bf16-silu-by_4"),
+    89: ("fp16-silu-large", "bf16-gelu-by_2"),
+    120: ("bf16-gelu-large", "tf32-hardswish-by_4"),
+}
+
+pytestmark = compiler
+
+
+@pytest.fixture(scope="module", name="simulator")
+def _simulator() -> ModuleType:
+    found = ptxsim()
+    if found.cuda.nvcc() is None:
+        pytest.skip("nvcc is not on PATH")
+    if found.sass.tool("cuobjdump") is None:
+        pytest.skip("cuobjdump is neither in Triton nor on PATH")
+    return found
+
+
+def broken(reports: dict[Any, Any]) -> dict[str, list[str]]:
+    found = {str(k): cuda_pointwise.broken_bars(report, k) for k, report in reports.items()}
+    return {name: bars for name, bars in found.items() if bars}
+
+
+@pytest.mark.parametrize("architecture", SOME)
+def test_some_kernels_meet_the_bars(simulator: ModuleType, architecture: int) -> None:
+    kernels = [cuda_pointwise.named(name) for name in SOME[architecture]]
+    assert broken(cuda_pointwise.build(simulator, architecture, kernels)) == {}
+
+
+@pytest.mark.parametrize("architecture", cuda_pointwise.ARCHITECTURES)
+def test_stages_are_those_of_the_source(architecture: int) -> None:
+    text = (cuda_pointwise.SOURCES / "pointwise_mma.cuh").read_text()
+    condition = re.search(r"return (architecture == .*?) \? 3 : 4;", text)
+    assert condition is not None
+    three = eval(condition.group(1).replace("||", "or"), {"architecture": architecture})
+    assert cuda_pointwise.stages(architecture) == (3 if three else 4)
+
+
+def test_a_kernel_that_spills_is_an_error(
+    simulator: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sources = tmp_path / "cuda"
+    shutil.copytree(cuda_pointwise.SOURCES, sources)
+    shutil.copy(cuda_pointwise.SOURCES.parent / "activation_id.h", tmp_path)
+    file = sources / "pointwise_mma.cuh"
+    # Registers for eight blocks on a multiprocessor instead of two.
+    bounds = "__launch_bounds__(kThreads, {})"
+    file.write_text(file.read_text().replace(bounds.format(2), bounds.format(8)))
+    monkeypatch.setattr(cuda_pointwise, "SOURCES", sources)
+    with pytest.raises(cuda_pointwise.CompileError, match="spilled"):
+        cuda_pointwise.build(simulator, 80, [cuda_pointwise.named("bf16-identity-small")])
+
+
+@pytest.mark.gpu_static_full
+@pytest.mark.parametrize("architecture", cuda_pointwise.ARCHITECTURES)
+def test_every_kernel_meets_the_bars(simulator: ModuleType, architecture: int) -> None:
+    assert broken(cuda_pointwise.build(simulator, architecture)) == {}
