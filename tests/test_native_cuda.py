@@ -12,6 +12,7 @@ from cuda_double import cuda_installed
 from convmixer_fast import BackendError, _native, _native_cuda, available_backends, doctor
 from convmixer_fast.arch import ACTIVATIONS
 from convmixer_fast.ops import pointwise_mix
+from convmixer_fast.ops.cases import MANY_OUTPUTS
 
 ENGINE = _native_cuda.load()
 built = pytest.mark.skipif(ENGINE is None, reason=_native_cuda.why_unavailable() or "built")
@@ -48,6 +49,8 @@ def test_the_module_and_python_number_the_same_things():
     assert ENGINE.activations() == list(ACTIVATIONS)
     assert ENGINE.types() == ["bfloat16", "float16", "tf32"]
     assert set(ENGINE.families()) <= set(_native_cuda.FAMILIES)
+    # Both forms of a kernel are checked, each before it serves: the border must be the same.
+    assert ENGINE.few_outputs == MANY_OUTPUTS
     info = _native.build_info()["cuda"]
     assert info["built"]
     assert info["kernels"] == ENGINE.families()

@@ -86,13 +86,10 @@ int64_t tiles(const Pointwise& p, int64_t tile_m, int64_t tile_n) {
   return m > std::numeric_limits<int64_t>::max() / n ? std::numeric_limits<int64_t>::max() : m * n;
 }
 
-// Where fewer large tiles than this are there, small ones spread over four times as many blocks, which
-// outweighs the half of a multiply-add a byte that they lose: an A100 holds 216 large tiles at once, an
-// RTX 4090 256.
-constexpr int64_t kFewTiles = 128;
-
+// Where outputs are few, small tiles spread over four times as many blocks, which outweighs the half of a
+// multiply-add a byte that they lose: an A100 holds 216 large tiles at once, an RTX 4090 256.
 Way way_for(const Pointwise& p) {
-  if (divisible(p, 16)) return tiles(p, 128, 128) < kFewTiles ? Way::small : Way::large;
+  if (divisible(p, 16)) return few_outputs(p) ? Way::small : Way::large;
   return divisible(p, 4) ? Way::by_4 : Way::by_2;
 }
 
