@@ -66,7 +66,7 @@ def markdown(result: dict[str, Any]) -> str:
         "copies (`LDGSTS`); `a mma` is instructions over mma. Ideal are mma, loads and copies",
         "alone: 1.38 in large tiles, 1.75 in small ones. The rest are addresses, the buffer's",
         "number, the group's end, the barrier and the branch, in TF32 two a loaded word for",
-        "rounding; for sm_120 nvcc adds addresses in uniform registers before most loads.",
+        "rounding; for sm_120 nvcc puts an instruction that does nothing between two mma.",
         "`special`: special-function instructions an output in the epilogue.",
         "",
         "| arch | kernel | registers | stack | shared | stages | blocks | loop | of it "

@@ -123,6 +123,7 @@ std::vector<std::string> family_names() {
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "The CUDA kernels of convmixer_fast. Addresses and sizes in, no tensors: see _native_cuda.";
   m.attr("__version__") = CONVMIXER_FAST_VERSION;
+  m.attr("few_outputs") = cmf::cuda::kFewOutputs;
   m.def("families", &family_names, "Names of the kernel families in this build.");
   m.def(
       "serves",

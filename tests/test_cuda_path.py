@@ -284,6 +284,12 @@ def test_tune_measures_the_cuda_kernels_and_its_verdict_holds(model, monkeypatch
             with torch.no_grad():
                 model(x)
             assert (double.calls - before)[kernel] >= 2
+            # In a build without it the verdict is none.
+            with monkeypatch.context() as patch:
+                patch.setattr(backends, "_why_not_cuda", lambda device: "not built")
+                rows = {r.module: r for r in explain(model, x)}
+            assert ("tuned" in rows["blocks.1"].reason) == (winner == "product")
+            assert rows["blocks.1"].backend == "triton"
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
@@ -305,6 +311,25 @@ def test_a_steady_call_keeps_its_float32_bias(model, monkeypatch):
         assert not torch.equal(model(x), want)
         with use_backend("reference"):
             torch.testing.assert_close(model(x), model(x))
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_operands_that_begin_between_words_are_copied(monkeypatch):
+    x, weight, bias, scale, shift = operands_for(FP16)
+    off = [torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape) for t in (weight, scale)]
+    assert all(t.data_ptr() % 16 for t in off)
+    with cuda_installed() as double:
+        want = cf.ops.pointwise_mix(x, weight, bias, scale, shift, "gelu")
+        kernel = double.cuda
+
+        def aligned(*given, **named):
+            assert not any(t.data_ptr() % 16 for t in given if isinstance(t, torch.Tensor))
+            return kernel(*given, **named)
+
+        monkeypatch.setattr(backends._native_cuda, "pointwise_mix", aligned)
+        got = cf.ops.pointwise_mix(x, off[0], bias, off[1], shift, "gelu")
+        assert not any(first_use.results().values())
+    assert torch.equal(got, want)
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")

@@ -242,6 +242,10 @@ def _choose_gpu(
     if call is None:
         return Choice("triton", _named(asked, f"{also}{_TRITON_KERNEL}, {_trust(None)}"))
     verdict = call.verdict
+    if verdict is not None and isinstance(verdict.config, CudaConfig):
+        # Tuned in another build, or with TF32 allowed.
+        usable = cuda_candidates(call.case, call.shape)
+        verdict = verdict if verdict.config in usable else None
     tuned = "" if verdict is None else f"; tuned: {verdict.reason()}"
     if asked != "auto":
         tile = None if verdict is None or verdict.winner != "triton" else verdict.config

@@ -184,6 +184,10 @@ def _pointwise(
     operands = [weight.detach().contiguous(), *_vectors(bias, scale, shift), act]
     if isinstance(config, CudaConfig):
         pixels = as_channels_last(x)
+        # Of tensors that begin between two 16-byte words another form would take, or none.
+        operands = [
+            t.clone() if isinstance(t, Tensor) and t.data_ptr() % 16 else t for t in operands
+        ]
         cuda: Callable[..., Tensor] = _native_cuda.pointwise_mix
         return _into(out, lambda out: cuda(pixels, *operands, out=out, family=config.family))
     if p == 1 and x.dtype != torch.uint8:

@@ -23,6 +23,11 @@ enum class Type : int { bf16 = 0, fp16, tf32 };
 inline constexpr const char* kTypeNames[] = {"bfloat16", "float16", "tf32"};
 inline constexpr int kTypes = 3;
 
+// At most this many outputs are few: 128 tiles of 128 x 128, under a wave on an A100 or H100. Every family
+// takes smaller tiles for them. Counted in outputs, as the Python side counts them, which checks both
+// forms of a kernel before their first use.
+inline constexpr int64_t kFewOutputs = int64_t{128} * 128 * 128;
+
 struct Pointwise {
   const void* a;       // [m][k], rows a_stride elements apart
   const void* w;       // [n][k], rows k elements apart
@@ -35,6 +40,8 @@ struct Pointwise {
   Type type;
   Activation act;
 };
+
+inline bool few_outputs(const Pointwise& p) { return p.n == 0 || p.m <= kFewOutputs / p.n; }
 
 // One family of kernels, for some architectures.
 struct Family {

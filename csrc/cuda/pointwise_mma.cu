@@ -22,8 +22,8 @@ namespace {
 enum class Way { large, small, by_4, by_2 };
 
 struct Variant {
-  void (*kernel)(const uint8_t*, const uint8_t*, const float*, const float*, const float*, uint8_t*, int64_t, int,
-                 int, uint32_t, uint32_t) = nullptr;
+  void (*kernel)(const uint8_t*, const uint8_t*, const float*, const float*, const float*, uint8_t*,
+                 int64_t, int, int, uint32_t, uint32_t) = nullptr;
   int copy_bytes = 0, tile_m = 0, tile_n = 0, stage_bytes = 0;
 };
 
@@ -86,13 +86,10 @@ int64_t tiles(const Pointwise& p, int64_t tile_m, int64_t tile_n) {
   return m > std::numeric_limits<int64_t>::max() / n ? std::numeric_limits<int64_t>::max() : m * n;
 }
 
-// Where fewer large tiles than this are there, small ones spread over four times as many blocks, which
-// outweighs the half of a multiply-add a byte that they lose: an A100 holds 216 large tiles at once, an
-// RTX 4090 256.
-constexpr int64_t kFewTiles = 128;
-
+// Where outputs are few, small tiles spread over four times as many blocks, which outweighs the half of a
+// multiply-add a byte that they lose: an A100 holds 216 large tiles at once, an RTX 4090 256.
 Way way_for(const Pointwise& p) {
-  if (divisible(p, 16)) return tiles(p, 128, 128) < kFewTiles ? Way::small : Way::large;
+  if (divisible(p, 16)) return few_outputs(p) ? Way::small : Way::large;
   return divisible(p, 4) ? Way::by_4 : Way::by_2;
 }
 
@@ -115,16 +112,15 @@ std::string refusal(const Pointwise& p, int capability) {
   // A tile's rows are found by 32 bits, counted in copies.
   const int64_t apart = a_stride(p) > p.k ? a_stride(p) : p.k;
   if (apart * size_of(p.type) / v.copy_bytes > std::numeric_limits<uint32_t>::max() / v.tile_m) {
-    return "rows lie more than 2^32 copies of " + std::to_string(v.copy_bytes) + " bytes apart in a tile of " +
-           std::to_string(v.tile_m);
+    return "the rows of a tile span more than 2^32 copies of " + std::to_string(v.copy_bytes) + " bytes";
   }
   if (tiles(p, v.tile_m, v.tile_n) > kInt) return "more than 2^31 - 1 tiles";
   return "";
 }
 
-// Bytes of shared memory that a kernel takes on the current device, allowed to it there. As many stages as
-// it was compiled with: the device may run code for an older architecture, whose virtual architecture the
-// runtime knows. Asked once for each device and kernel.
+// Bytes of shared memory that a kernel takes on the current device, allowed to it there. As many stages
+// as it was compiled with: the device may run code for an older architecture, and the runtime knows for
+// which (ptxVersion is what __CUDA_ARCH__ / 10 was). Asked once for each device and kernel.
 cudaError_t prepare(const Variant& v, int* shared_bytes) {
   static std::mutex mutex;
   static std::map<std::pair<int, const void*>, int> prepared;
@@ -162,9 +158,10 @@ std::string launch(const Pointwise& p, int capability, void* stream) {
     return reason(status, "preparing the kernel", name.c_str(), p, capability);
   }
   const int64_t copies = v.copy_bytes / size_of(p.type);  // elements in one
-  int n = static_cast<int>(p.n), k = static_cast<int>(p.k);
-  uint32_t a_rows = static_cast<uint32_t>(a_stride(p) / copies), w_rows = static_cast<uint32_t>(p.k / copies);
   Pointwise q = p;
+  int n = static_cast<int>(p.n), k = static_cast<int>(p.k);
+  auto a_rows = static_cast<uint32_t>(a_stride(p) / copies);
+  auto w_rows = static_cast<uint32_t>(p.k / copies);
   void* arguments[] = {&q.a, &q.w, &q.bias, &q.scale, &q.shift, &q.d, &q.m, &n, &k, &a_rows, &w_rows};
   const dim3 grid(static_cast<unsigned>(tiles(p, v.tile_m, v.tile_n)));
   const cudaError_t status =

@@ -1,21 +1,22 @@
 // How does an NVIDIA GPU since sm_80 multiply d = a w^T without waiting for memory? The kernel of the
 // mma.sync family.
 //
-// for each tile of kTileM x kTileN outputs, in groups that share operands in L2   (one block of threads)
-//   for each step of 64 bytes along k                                  (shared memory, kStages buffers)
-//     for each 32 bytes of it                                          (registers, two sets)
-//       warp tile += a [kWarpM][32 bytes] * w [kWarpN][32 bytes]^T     (mma.sync)
+// for each tile of kTileM x kTileN outputs, in groups that share operands in L2  (one block of threads)
+//   for each step of 64 bytes along k                               (shared memory, kStages buffers)
+//     for each 32 bytes of it                                       (registers, two sets)
+//       warp tile += a [kWarpM][32 bytes] * w [kWarpN][32 bytes]^T  (mma.sync)
 //   epilogue.cuh
 //
-// A step moves (128 + 128) 64 bytes = 16 KiB to shared memory for 128 x 128 x 32 multiply-adds of 16 bits
-// (16 of TF32: the same bytes, half the sum). kStages - 1 steps are on their way at once, copied by
-// cp.async without passing through registers. Four warps, two by two, each hold 64 x 64 sums in 128
-// registers a thread; 32 bytes of k are 8 ldmatrix.x4 for 32 mma. Their two sets take 64 registers more:
-// one is loaded while the other is multiplied. Two blocks fit a multiprocessor by registers (below 256
-// a thread) and by shared memory, 2 kStages 16 KiB: 128 of 164 KiB at four stages, 96 of 100 at three.
+// A step of a 128 x 128 tile moves (128 + 128) 64 bytes = 16 KiB to shared memory for 128 x 128 x 32
+// multiply-adds of 16 bits (16 of TF32: the same bytes, half the sum). kStages - 1 steps are on their
+// way at once, copied by cp.async without passing through registers. Four warps, two by two, each hold
+// 64 x 64 sums in 128 registers a thread; 32 bytes of k are 8 ldmatrix.x4 for 32 mma. Their two sets
+// take 64 registers more: one is loaded while the other is multiplied. Two blocks fit a multiprocessor
+// by registers (below 256 a thread) and by shared memory, 2 kStages 16 KiB: 128 of 164 KiB at four
+// stages, 96 of 100 at three.
 //
-// Rows past the end repeat the last row, whose products nobody stores: the copies need no predicate for
-// them and read nothing new. k's own end is filled with zeros.
+// Rows past the end repeat the last row, for products that nobody stores: the copies need no predicate
+// for them and read nothing new. k's own end is filled with zeros.
 #pragma once
 
 #include "epilogue.cuh"
@@ -23,10 +24,10 @@
 namespace convmixer_fast::cuda {
 
 constexpr int kThreads = 128;
-constexpr int kStepBytes = 64;                       // of each row, along k
-constexpr int kChunks = kStepBytes / 16;             // a chunk: what one lane's address of ldmatrix covers
-constexpr int kRowsAtOnce = kThreads / kChunks;      // copied by all threads, one chunk each
-constexpr int kGroupM = 8;                           // rows of tiles in a group
+constexpr int kStepBytes = 64;                   // of each row, along k
+constexpr int kChunks = kStepBytes / 16;         // of 16 bytes, what one address of ldmatrix covers
+constexpr int kRowsAtOnce = kThreads / kChunks;  // copied by all threads, one chunk each
+constexpr int kGroupM = 8;                       // rows of tiles in a group
 
 // Three buffers where a multiprocessor has 100 KiB of shared memory, for two blocks; four where it has
 // 164 and more. architecture: 10 * major + minor.
@@ -123,13 +124,14 @@ CMF_DEVICE void pointwise_tile(const Operands& p, uint8_t* buffers) {
   auto copy_step = [&](uint32_t buffer) {
 #pragma unroll
     for (int i = 0; i < kRowsA; ++i) {
-      copy_chunk<C::kCopyBytes, C::kSize>(to + buffer + i * kRowsAtOnce * kStepBytes,
-                                          a + static_cast<uint64_t>(a_row[i]) * C::kCopyBytes, left, lane);
+      const uint8_t* from = a + static_cast<uint64_t>(a_row[i]) * C::kCopyBytes;
+      copy_chunk<C::kCopyBytes, C::kSize>(to + buffer + i * kRowsAtOnce * kStepBytes, from, left, lane);
     }
 #pragma unroll
     for (int i = 0; i < kRowsW; ++i) {
-      copy_chunk<C::kCopyBytes, C::kSize>(to + buffer + kBufferA + i * kRowsAtOnce * kStepBytes,
-                                          w + static_cast<uint64_t>(w_row[i]) * C::kCopyBytes, left, lane);
+      const uint8_t* from = w + static_cast<uint64_t>(w_row[i]) * C::kCopyBytes;
+      copy_chunk<C::kCopyBytes, C::kSize>(to + buffer + kBufferA + i * kRowsAtOnce * kStepBytes, from,
+                                          left, lane);
     }
     copy_commit();
     a += kStepBytes;
@@ -145,7 +147,8 @@ CMF_DEVICE void pointwise_tile(const Operands& p, uint8_t* buffers) {
   uint32_t a_set[2][kI][4], w_set[2][kJ / 2][4];
   auto load_set = [&](int set, uint32_t buffer) {
     // The second half of a step is two chunks on: the swizzle makes that the other 32 bytes.
-    const Shared a_at = base + buffer + (a_lane ^ (set * 32)), w_at = base + buffer + (w_lane ^ (set * 32));
+    const Shared a_at = base + buffer + (a_lane ^ (set * 32));
+    const Shared w_at = base + buffer + (w_lane ^ (set * 32));
 #pragma unroll
     for (int i = 0; i < kI; ++i) load_matrices(a_set[set][i], a_at + i * 16 * kStepBytes);
 #pragma unroll
@@ -205,8 +208,9 @@ CMF_DEVICE void pointwise_tile(const Operands& p, uint8_t* buffers) {
 // As in pointwise.h, rows of a and w a_stride and w_stride copies of C::kCopyBytes apart.
 template <class C>
 __global__ void __launch_bounds__(kThreads, 2)
-    pointwise_mma(const uint8_t* a, const uint8_t* w, const float* bias, const float* scale, const float* shift,
-                  uint8_t* d, int64_t m, int n, int k, uint32_t a_stride, uint32_t w_stride) {
+    pointwise_mma(const uint8_t* a, const uint8_t* w, const float* bias, const float* scale,
+                  const float* shift, uint8_t* d, int64_t m, int n, int k, uint32_t a_stride,
+                  uint32_t w_stride) {
   CMF_DYNAMIC_SHARED(buffers);
   const Operands p{a, w, bias, scale, shift, d, m, n, k, a_stride, w_stride};
 #ifdef __CUDA_ARCH__

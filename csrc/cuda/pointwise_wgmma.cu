@@ -158,13 +158,6 @@ template <class Element>
 using Small = Kernel<Element, Shape<_64, _128, _64>, cutlass::gemm::KernelTmaWarpSpecializedPingpong,
                      cutlass::epilogue::TmaWarpSpecialized>;
 
-// Under a wave of large tiles on the 132 multiprocessors of an H100.
-constexpr int64_t kFewTiles = 132;
-
-bool is_small(const Pointwise& p) {
-  return (p.m + 127) / 128 * ((p.n + 255) / 256) < kFewTiles;
-}
-
 bool serves(int capability) { return capability == 90; }
 
 std::string refusal(const Pointwise& p, int capability) {
@@ -189,7 +182,7 @@ std::string refusal(const Pointwise& p, int capability) {
 
 template <class Element>
 std::string launch(const Pointwise& p, int capability, cudaStream_t stream) {
-  if (is_small(p)) return Small<Element>::launch(p, "pointwise_wgmma 64x128", capability, stream);
+  if (few_outputs(p)) return Small<Element>::launch(p, "pointwise_wgmma 64x128", capability, stream);
   return Large<Element>::launch(p, "pointwise_wgmma 128x256", capability, stream);
 }
 

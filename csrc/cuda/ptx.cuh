@@ -131,8 +131,8 @@ CMF_DEVICE uint32_t load_or_zero_16(const uint16_t* from, bool inside) {
   return x;
 }
 CMF_DEVICE void store_128(void* to, const uint32_t (&word)[4], bool inside) {
-  asm volatile("{ .reg .pred q; setp.ne.b32 q, %5, 0; @q st.global.v4.b32 [%0], {%1, %2, %3, %4}; }" ::"l"(
-                   to),
+  asm volatile("{ .reg .pred q; setp.ne.b32 q, %5, 0; @q st.global.v4.b32 [%0], {%1, %2, %3, %4}; }" ::
+                   "l"(to),
                "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3]), "r"(static_cast<int>(inside))
                : "memory");
 }

@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from setup_file import setup_file
 
 pytest.importorskip("ninja")
 pytest.importorskip("pybind11")
@@ -40,8 +41,13 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith("CONVMIXER_FAST_")}
-    for name in ("CXX", "CXXFLAGS", "LDFLAGS", "MAX_JOBS", "PYTHONPATH"):
+    for name in (
+        *("CXX", "CXXFLAGS", "LDFLAGS", "MAX_JOBS", "PYTHONPATH"),
+        *("CUDA_HOME", "CUDA_PATH", "NVCC_APPEND_FLAGS", "TORCH_CUDA_ARCH_LIST"),
+    ):
         clean.pop(name, None)
+    # Only the tests of the CUDA extension want it, with an nvcc of their own.
+    clean["CONVMIXER_FAST_CUDA"] = "0"
     return subprocess.run(
         command, cwd=cwd, env={**clean, **environment}, capture_output=True, text=True, timeout=540
     )
@@ -96,13 +102,17 @@ def test_without_a_compiler_the_wheel_is_pure_and_says_why(project: Path, tmp_pa
 
 def test_with_nothing_on_path_the_wheel_is_pure_and_says_why(project: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    wheel = build_wheel(project, tmp_path / "dist", PATH=str(tmp_path / "empty"))
+    environment = {"PATH": str(tmp_path / "empty"), "CUDA_HOME": str(tmp_path / "empty")}
+    wheel = build_wheel(project, tmp_path / "dist", CONVMIXER_FAST_CUDA="", **environment)
     assert_pure(wheel, tmp_path / "installed", "no C++ compiler")
+    assert contents(wheel)[1]["cuda"]["reason"].startswith("no nvcc in CUDA_HOME, on PATH or in")
 
 
 def test_extension_can_be_left_out(project: Path, tmp_path: Path) -> None:
-    wheel = build_wheel(project, tmp_path / "dist", CONVMIXER_FAST_CPU="0")
+    left_out = {"CONVMIXER_FAST_CPU": "0", "CONVMIXER_FAST_CUDA": "0"}
+    wheel = build_wheel(project, tmp_path / "dist", **left_out)
     assert_pure(wheel, tmp_path / "installed", "CONVMIXER_FAST_CPU=0")
+    assert contents(wheel)[1]["cuda"]["reason"] == "left out: CONVMIXER_FAST_CUDA=0"
 
 
 def test_extension_can_be_demanded(project: Path, tmp_path: Path) -> None:
@@ -217,3 +227,258 @@ def test_source_archive_holds_what_the_build_needs(project: Path, tmp_path: Path
     assert len(needed) > 10
     assert needed | {"setup.py", "pyproject.toml", "convmixer_fast/_native.py"} <= names
     assert not [n for n in names if n.endswith(".so") or n.endswith("_build_info.json")]
+
+
+NVCC = """#!{python}
+# nvcc as the build uses it: says what it knows, and compiles stand-ins for the kernels.
+import pathlib, subprocess, sys
+
+given = sys.argv[1:]
+with open({log!r}, "a") as log:
+    print(*given, file=log)
+if given == ["--version"]:
+    print("Cuda compilation tools, release 13.0, V13.0.88")
+elif given == ["--list-gpu-arch"]:
+    print(*("compute_" + a for a in ("75", "80", "90", "120")), sep="\\n")
+elif "-c" in given:
+    source = pathlib.Path(given[given.index("-c") + 1])
+    if "#error" in source.read_text():
+        sys.exit(f"{{source}}(1): error: #error directive: the moon is in the wrong house")
+    if "serialised" in source.read_text():
+        print("ptxas info    : (C7510) Potential Performance Loss: wgmma instructions serialized")
+    family = {{"pointwise_mma": "mma", "pointwise_wgmma": "wgmma"}}[source.stem]
+    code = f\'\'\'
+#include "{{source.parent}}/pointwise.h"
+namespace convmixer_fast::cuda {{{{
+static bool serves(int) {{{{ return true; }}}}
+static std::string refusal(const Pointwise&, int) {{{{ return ""; }}}}
+static std::string launch(const Pointwise&, int, void*) {{{{ return "no GPU in this house"; }}}}
+const Family& {{family}}_family() {{{{
+  static const Family f{{{{"{{family}}", serves, refusal, launch}}}};
+  return f;
+}}}}
+}}}}\'\'\'
+    output = given[given.index("-o") + 1]
+    done = subprocess.run(
+        ["{cxx}", "-std=c++17", "-fPIC", "-x", "c++", "-", "-c", "-o", output],
+        input=code,
+        text=True,
+    )
+    sys.exit(done.returncode)
+else:
+    own = ("-cudart", "static", "-Xlinker=--exclude-libs=ALL,-s")
+    sys.exit(subprocess.run(["{cxx}", *(a for a in given if a not in own)]).returncode)
+"""
+
+
+class Nvcc:
+    """A stand-in for nvcc in a CUDA_HOME of its own, and one for CUTLASS's headers."""
+
+    def __init__(self, folder: Path) -> None:
+        cxx = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+        if cxx is None:
+            pytest.skip("no C++ compiler")
+        self.log = folder / "nvcc.log"
+        self.log.touch()
+        self.home, self.cutlass = folder / "cuda", folder / "cutlass"
+        program = self.home / "bin" / "nvcc"
+        program.parent.mkdir(parents=True)
+        program.write_text(NVCC.format(python=sys.executable, log=str(self.log), cxx=cxx))
+        program.chmod(0o755)
+        (self.cutlass / "cutlass").mkdir(parents=True)
+        for name in ("cutlass.h", "version.h"):
+            (self.cutlass / "cutlass" / name).touch()
+
+    def environment(self, **more: str) -> dict[str, str]:
+        # Without the CPU extension, which takes longer than all of this.
+        return {
+            "CUDA_HOME": str(self.home),
+            "CONVMIXER_FAST_CUDA": "1",
+            "CONVMIXER_FAST_CPU": "0",
+            "CONVMIXER_FAST_CUTLASS": str(self.cutlass),
+            "CXXFLAGS": "-O0",
+        } | more
+
+    def compiled(self) -> list[str]:
+        """The command of every source for nvcc so far."""
+        return [line for line in self.log.read_text().splitlines() if " -c " in line]
+
+
+@pytest.fixture(scope="module")
+def nvcc(tmp_path_factory: pytest.TempPathFactory) -> Nvcc:
+    if not sys.platform.startswith("linux"):
+        pytest.skip("nvcc is looked for on Linux only")
+    return Nvcc(tmp_path_factory.mktemp("nvcc"))
+
+
+@pytest.fixture(scope="module")
+def cuda_wheel(
+    project: Path, nvcc: Nvcc, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, str]]:
+    """A wheel with the CUDA extension, and the variables it was built with."""
+    environment = nvcc.environment(
+        TORCH_CUDA_ARCH_LIST="7.5;8.0;9.0a 10.0,12.0+PTX",
+        MAX_JOBS="3",
+        CONVMIXER_FAST_BUILD_CACHE=str(tmp_path_factory.mktemp("cache")),
+    )
+    return build_wheel(project, tmp_path_factory.mktemp("dist"), **environment), environment
+
+
+def test_with_nvcc_the_wheel_holds_the_cuda_extension(
+    nvcc: Nvcc, cuda_wheel: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
+    wheel, _ = cuda_wheel
+    names, record = contents(wheel)
+    assert sum(name.startswith("convmixer_fast/_cuda.") for name in names) == 1
+    assert not [name for name in names if name.startswith("convmixer_fast/_cpu.")]
+    assert not record["built"]
+    cuda = record["cuda"]
+    assert (cuda["built"], cuda["reason"]) == (True, "")
+    assert cuda["architectures"] == ["sm_80", "sm_90", "sm_120", "compute_120"]
+    assert cuda["kernels"] == ["mma.sync", "wgmma"]
+    assert cuda["omitted"] == {
+        "sm_75": "the kernels begin at sm_80",
+        "sm_100": "nvcc 13.0.88 does not know it",
+    }
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    # Without torch or a driver: the module alone.
+    (module,) = tmp_path.glob("convmixer_fast/_cuda.*")
+    script = (
+        "import importlib.util as u; "
+        f"s = u.spec_from_file_location('convmixer_fast._cuda', {str(module)!r}); "
+        "m = u.module_from_spec(s); s.loader.exec_module(m); "
+        "print(m.families(), m.architectures(), m.compiler())"
+    )
+    done = run(sys.executable, "-c", script, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    told = "['mma', 'wgmma'] sm_80 sm_90 sm_120 compute_120 nvcc 13.0.88"
+    assert done.stdout.strip() == told
+
+
+@pytest.mark.usefixtures("cuda_wheel")
+def test_each_architecture_is_asked_of_nvcc(nvcc: Nvcc) -> None:
+    mma, wgmma = sorted(nvcc.compiled()[:2], key=lambda line: "wgmma" in line)
+    flags = [word for word in mma.split() if word.startswith("-gencode")]
+    assert flags == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90,code=sm_90",
+        "-gencode=arch=compute_120,code=sm_120",
+        "-gencode=arch=compute_120,code=compute_120",
+    ]
+    assert "--threads 3" in mma
+    assert "cutlass" not in mma
+    assert [w for w in wgmma.split() if w.startswith("-gencode")] == [
+        "-gencode=arch=compute_90a,code=sm_90a"
+    ]
+    assert f"-isystem {nvcc.cutlass}" in wgmma
+    for line in (mma, wgmma):
+        # Without -DNDEBUG CUTLASS's loop would wait after every instruction.
+        assert "-DNDEBUG" in line
+        assert "-cudart static" in line
+
+
+def without_binding(project: Path, copy: Path) -> Path:
+    """A copy of the project for tests that import nothing: the binding takes longest to compile."""
+    shutil.copytree(project, copy, ignore=SKIPPED)
+    (copy / "csrc" / "bindings_cuda.cpp").write_text("")
+    return copy
+
+
+def test_kept_objects_are_not_compiled_again_in_another_checkout(
+    project: Path, nvcc: Nvcc, cuda_wheel: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
+    _, environment = cuda_wheel
+    other = without_binding(project, tmp_path / "other")
+    before = len(nvcc.compiled())
+    _, record = contents(build_wheel(other, tmp_path / "first", **environment))
+    assert record["cuda"]["built"]
+    assert len(nvcc.compiled()) == before
+    with open(other / "csrc" / "cuda" / "pointwise_wgmma.cu", "a") as source:
+        source.write("// changed\n")
+    build_wheel(other, tmp_path / "second", **environment)
+    assert len(nvcc.compiled()) == before + 1
+    assert "pointwise_wgmma.cu" in nvcc.compiled()[-1]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("#error", "the moon is in the wrong house"),
+        ("// serialised", "(C7510) Potential Performance Loss"),
+    ],
+)
+def test_a_cuda_source_that_nvcc_refuses_or_spoils_is_recorded(
+    project: Path, nvcc: Nvcc, tmp_path: Path, line: str, reason: str
+) -> None:
+    broken = without_binding(project, tmp_path / "broken")
+    with open(broken / "csrc" / "cuda" / "pointwise_mma.cu", "a") as source:
+        source.write(f"\n{line}\n")
+    environment = nvcc.environment(CONVMIXER_FAST_CUDA="")
+    for _ in range(1 if line == "#error" else 2):  # what is spoilt is not kept
+        wheel = build_wheel(broken, tmp_path / "dist", **environment)
+        names, record = contents(wheel)
+        wheel.unlink()
+        assert not [name for name in names if name.endswith(".so")]
+        assert record["cuda"]["built"] is False
+        assert reason in record["cuda"]["reason"]
+
+
+def test_a_cuda_extension_that_is_demanded_and_cannot_be_built_fails(
+    project: Path, tmp_path: Path
+) -> None:
+    environment = {"CUDA_HOME": str(tmp_path), "CONVMIXER_FAST_CPU": "0"}
+    command = [sys.executable, "setup.py", "-q", "bdist_wheel", "-d", str(tmp_path)]
+    done = run(*command, cwd=project, CONVMIXER_FAST_CUDA="1", **environment)
+    assert done.returncode != 0
+    assert "CONVMIXER_FAST_CUDA=1, but the extension was not built: no nvcc" in done.stderr
+    assert not list(tmp_path.glob("*.whl"))
+
+
+def test_cutlass_is_looked_for_where_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CONVMIXER_FAST_CUTLASS", str(tmp_path))
+    assert setup_file().find_cutlass() == (
+        "",
+        f"CONVMIXER_FAST_CUTLASS={tmp_path} has no cutlass/cutlass.h",
+    )
+    (tmp_path / "cutlass").mkdir()
+    (tmp_path / "cutlass" / "cutlass.h").touch()
+    assert setup_file().find_cutlass() == (str(tmp_path), "")
+    monkeypatch.delenv("CONVMIXER_FAST_CUTLASS")
+    # As the package nvidia-cutlass lays its headers out.
+    include = tmp_path / "site" / "cutlass_library" / "source" / "include"
+    (include / "cutlass").mkdir(parents=True)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    assert setup_file().find_cutlass()[1].startswith("no CUTLASS: pip install")
+    (include / "cutlass" / "cutlass.h").touch()
+    assert setup_file().find_cutlass() == (str(include), "")
+
+
+def test_lists_of_architectures_are_torchs() -> None:
+    setup = setup_file()
+    read = setup.architectures
+    assert read("8.0;8.6+PTX") == [("80", False), ("86", True)]
+    assert read("9.0a") == [("90a", False)]
+    assert read("Ampere") == [("80", False), ("86", True)]
+    assert read("Ada;Hopper 12.0") == [("89", True), ("90", True), ("120", False)]
+    assert read(" 8.0 ; 8.0+PTX ") == [("80", True)]
+    numbers = [number for number, _ in read(setup.DEFAULT_ARCHITECTURES)]
+    assert numbers == ["80", "86", "89", "90", "90a", "120"]
+    for bad in ("80", "8.0+ptx", "Volta", "8", "sm_80", ""):
+        with pytest.raises(ValueError, match="is none: architectures are as"):
+            read(bad)
+
+
+def test_sm_90a_is_compiled_as_sm_90_where_cutlass_has_no_part(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    setup = setup_file()
+    monkeypatch.setenv("CONVMIXER_FAST_CUTLASS", "/nowhere")
+    plan = setup.CudaPlan(nvcc_version="nvcc 13.0.88")
+    setup.choose_architectures(plan, [("90a", False), ("121a", True)], {"90", "121"})
+    assert plan.built_for() == ["sm_90", "sm_121", "compute_121"]
+    assert set(plan.omitted) == {"wgmma"}
+    setup.choose_architectures(plan, [("80", False)], {"80"})
+    assert plan.omitted["wgmma"] == "9.0a is not in TORCH_CUDA_ARCH_LIST"

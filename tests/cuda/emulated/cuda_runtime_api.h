@@ -31,8 +31,8 @@ inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int byte
 
 using EmulatedKernel = void (*)(const uint8_t*, const uint8_t*, const float*, const float*, const float*,
                                 uint8_t*, int64_t, int, int, uint32_t, uint32_t);
-inline cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** p, size_t shared_bytes,
-                                    cudaStream_t) {
+inline cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** p,
+                                    size_t shared_bytes, cudaStream_t) {
   auto run = reinterpret_cast<EmulatedKernel>(const_cast<void*>(kernel));
   auto bytes = [&](int i) { return *static_cast<const uint8_t**>(p[i]); };
   auto floats = [&](int i) { return *static_cast<const float**>(p[i]); };

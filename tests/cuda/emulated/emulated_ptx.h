@@ -21,7 +21,9 @@ inline Shared shared_address(void* p) { return static_cast<uint8_t*>(p); }
 template <int kBytes>
 void copy_async(Shared to, const void* from, bool inside) {
   if (reinterpret_cast<uintptr_t>(to) % kBytes != 0) emu::die("copy_async: misaligned destination");
-  if (inside && reinterpret_cast<uintptr_t>(from) % kBytes != 0) emu::die("copy_async: misaligned source");
+  if (inside && reinterpret_cast<uintptr_t>(from) % kBytes != 0) {
+    emu::die("copy_async: misaligned source");
+  }
   emu::cp_async(to, from, kBytes, inside ? kBytes : 0);
 }
 inline void copy_commit() { emu::cp_commit(); }

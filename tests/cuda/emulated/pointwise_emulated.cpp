@@ -2,16 +2,16 @@
 //
 //   pointwise_emulated TYPE ACT M N K A_STRIDE A_OFFSET D_OFFSET BIAS SEED ROWS_BEFORE < operands > d
 //
-// Operands, one after the other: a as it lies in memory ((M - 1) A_STRIDE + K elements), w, bias where BIAS
-// is 1, scale, shift. a and d begin OFFSET elements after a multiple of 16 bytes. ROWS_BEFORE rows are
-// added in front of a and d, which are memory that nobody touches, and no tile of theirs is run.
+// Operands, one after the other: a as it lies in memory ((M - 1) A_STRIDE + K elements), w, bias where
+// BIAS is 1, scale, shift. a and d begin OFFSET elements after a multiple of 16 bytes. ROWS_BEFORE rows
+// are added in front of a and d, which are memory that nobody touches, and no tile of theirs is run.
 #include "pointwise_mma.cu"
 
 #include <sys/mman.h>
 
 using namespace convmixer_fast;
 
-// Of exactly `bytes` bytes, so that AddressSanitizer sees both ends; `before` of them untouched.
+// Of exactly `bytes` bytes, so that AddressSanitizer sees the end, after `before` that are untouched.
 static uint8_t* room(int64_t bytes, int64_t offset, int64_t before) {
   if (before == 0) {
     auto* p = static_cast<uint8_t*>(malloc(bytes + offset));

@@ -1,0 +1,28 @@
+"""How is setup.py read by a test? As a module: it builds nothing unless it is run."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@functools.cache
+def setup_file() -> ModuleType:
+    """setup.py; skips the calling test where there is no source tree or no setuptools."""
+    if not (ROOT / "setup.py").is_file():
+        pytest.skip("not run from a source tree")
+    pytest.importorskip("setuptools", minversion="77")
+    spec = importlib.util.spec_from_file_location("convmixer_fast_setup_file", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
