@@ -8,13 +8,16 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-import cuda_emulation
 import pytest
 import torch
 import torch.nn.functional as F
 from gpu_cases import CUDA_CASES, MatrixCase, check, draw, enough_draws
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import cuda_emulation
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}
 SMALL = [c for c in CUDA_CASES if not c.large]
