@@ -15,11 +15,18 @@ from convmixer_fast import cli
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-CODE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path, *languages: str) -> list[str]:
+    """The fenced blocks of a page that are marked as in one of these languages."""
+    return [code for language, code in FENCED.findall(page.read_text()) if language in languages]
+
+
 BLOCKS = [
     pytest.param(page, code, id=f"{page.relative_to(DOCS).with_suffix('')}-{i}")
     for page in PAGES
-    for i, code in enumerate(CODE.findall(page.read_text()))
+    for i, code in enumerate(blocks(page, "python"))
 ]
 
 
@@ -29,11 +36,10 @@ def test_python_blocks_run(page, code, tmp_path, monkeypatch, capsys):
     exec(compile(code, str(page), "exec"), {})
 
 
-SHELL = re.compile(r"^```(?:bash|sh)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
 COMMANDS = [
     pytest.param(line.strip(), id=f"{page.name}-{i}-{j}")
     for page in (ROOT / "README.md", *PAGES)
-    for i, block in enumerate(SHELL.findall(page.read_text()))
+    for i, block in enumerate(blocks(page, "", "bash", "sh"))
     for j, line in enumerate(block.splitlines())
     if line.strip() and not line.strip().startswith("#")
 ]
