@@ -3,27 +3,61 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import fresh_python
 import messages
 import pytest
 
+from convmixer_fast import cli
+
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-CODE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path, *languages: str) -> list[str]:
+    """The fenced blocks of a page that are marked as in one of these languages."""
+    return [code for language, code in FENCED.findall(page.read_text()) if language in languages]
+
+
 BLOCKS = [
     pytest.param(page, code, id=f"{page.relative_to(DOCS).with_suffix('')}-{i}")
     for page in PAGES
-    for i, code in enumerate(CODE.findall(page.read_text()))
+    for i, code in enumerate(blocks(page, "python"))
 ]
 
 
 @pytest.mark.parametrize(("page", "code"), BLOCKS)
 def test_python_blocks_run(page, code, tmp_path, monkeypatch, capsys):
+    if "timm" in code:
+        pytest.importorskip("timm")
     monkeypatch.chdir(tmp_path)
     exec(compile(code, str(page), "exec"), {})
+
+
+COMMANDS = [
+    pytest.param(line.strip(), id=f"{page.name}-{i}-{j}")
+    for page in (ROOT / "README.md", *PAGES)
+    for i, block in enumerate(blocks(page, "", "bash", "sh"))
+    for j, line in enumerate(block.splitlines())
+    if line.strip() and not line.strip().startswith("#")
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_are_those_that_there_are(command, capsys):
+    """Each is understood: by its own parser, or it is a file of the repository. None is run."""
+    for part in command.split("&&"):
+        words = shlex.split(part, comments=True)
+        if words[0] == "convmixer-fast":
+            assert cli.build_parser().parse_args(words[1:]).run
+        elif words[0] == "python":
+            assert (ROOT / words[1]).is_file()
+        else:
+            assert words[0] in ("pip", "pytest", "mkdocs"), command
 
 
 def test_every_way_to_start_has_a_block():
