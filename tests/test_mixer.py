@@ -455,3 +455,25 @@ def test_ctrl_c_is_heard_between_images():
         "-c", textwrap.dedent(INTERRUPT), timeout=300, env={"OMP_NUM_THREADS": "2"}
     )
     assert result.stdout == "interrupted\n", result.stderr
+
+
+@pytest.mark.skipif(_native.load() is None, reason=_native.why_unavailable() or "built")
+def test_a_band_has_the_bits_of_the_map_and_bad_ones_are_refused() -> None:
+    c, k = 6, 4
+    weight, taps = torch.randn(c, c, 1, 1), torch.randn(c, 1, k, k)
+    vectors = [torch.rand(c) for _ in range(6)]
+    packed = _native.mixer_pack(taps, *vectors)
+    x = torch.randn(2, c, 12, 9)
+    expected = _native.mixer_stack(x, [weight], [packed], k, "gelu")
+    out = torch.empty(2, c, 3, 4)
+    # Rows 5 to 7 and columns 2 to 5 see one row and column before them and two after.
+    window, band = x[:, :, 4:10, 1:8], (1, 4, 1, 5)
+    _native.mixer_band(window, band, weight, packed, k, "gelu", out, 108)
+    assert torch.equal(out, expected[:, :, 5:8, 2:6])
+    with pytest.raises(ValueError, match=r"does not lie in a window of 6 x 7"):
+        _native.mixer_band(window, (1, 8, 1, 5), weight, packed, k, "gelu", out, 108)
+    with pytest.raises(ValueError, match=r"out must have shape \(2, 6, 3, 3\)"):
+        _native.mixer_band(window, (1, 4, 1, 4), weight, packed, k, "gelu", out, 108)
+    gaps = torch.empty(2, c, 3, 8)[..., ::2]
+    with pytest.raises(ValueError, match="channel of out must be contiguous"):
+        _native.mixer_band(window, band, weight, packed, k, "gelu", gaps, 108)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import fresh_python
+import gpu_double
 import numpy as np
 import pytest
 import torch
@@ -204,6 +205,21 @@ def test_the_cut_changes_no_bit_of_the_logits(model: cf.ConvMixer) -> None:
     first = stream(model, x)
     for rows in (1, 2, 5, 13):
         assert torch.equal(stream(model, x, band_rows=rows), first), f"bands of {rows} rows"
+
+
+@pytest.mark.parametrize("cut", [{"band_rows": 4}, {"band_rows": 4, "strip_columns": 3}])
+@pytest.mark.parametrize("k", [4, 5])
+def test_gpu_kernels_are_given_bands(k: int, cut: dict[str, int]) -> None:
+    model, x = trained(k=k), torch.randn(2, 3, 40, 31)
+    with cf.use_backend("reference"):
+        features, _ = whole(model, x)
+    stats = StreamStats()
+    with gpu_double.installed() as kernels:
+        got = stream(model, x, "features", stats=stats, **cut)
+    assert stats.backend == "modules"
+    for name in ("patch_embed", "depthwise_mix", "pointwise_mix"):
+        assert kernels.calls[name] > 3, f"{name} ran {kernels.calls[name]} times"
+    assert distance(got, features) <= CLOSE
 
 
 def test_an_optimized_model_streams() -> None:

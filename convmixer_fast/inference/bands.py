@@ -22,7 +22,8 @@ map's width, where there are none) and K = b + max(a, lag) kept rows (see `Plan.
     panels         C R S                       one image's, of the CPU engine
     pixels         N R p W p (channels)        as they come, and as numbers of the model
 
-`Plan.bytes` adds these up. Modules that run one by one (`ModuleBlocks`) hold three windows more.
+`Plan.bytes` adds these up; the engine's scratch, some megabytes a thread, comes on top.
+Modules that run one by one (`ModuleBlocks`) hold three windows more.
 """
 
 from __future__ import annotations

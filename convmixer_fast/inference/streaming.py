@@ -14,7 +14,6 @@ import os
 import shutil
 import time
 import zipfile
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -337,7 +336,10 @@ class _Run:
                 "pass height="
             )
         stem = self._parts.stem
-        probe = torch.zeros(1, self.in_chans, patch, patch, dtype=self.dtype, device=self.device)
+        # More than one patch each way: the layout of a map of 1 x 1 says nothing.
+        probe = torch.zeros(
+            1, self.in_chans, 2 * patch, 2 * patch, dtype=self.dtype, device=self.device
+        )
         blocks = blocks_of(self._parts.blocks, stem[0], stem(probe))
         if height is not None and hasattr(blocks, "map_pixels"):
             blocks.map_pixels = height * width
@@ -723,14 +725,3 @@ def _read(file: zipfile.ZipFile, name: str, like: Tensor) -> Tensor:
         array = np.lib.format.read_array(member, allow_pickle=False)
     values = torch.from_numpy(array)
     return (values.view(like.dtype) if like.dtype == torch.bfloat16 else values).to(like.device)
-
-
-def bands_of(source: Source, rows: int) -> Iterator[Tensor]:
-    """Rows of a source, ``rows`` at a time, until it ends."""
-    begin = 0
-    while True:
-        band = source.read(begin, begin + rows)
-        if band.shape[2] == 0:
-            return
-        yield band
-        begin += band.shape[2]
