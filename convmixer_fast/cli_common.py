@@ -175,7 +175,8 @@ def make_predictor(args: argparse.Namespace, model: ConvMixer, **options: Any) -
     return Predictor(
         model,
         preprocessing=preprocessing_of(args, model),
-        device=device,
+        # Unnamed, it is chosen again wherever a copy of the Predictor comes to run.
+        device=device if args.device else None,
         amp_dtype=amp if args.amp or args.amp_dtype else None,
         channels_last=args.channels_last,
         batch_size=args.batch_size,

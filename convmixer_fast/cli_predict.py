@@ -113,6 +113,9 @@ def add_predict(sub: argparse.ArgumentParser) -> None:
     ray.add_argument(
         "--actors", type=positive, metavar="N", help="copies of the model (default: as many as fit)"
     )
+    ray.add_argument(
+        "--gpus-per-actor", type=float, metavar="X", help="default: 1 where this machine has one"
+    )
 
 
 def add_label_argument(group: Any) -> None:
@@ -283,7 +286,12 @@ def _outcomes(
     from .inference.ray import predict_files
 
     return predict_files(
-        predictor, paths, actors=args.actors, workers=args.workers, address=args.ray_address
+        predictor,
+        paths,
+        actors=args.actors,
+        workers=args.workers,
+        address=args.ray_address,
+        gpus_per_actor=args.gpus_per_actor,
     )
 
 

@@ -39,7 +39,7 @@ def cluster() -> Iterator[Any]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_BACKEND_LOG_LEVEL", "fatal")
-        patch.setenv("RAY_DEDUP_LOGS", "0")
+        patch.setenv("RAY_worker_niceness", "0")
         # A dead node is noticed in seconds.
         patch.setenv("RAY_health_check_period_ms", "500")
         patch.setenv("RAY_health_check_failure_threshold", "4")
@@ -83,8 +83,11 @@ def local(model, paths) -> tuple[list, list]:
     return rows, failures
 
 
-def slow_predictor(model, seen: Path) -> Predictor:
-    """Takes its time, and leaves the number of its process in a folder."""
+def slow_predictor(model, seen: Path, actors: int) -> Predictor:
+    """Takes its time, and leaves the numbers of its node and process in a folder.
+
+    None begins before all have come, or one could do the work of all.
+    """
 
     class Slow:
         channels = 3
@@ -93,7 +96,11 @@ def slow_predictor(model, seen: Path) -> Predictor:
             self.prepare = prepare
 
         def __call__(self, image):
-            (seen / str(os.getpid())).touch()
+            node = ray.get_runtime_context().get_node_id()
+            (seen / f"{node}-{os.getpid()}").touch()
+            deadline = time.monotonic() + 120
+            while len(list(seen.iterdir())) < actors and time.monotonic() < deadline:
+                time.sleep(0.05)
             time.sleep(0.05)
             return self.prepare(image)
 
@@ -115,9 +122,9 @@ def test_rows_are_those_of_one_machine_to_the_last_bit(cluster, model, paths, lo
 
 
 def test_a_killed_worker_loses_and_repeats_nothing(cluster, model, paths, local, tmp_path):
-    outcomes = predict_files(slow_predictor(model, tmp_path), paths, actors=2, workers=1)
+    outcomes = predict_files(slow_predictor(model, tmp_path, 2), paths, actors=2, workers=1)
     first = next(outcomes)
-    pids = [int(p.name) for p in tmp_path.iterdir()]
+    pids = [int(p.name.split("-")[1]) for p in tmp_path.iterdir()]
     assert pids
     assert os.getpid() not in pids
     os.kill(pids[0], signal.SIGKILL)
@@ -130,8 +137,9 @@ def test_a_killed_worker_loses_and_repeats_nothing(cluster, model, paths, local,
 def test_a_dead_node_loses_and_repeats_nothing(cluster, model, paths, local, tmp_path):
     node = cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
     cluster.wait_for_nodes()
-    outcomes = predict_files(slow_predictor(model, tmp_path), paths, actors=3, workers=1)
+    outcomes = predict_files(slow_predictor(model, tmp_path, 3), paths, actors=3, workers=1)
     first = next(outcomes)
+    assert list(tmp_path.glob(f"{node.node_id}-*")), "the node that is to die has no work in hand"
     cluster.remove_node(node, allow_graceful=False)
     rows, failures = collect(outcomes)
     assert (first.rows + rows, first.failures + failures) == local

@@ -67,7 +67,7 @@ class Predictor:
 
     Args:
         model: any module (N, C, H, W) -> (N, num_classes), or a checkpoint's file name in any
-            published format. It is put into eval mode and onto the device.
+            published format. It is put, itself, into eval mode, onto the device and to the dtype.
         preprocessing: a `Preprocessing`, ``"native"`` for images as large as they are, or any
             callable from a PIL image to a float32 tensor (C, H, W) with an attribute ``channels``;
             default: that of the model's ``pretrained_cfg``, else the published recipe.

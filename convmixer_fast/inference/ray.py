@@ -17,6 +17,7 @@ import os
 import pickle
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from .predictor import Arrays, Outcome, Predictor
@@ -58,7 +59,7 @@ class _FileActor(PredictorActor):
         return {"outcome": [pickle.dumps(self._look(pickle.loads(t))) for t in batch["names"]]}
 
     def _look(self, names: list[str]) -> tuple[list[Row], list[Failure]]:
-        places = {os.path.join(self.folder, name): name for name in names}
+        places = {str(Path(self.folder, name)): name for name in names}
         rows: list[Row] = []
         failures: list[Failure] = []
         for outcome in self.predictor.predict_files(list(places), self.workers):
@@ -75,6 +76,7 @@ def predict_files(
     workers: int = 2,
     address: str | None = None,
     cpus_per_actor: float = 1,
+    gpus_per_actor: float | None = None,
 ) -> Iterator[Outcome]:
     """`Predictor.predict_files` on a cluster: the same rows and failures, in the same order.
 
@@ -87,6 +89,7 @@ def predict_files(
         address: of a running cluster; default: the one this process is connected to, else the
             one ``RAY_ADDRESS`` names, else one on this machine, stopped at the end.
         cpus_per_actor: cores an actor is given (and threads: Ray sets ``OMP_NUM_THREADS``).
+        gpus_per_actor: GPUs; default: 1 where the predictor is on one, else none.
 
     Raises:
         RuntimeError: an actor fails in another way than by dying.
@@ -102,19 +105,26 @@ def predict_files(
         options: dict[str, Any] = {"address": address} if address else {}
         ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
     try:
-        yield from _collect(_dataset(predictor, names, actors, workers, cpus_per_actor))
+        if gpus_per_actor is None:
+            gpus_per_actor = 1 if predictor.device.type == "cuda" else 0
+        resources = {"num_cpus": cpus_per_actor, "num_gpus": gpus_per_actor}
+        yield from _collect(_dataset(predictor, names, actors, workers, resources))
     finally:
         if started:
             ray.shutdown()
 
 
 def _dataset(
-    predictor: Predictor, names: list[str], actors: int | None, workers: int, cpus: float
+    predictor: Predictor,
+    names: list[str],
+    actors: int | None,
+    workers: int,
+    resources: dict[str, Any],
 ) -> Any:
-    gpus = 1 if predictor.device.type == "cuda" else 0
     if actors is None:
         there = ray.cluster_resources()
-        actors = int(there.get("GPU", 0) if gpus else there.get("CPU", 1) // cpus)
+        wanted = (("CPU", resources["num_cpus"]), ("GPU", resources["num_gpus"]))
+        actors = min(int(there.get(name, 0) // each) for name, each in wanted if each)
     # So many to a task that every actor gets several, and the last ones do not wait for one.
     most = BATCHES_PER_TASK * predictor.images_at_once
     size = min(most, -(-len(names) // (4 * max(1, actors))))
@@ -133,11 +143,14 @@ def _dataset(
             _FileActor,
             batch_size=1,
             fn_constructor_args=([ray.put(predictor)], os.getcwd(), workers),
+            # One is enough to go on with, where a machine is lost.
             compute=ray.data.ActorPoolStrategy(
-                min_size=1, max_size=max(1, actors), max_tasks_in_flight_per_actor=2
+                min_size=1,
+                initial_size=max(1, actors),
+                max_size=max(1, actors),
+                max_tasks_in_flight_per_actor=2,
             ),
-            num_cpus=cpus,
-            num_gpus=gpus,
+            **resources,
         )
     finally:
         ray.data.DataContext._set_current(before)
