@@ -40,6 +40,11 @@ MEMORY = 1.0
 #: At most: error against float64 as a multiple of eager PyTorch's.
 ERROR = 2.0
 
+#: Images a second of files to results, as a share of the model alone.
+OF_MODEL = 0.95
+#: At most: CPU milliseconds for an image, besides decoding and the model.
+PIPELINE_MS = 2.0
+
 #: What CONVMIXER_FAST_STRASSEN asks for. A default that is one of these is not told twice.
 UNSET = "variable not set"
 PRODUCTS = {
@@ -193,6 +198,37 @@ def summary(report: Report) -> list[Line]:
     return lines
 
 
+def inference_summary(report: Report) -> list[Line]:
+    """The same of files to results."""
+    rows = report["rows"]
+    lines = []
+    for row in select(rows, suite="pipeline"):
+        what = f"{row['model']} model, CPU ms an image besides decoding and the model"
+        lines.append(Line(what, row["overhead ms"], PIPELINE_MS, at_most=True))
+        what = f"{row['model']} model, files to results against the model alone"
+        detail = f"decoding alone {row['decode ms']:.1f} ms, the model {row['model ms']:.1f} ms"
+        # Where decoding takes longer than the model, it decides.
+        keeps_up = row["cores"] > 1 and row["decode ms"] <= row["model ms"] * (row["cores"] - 1)
+        measured = row["of the model alone"] if keeps_up else row["of the limit"]
+        detail += "" if keeps_up else "; of what decoding and the model allow together"
+        lines.append(Line(what, measured, OF_MODEL, detail=detail))
+    for row in select(rows, suite="kills"):
+        lost = float(row["missing"] + row["repeated"] + row["wrongly failed"])
+        what = (
+            f"images lost, doubled or wrongly failed after {row['kills']} kills, {row['results']}"
+        )
+        detail = f"of {row['images']}: {row['rows']} rows, {row['errors']} errors"
+        lines.append(Line(what, lost, 0.0, at_most=True, detail=detail))
+    actors = select(rows, suite="ray")
+    two, one = (
+        next((r["img/s"] for r in actors if r["system"].startswith(f"Ray, {n} ")), None)
+        for n in (2, 1)
+    )
+    if two is not None:
+        lines.append(Line("Ray, 2 actors against 1", _ratio(two, one), 1.0))
+    return lines
+
+
 @dataclass(frozen=True)
 class Table:
     """What is shown of one suite."""
@@ -273,6 +309,31 @@ _SUITES: dict[str, tuple[str, str, tuple[str, ...]]] = {
             "within rule, note"
         ),
     ),
+    "pipeline": (
+        "Files to results",
+        "The model on one thread, decoders on the other cores. `of the limit`: against the model "
+        "and decoding side by side on these cores; `waiting`: share of the time in which the model "
+        "waits for images; `overhead ms`: CPU time of the whole less that of decoding alone and of "
+        "the model alone, an image.",
+        _columns(
+            "model, shape, images, cores, model ms, decode ms, whole ms, img/s, "
+            "of the model alone, of the limit, waiting, CPU ms, overhead ms"
+        ),
+    ),
+    "kills": (
+        "Every image once",
+        "`convmixer-fast predict --resume`, ended by kill -9 at random moments and started again.",
+        _columns(
+            "results, images, broken, kills, rows, errors, missing, repeated, wrongly failed, "
+            "left over, seconds"
+        ),
+    ),
+    "ray": (
+        "Ray",
+        "An actor has one core, on which it decodes and computes. `start s`: until the first "
+        "images come out; img/s is counted from there.",
+        _columns("system, model, images, img/s, start s, img/s with start"),
+    ),
     "overheads": (
         "Overheads",
         "",
@@ -310,6 +371,11 @@ def tables(report: Report, unmeasured: bool = True) -> list[Table]:
         if rows:
             shown = tuple(c for c in columns if any(c in row for row in rows))
             found.append(Table(title, about, shown, rows, suite))
+    inference = {row["suite"] for row in report["rows"]} & {"pipeline", "kills", "ray"}
+    if inference:
+        lines = [line.row() for line in inference_summary(report)]
+        first = Table("What it shows", "", ("what", "bar", "measured", "met", "detail"), lines)
+        return [first, *found]
     lines = [line.row() for line in summary(report) if unmeasured or line.measured is not None]
     about = (
         f"float32, batch {BATCH} and {THREADS} threads unless a line says otherwise. Of peak: all "

@@ -1,6 +1,8 @@
 """ConvMixer as fast as the hardware allows, in place of anybody's ConvMixer."""
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
 from .arch import ACTIVATIONS, VARIANTS, Arch
 from .blocks import DepthwiseMix, MixerBlock, MixerStack, PointwiseMix, refresh
@@ -10,6 +12,19 @@ from .model import ConvMixer, create_model, list_models
 from .ops import BackendError, available_backends, use_backend
 from .optimize import optimization_report, optimize, restore, to_reference
 from .tune import tune
+
+if TYPE_CHECKING:
+    from .inference import Predictor
+
+# They need Pillow, which a model alone does not: imported when first asked for.
+_LATER = {"Predictor": "inference"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_LATER[name]}", __name__), name)
+
 
 try:
     __version__ = version("convmixer_fast")
@@ -27,6 +42,7 @@ __all__ = [
     "MixerBlock",
     "MixerStack",
     "PointwiseMix",
+    "Predictor",
     "__version__",
     "available_backends",
     "create_model",

@@ -112,6 +112,11 @@ class Arch:
                 raise ValueError(f"{name} {bound}, got {value}")
 
     @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """dim, depth, kernel_size, patch_size: what the blocks' weights show."""
+        return self.dim, self.depth, self.kernel_size, self.patch_size
+
+    @property
     def padding(self) -> tuple[int, int]:
         """Zeros before and after each axis that keep its length ("same"): (k-1)//2 and k//2."""
         return (self.kernel_size - 1) // 2, self.kernel_size // 2

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from .cli_benchmark import add_benchmark, benchmark
 from .cli_common import ACTIVATIONS, FORMATS, PROG, note, positive, printable
+from .cli_evaluate import add_evaluate, evaluate
 from .cli_predict import add_predict, predict
 
 if TYPE_CHECKING:
@@ -229,6 +230,7 @@ def build_parser() -> argparse.ArgumentParser:
     output_format(info)
 
     add_predict(command("predict", predict, "classify images"))
+    add_evaluate(command("evaluate", evaluate, "measure accuracy on a folder of classes"))
     text = "time one model, with timm's flags and result keys"
     add_benchmark(command("benchmark", benchmark, text))
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from .inference import Preprocessing
+    from .inference import NativeSize, Predictor, Preprocessing
     from .model import ConvMixer
 
 PROG = "convmixer-fast"
@@ -51,12 +51,22 @@ def add_model_arguments(sub: argparse.ArgumentParser) -> None:
     images.add_argument("--mean", type=float, nargs="+", metavar="X", help="of pixels in 0..1")
     images.add_argument("--std", type=float, nargs="+", metavar="X")
     images.add_argument("--interpolation", choices=INTERPOLATIONS)
+    images.add_argument(
+        "--native-size", action="store_true", help="no resize and no crop: images as they are"
+    )
 
 
 def add_running_arguments(sub: argparse.ArgumentParser) -> None:
     """How it is computed."""
     run = sub.add_argument_group("running")
-    run.add_argument("-b", "--batch-size", type=int, default=32, metavar="N", help="default: 32")
+    run.add_argument(
+        "-b",
+        "--batch-size",
+        type=_batch_size,
+        default="auto",
+        metavar="N",
+        help="images at once; default: auto, 32 on a CPU, halved where memory is short",
+    )
     run.add_argument(
         "-j", "--workers", type=int, default=2, metavar="N", help="decoders (default: 2)"
     )
@@ -82,7 +92,7 @@ def load_model(args: argparse.Namespace) -> ConvMixer:
     variant = find_variant(args.model) if args.model else None
     if args.checkpoint:
         held = read_checkpoint(args.checkpoint)
-        if variant and _shape(held.arch) != _shape(variant.arch):
+        if variant and held.arch.shape != variant.arch.shape:
             raise ValueError(
                 f"{args.checkpoint} holds {held.arch}, not {variant.name}: leave --model out to "
                 "take the architecture from the file"
@@ -111,7 +121,7 @@ def load_model(args: argparse.Namespace) -> ConvMixer:
         raise ValueError(
             "predictions of random weights mean nothing: pass --checkpoint FILE or --pretrained"
         )
-    if model.num_classes == 0:
+    if model.num_classes == 0 and getattr(args, "output_type", "") != "embedding":
         raise ValueError(f"{args.checkpoint} has no classifier: there is nothing to predict")
     if args.num_classes not in (None, model.num_classes):
         raise ValueError(
@@ -120,20 +130,13 @@ def load_model(args: argparse.Namespace) -> ConvMixer:
     return model.eval()
 
 
-def _shape(arch: Any) -> tuple[int, ...]:
-    return arch.dim, arch.depth, arch.kernel_size, arch.patch_size
-
-
-def preprocessing_of(args: argparse.Namespace, model: ConvMixer) -> Preprocessing:
+def preprocessing_of(args: argparse.Namespace, model: ConvMixer) -> Preprocessing | NativeSize:
     """What the model was trained on (else the published recipe), with the flags on top."""
-    from .arch import VARIANTS
-    from .inference import Preprocessing
+    from .inference import preprocessing_for
 
-    known = (v for v in VARIANTS.values() if _shape(v.arch) == _shape(model.arch))
-    cfg = model.pretrained_cfg or next(known, VARIANTS[DEFAULT_MODEL]).pretrained_cfg
-    found = Preprocessing.from_cfg(
-        cfg,
-        in_chans=model.in_chans,
+    return preprocessing_for(
+        model,
+        native=args.native_size,
         img_size=args.img_size,
         input_size=args.input_size,
         crop_pct=args.crop_pct,
@@ -141,18 +144,6 @@ def preprocessing_of(args: argparse.Namespace, model: ConvMixer) -> Preprocessin
         mean=args.mean,
         std=args.std,
     )
-    channels, height, width = found.input_size
-    if channels != model.in_chans:
-        raise ValueError(
-            f"--input-size asks for {channels} channels, the model takes {model.in_chans}"
-        )
-    patch = model.arch.patch_size
-    if min(height, width) < patch:
-        raise ValueError(
-            f"images of {height}x{width} px are smaller than one patch of {patch}x{patch}: "
-            "raise --img-size"
-        )
-    return found
 
 
 def device_of(name: str | None) -> torch.device:
@@ -167,6 +158,58 @@ def device_of(name: str | None) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: torch sees no CUDA device")
     return device
+
+
+def make_predictor(args: argparse.Namespace, model: ConvMixer, **options: Any) -> Predictor:
+    """The `Predictor` that the flags of `add_model_arguments` and `add_running_arguments` ask for.
+
+    ``options`` are its others.
+    """
+    from .inference import Predictor
+
+    device = device_of(args.device)
+    amp = args.amp_dtype or ("float16" if device.type == "cuda" else "bfloat16")
+    return Predictor(
+        model,
+        preprocessing=preprocessing_of(args, model),
+        # Unnamed, it is chosen again wherever a copy of the Predictor comes to run.
+        device=device if args.device else None,
+        amp_dtype=amp if args.amp or args.amp_dtype else None,
+        channels_last=args.channels_last,
+        batch_size=args.batch_size,
+        backend=args.backend,
+        **options,
+    )
+
+
+def describe_predictor(predictor: Predictor) -> str:
+    """The model, the device, and how images are prepared, in one line."""
+    model: Any = predictor.model
+    prepare: Any = predictor.preprocessing
+    images = "as large as they are"
+    if hasattr(prepare, "input_size"):
+        size = "x".join(map(str, prepare.input_size))
+        images = f"as {size}, crop {prepare.crop_pct:g}, {prepare.interpolation}"
+    return f"{model.arch} on {predictor.device}; images {images}"
+
+
+def check_running(args: argparse.Namespace) -> None:
+    """Refuse what no run can be made with.
+
+    Raises:
+        ValueError: with the flag's name.
+    """
+    if args.workers < 0:
+        raise ValueError(f"--workers must not be negative, got {args.workers}")
+    if args.batch_size != "auto" and args.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
+
+
+def _batch_size(text: str) -> int | str:
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number or auto, got {text!r}") from None
 
 
 def positive(text: str) -> int:

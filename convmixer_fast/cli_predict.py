@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 import time
 import warnings
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cli_common import (
     add_model_arguments,
     add_running_arguments,
-    device_of,
+    check_running,
+    describe_predictor,
     load_model,
+    make_predictor,
     note,
-    preprocessing_of,
+    positive,
     printable,
 )
 
 if TYPE_CHECKING:
-    from .inference import Prediction
+    from .inference import Outcome, Prediction, Predictor, ResultFile
+    from .inference.results import Row
+
+# As in `inference.files.FORMATS` and `inference.results.OUTPUT_TYPES`, which the tests compare:
+# help and errors of usage need no import of torch.
+RESULT_FORMATS = ("csv", "json", "jsonl", "parquet")
+OUTPUT_TYPES = ("prob", "logit", "embedding")
 
 
 def add_predict(sub: argparse.ArgumentParser) -> None:
@@ -29,34 +40,267 @@ def add_predict(sub: argparse.ArgumentParser) -> None:
         "2 when none was, or with --on-error stop at the first that cannot be read."
     )
     sub.add_argument(
-        "paths", nargs="*", metavar="PATH", help="images, and folders of .png, .jpg, .jpeg"
+        "paths",
+        nargs="*",
+        metavar="PATH",
+        help="images, folders of .png, .jpg, .jpeg, and patterns such as 'photos/**/*.webp'",
     )
-    sub.add_argument("--data-dir", metavar="DIR", help="another folder of images")
-
+    sub.add_argument(
+        "--data-dir", metavar="DIR", help="another folder of images; with --image-list, its root"
+    )
+    sub.add_argument(
+        "--image-list",
+        metavar="FILE",
+        help="images named in a table (CSV, Parquet) or a text file, one a line",
+    )
+    sub.add_argument(
+        "--image-column", metavar="NAME", help="of the table (default: filename, path...)"
+    )
     add_model_arguments(sub)
     output = sub.add_argument_group("results")
     output.add_argument(
         "--topk", type=int, default=5, metavar="N", help="classes shown (default: 5)"
     )
+    add_label_argument(output)
+    output.add_argument("--output-type", choices=OUTPUT_TYPES, default="prob")
     output.add_argument(
+        "--results-file",
+        metavar="FILE",
+        help="filename, index, label, prob (index_0, index_1, ... when --topk > 1); written in "
+        "parts while it is computed, and whole at the end",
+    )
+    output.add_argument(
+        "--results-dir",
+        metavar="DIR",
+        help="folder of --results-file (default name: predictions.FORMAT)",
+    )
+    output.add_argument(
+        "--results-format",
+        choices=RESULT_FORMATS,
+        help="default: by the file's suffix, else csv; parquet needs pyarrow",
+    )
+    output.add_argument(
+        "--errors-file",
+        metavar="FILE",
+        help="CSV of the images that cannot be read: filename, error (default: beside the "
+        "results, NAME.errors.csv)",
+    )
+    output.add_argument(
+        "--resume", action="store_true", help="go on with what an earlier run has written"
+    )
+    output.add_argument("--overwrite", action="store_true", help="replace what is there")
+    output.add_argument(
+        "--part-seconds",
+        type=float,
+        default=5.0,
+        metavar="S",
+        help="what a kill can cost, at most, or a hundredth of the run (default: 5)",
+    )
+    for flag in ("--include-index", "--fullname"):
+        output.add_argument(flag, action="store_true", help="always so; for timm's command lines")
+    output.add_argument("--no-console-results", action="store_true", help="print no table")
+    output.add_argument(
+        "--on-error", choices=("skip", "stop"), default="skip", help="for a bad image"
+    )
+    add_running_arguments(sub)
+    ray = sub.add_argument_group("past one machine (pip install 'convmixer_fast[ray]')")
+    ray.add_argument("--engine", choices=("local", "ray"), default="local")
+    ray.add_argument(
+        "--ray-address", metavar="ADDRESS", help="of a running cluster (default: one of its own)"
+    )
+    ray.add_argument(
+        "--actors", type=positive, metavar="N", help="copies of the model (default: as many as fit)"
+    )
+    ray.add_argument(
+        "--gpus-per-actor", type=float, metavar="X", help="default: 1 where this machine has one"
+    )
+
+
+def add_label_argument(group: Any) -> None:
+    group.add_argument(
         "--class-map",
         "--label-file",
         metavar="FILE",
         help="class names: text, one a line, or JSON (default: ImageNet's for 1000 classes, "
         "where timm or torchvision is installed)",
     )
-    output.add_argument("--output-type", choices=("prob", "logit"), default="prob")
-    output.add_argument(
-        "--results-file",
-        metavar="FILE",
-        help="CSV: filename, index, label, prob (index_0, index_1, ... when --topk > 1)",
-    )
-    output.add_argument("--no-console-results", action="store_true", help="print no table")
-    output.add_argument(
-        "--on-error", choices=("skip", "stop"), default="skip", help="for a bad image"
+
+
+def predict(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from .inference import ImageError, class_labels
+
+    if args.topk < 1:
+        raise ValueError(f"--topk must be at least 1, got {args.topk}")
+    if args.resume and args.overwrite:
+        raise ValueError("--resume goes on with what --overwrite would replace: pass one of them")
+    check_running(args)
+    target = _results_path(args)
+    if args.resume and target is None:
+        raise ValueError("--resume needs the --results-file of the run to go on with")
+    if args.output_type == "embedding" and target is None:
+        raise ValueError("embeddings are not for the screen: pass --results-file")
+    paths = _images(args)
+    model = load_model(args)
+    labels = class_labels(model.num_classes, args.class_map) if model.num_classes else None
+    options = {"topk": args.topk, "output_type": args.output_type, "labels": labels}
+    predictor = make_predictor(args, model, **options)
+    note(describe_predictor(predictor))
+
+    console = not (args.no_console_results or args.output_type == "embedding")
+    seen = skipped = 0
+    waited = 0.0
+    with ExitStack() as stack:
+        # Pillow's remarks about odd files (a palette with transparency) are no failure.
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
+        results = stack.enter_context(_results(args, target, predictor)) if target else None
+        todo = [path for path in paths if not (results and results.is_done(str(path)))]
+        before = len(paths) - len(todo)
+        # Where results scroll by on the same screen, they are the progress.
+        quiet = not sys.stderr.isatty() or (console and sys.stdout.isatty())
+        bar = stack.enter_context(tqdm(total=len(paths), initial=before, unit="img", disable=quiet))
+        start = time.perf_counter()
+        try:
+            for outcome in _outcomes(args, predictor, todo):
+                waited += outcome.waited
+                stop = args.on_error == "stop" and outcome.failures
+                if results:
+                    results.write(outcome.rows, () if stop else outcome.failures)
+                if stop:
+                    raise ImageError.about(*outcome.failures[0])
+                for failure in outcome.failures:
+                    bar.clear()
+                    note(f"skipped {failure.filename}: {failure.error}")
+                if console and not _show(outcome.rows, args.output_type):
+                    if not results:
+                        raise BrokenPipeError
+                    console = False  # the reader has seen enough; the file has not
+                seen += len(outcome.rows)
+                skipped += len(outcome.failures)
+                bar.update(len(outcome.rows) + len(outcome.failures))
+            if results:
+                results.flush()
+        except BaseException:
+            if results and results.parts and (results.kept or seen):
+                bar.clear()
+                note(f"what was done is kept in {results.parts}: --resume goes on with it")
+            raise
+        seconds = time.perf_counter() - start
+        kept = results.kept if results else seen
+    if not kept:
+        why = f": see {results.errors_file}" if results and results.errors_file else ""
+        raise ValueError(f"no image could be read, of {len(paths)}{why}")
+    note(_summary(args, predictor, seen, skipped, before, seconds, waited))
+    if results:
+        bad = f"; {results.errors_file} names what could not be read" if results.failed else ""
+        note(f"wrote {results.path} ({_count(results.kept)}){bad}")
+    return 0
+
+
+def _count(images: int) -> str:
+    return "1 image" if images == 1 else f"{images} images"
+
+
+def _summary(
+    args: argparse.Namespace,
+    predictor: Predictor,
+    seen: int,
+    skipped: int,
+    before: int,
+    seconds: float,
+    waited: float,
+) -> str:
+    figures = [f"{(seen + skipped) / max(seconds, 1e-9):.1f} img/s"]
+    if args.engine == "local":
+        figures.append(f"{waited / max(seconds, 1e-9):.0%} of the time waiting for images")
+    if predictor.kernels:
+        figures.append(f"{' and '.join(sorted(predictor.kernels))} kernels")
+    line = _count(seen) + (f", {skipped} skipped" if skipped else "")
+    line += f" in {seconds:.1f} s ({', '.join(figures)})"
+    return line + (f"; {before} were there already" if before else "")
+
+
+def _results_path(args: argparse.Namespace) -> Path | None:
+    name = args.results_file
+    if name is None:
+        if args.results_dir is None:
+            return None
+        name = f"predictions.{args.results_format or 'csv'}"
+    return Path(args.results_dir or "", name)
+
+
+def _images(args: argparse.Namespace) -> list[Path]:
+    from .inference import find_images, read_image_list
+
+    inputs = list(args.paths)
+    listed: list[Path] = []
+    if args.image_list:
+        listed = read_image_list(args.image_list, args.image_column, args.data_dir or "")
+    elif args.data_dir:
+        inputs.append(args.data_dir)
+    if not inputs and not listed:
+        raise ValueError("no images: name files, folders or an --image-list")
+    return list(dict.fromkeys([*find_images(inputs), *listed]))
+
+
+def _results(args: argparse.Namespace, target: Path, predictor: Predictor) -> ResultFile:
+    from .inference import ResultFile
+
+    return ResultFile(
+        target,
+        predictor.columns,
+        format=args.results_format,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        settings={
+            "model": _digest(predictor),
+            "preprocessing": repr(predictor.preprocessing),
+            "amp": str(args.amp_dtype or args.amp),
+        },
+        errors_file=args.errors_file,
+        part_seconds=args.part_seconds,
     )
 
-    add_running_arguments(sub)
+
+def _digest(predictor: Predictor) -> str:
+    """What tells one model, with its class names, from another."""
+    import torch
+
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in predictor.model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    digest.update(repr((predictor.model.arch, predictor.labels)).encode())
+    return digest.hexdigest()
+
+
+def _outcomes(
+    args: argparse.Namespace, predictor: Predictor, paths: list[Path]
+) -> Iterator[Outcome]:
+    if args.engine == "local":
+        return predictor.predict_files(paths, args.workers)
+    from .inference.ray import predict_files
+
+    return predict_files(
+        predictor,
+        paths,
+        actors=args.actors,
+        workers=args.workers,
+        address=args.ray_address,
+        gpus_per_actor=args.gpus_per_actor,
+    )
+
+
+def _show(rows: list[Row], output_type: str) -> bool:
+    """Print rows; False when nobody reads them any more."""
+    try:
+        for row in rows:
+            print(_table(row, output_type), flush=True)  # type: ignore[arg-type]
+    except BrokenPipeError:
+        return False
+    return True
 
 
 def _table(row: Prediction, output_type: str) -> str:
@@ -68,92 +312,3 @@ def _table(row: Prediction, output_type: str) -> str:
         name = "" if label == str(index) else f"  {label}"
         lines.append(f"  {shown}  {index:>{width}}{name}")
     return "\n".join(lines)
-
-
-def predict(args: argparse.Namespace) -> int:
-    import torch
-    from tqdm import tqdm
-
-    from .inference import ResultFile, class_labels, find_images, image_batches, top_predictions
-    from .ops import use_backend
-    from .ops.backends import recording
-
-    if args.topk < 1:
-        raise ValueError(f"--topk must be at least 1, got {args.topk}")
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
-    if args.workers < 0:
-        raise ValueError(f"--workers must not be negative, got {args.workers}")
-    inputs = [*args.paths, *([args.data_dir] if args.data_dir else [])]
-    if not inputs:
-        raise ValueError("no images: name files or folders")
-    paths = find_images(inputs)
-    device = device_of(args.device)
-    model = load_model(args)
-    preprocessing = preprocessing_of(args, model)
-    labels = class_labels(model.num_classes, args.class_map)
-    topk = min(args.topk, model.num_classes)
-    layout = torch.channels_last if args.channels_last else torch.contiguous_format
-    model = model.to(device).to(memory_format=layout)
-    size = "x".join(map(str, preprocessing.input_size))
-    note(
-        f"{model.arch} on {device}; images as {size}, crop {preprocessing.crop_pct:g}, "
-        f"{preprocessing.interpolation}"
-    )
-
-    amp: Any = nullcontext()
-    if args.amp or args.amp_dtype:
-        default = "float16" if device.type == "cuda" else "bfloat16"
-        amp = torch.autocast(device.type, dtype=getattr(torch, args.amp_dtype or default))
-    console = not args.no_console_results
-    done = failed = 0
-    kernels: set[str] = set()
-    start = time.perf_counter()
-    with ExitStack() as stack:
-        # Pillow's remarks about odd files (a palette with transparency) are no failure.
-        stack.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
-        results = None
-        if args.results_file:
-            results = stack.enter_context(ResultFile(args.results_file, topk, args.output_type))
-        stack.enter_context(use_backend(args.backend))
-        stack.enter_context(torch.inference_mode())
-        # Where results scroll by on the same screen, they are the progress.
-        quiet = not sys.stderr.isatty() or (console and sys.stdout.isatty())
-        bar = stack.enter_context(tqdm(total=len(paths), unit="img", disable=quiet))
-        for batch in image_batches(paths, preprocessing, args.batch_size, args.workers):
-            for error in batch.failures:
-                if args.on_error == "stop":
-                    raise error
-                failed += 1
-                bar.clear()
-                note(f"skipped {error}")
-            if batch.images is not None:
-                images = batch.images.to(device=device, memory_format=layout)
-                with amp, recording() as calls:
-                    logits = model(images)
-                kernels.update(call.choice.backend for call in calls)
-                names = [str(path) for path in batch.paths]
-                for row in top_predictions(names, logits, labels, topk, args.output_type):
-                    if results:
-                        results.write(row)
-                    if console:
-                        try:
-                            print(_table(row, args.output_type), flush=True)
-                        except BrokenPipeError:
-                            if not results:
-                                raise
-                            console = False  # the reader has seen enough; the file has not
-                done += len(names)
-            bar.update(len(batch.paths) + len(batch.failures))
-        if not done:
-            raise ValueError(f"no image could be read, of {len(paths)}")
-    seconds = time.perf_counter() - start
-    skipped = f", {failed} skipped" if failed else ""
-    written = f"; wrote {args.results_file}" if args.results_file else ""
-    used = " and ".join(sorted(kernels))
-    count = "1 image" if done == 1 else f"{done} images"
-    note(
-        f"{count}{skipped} in {seconds:.1f} s ({done / seconds:.1f} img/s, {used} kernels){written}"
-    )
-    return 0

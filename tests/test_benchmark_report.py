@@ -417,3 +417,40 @@ def test_published_rows_are_the_newest_of_each_setting_and_name_their_file():
 
 def _run_of(row: dict[str, Any]) -> dict[str, Any]:
     return {key: row[key] for key in ("torch", "batch_size", "samples_per_sec", "file")}
+
+
+# Files to results
+
+
+def pipeline_row(**changed: Any) -> dict[str, Any]:
+    row = {"suite": "pipeline", "group": "m", "model": "m", "cores": 2, "model ms": 10.0}
+    row |= {"decode ms": 6.0, "overhead ms": 1.5, "of the model alone": 0.96, "of the limit": 0.97}
+    return row | changed
+
+
+@pytest.mark.parametrize(
+    ("changed", "measured", "met"),
+    [
+        ({}, [1.5, 0.96], ["yes", "yes"]),
+        ({"overhead ms": 2.5, "of the model alone": 0.9}, [2.5, 0.9], ["no", "no"]),
+        # Decoding is the longer half: the model alone is no measure then.
+        ({"decode ms": 11.0, "of the model alone": 0.7}, [1.5, 0.97], ["yes", "yes"]),
+        ({"cores": 1, "of the limit": 0.9}, [1.5, 0.9], ["yes", "no"]),
+    ],
+)
+def test_files_to_results_are_held_against_what_can_be_reached(changed, measured, met):
+    lines = report.inference_summary(made_of([pipeline_row(**changed)]))
+    assert [x.measured for x in lines] == measured
+    assert [x.met for x in lines] == met
+
+
+@pytest.mark.parametrize("wrong", ["missing", "repeated", "wrongly failed"])
+def test_one_image_that_is_not_there_once_misses_the_bar(wrong):
+    row = {"suite": "kills", "group": "csv", "results": "csv", "kills": 5, "images": 9, "rows": 8}
+    row |= {"errors": 1, "missing": 0, "repeated": 0, "wrongly failed": 0}
+    good, bad = (report.inference_summary(made_of([r])) for r in (row, {**row, wrong: 1}))
+    assert [x.met for x in good] == ["yes"]
+    assert [x.met for x in bad] == ["no"]
+    text = report.markdown(made_of([row, pipeline_row()]))
+    assert "Every image once" in text
+    assert "of peak" not in text, "promises of other suites are told"

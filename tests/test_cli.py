@@ -17,18 +17,21 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from convmixer_fast import ConvMixer, cli, cli_common, save_checkpoint
+from convmixer_fast import ConvMixer, cli, cli_common, cli_predict, save_checkpoint
 from convmixer_fast.arch import ACTIVATIONS, VARIANTS
 from convmixer_fast.checkpoint import FORMATS
 from convmixer_fast.demo import plain_twin
 from convmixer_fast.inference import (
     INTERPOLATIONS,
+    NativeSize,
     Preprocessing,
     class_labels,
+    files,
     read_labels,
     top_predictions,
 )
 from convmixer_fast.inference.batches import image_batches
+from convmixer_fast.inference.results import OUTPUT_TYPES
 from convmixer_fast.ops.backends import BACKENDS
 from convmixer_fast.testing import trained_like_
 
@@ -301,21 +304,38 @@ def test_bad_images_are_skipped_by_name_and_counted(capsys, tmp_path, checkpoint
     assert "text.jpg" not in results.read_text()
 
 
-def test_on_error_stop_leaves_no_file_and_keeps_an_old_one(capsys, tmp_path, checkpoint, images):
+def test_on_error_stop_keeps_what_was_done_for_a_later_run(capsys, tmp_path, checkpoint, images):
     (images / "zz.jpg").write_text("not a picture")
     results = tmp_path / "out" / "r.csv"
     results.parent.mkdir()
     arguments = ("predict", images, "--checkpoint", checkpoint, "--img-size", 32, "-b", 2,
                  "--on-error", "stop", "--results-file", results)  # fmt: skip
     assert "zz.jpg: not an image" in refused(capsys, *arguments)
-    assert list(results.parent.iterdir()) == []
-    results.write_text("earlier results\n")
-    refused(capsys, *arguments)
+    assert [p.name for p in results.parent.iterdir()] == ["r.csv.parts"]
+    assert "holds an unfinished run: --resume" in refused(capsys, *arguments)
+    (images / "zz.jpg").unlink()
+    code, _, err = run(capsys, *arguments, "--resume")
+    assert code == 0
+    assert "1 image in" in err or "were there already" in err
+    assert len(results.read_text().splitlines()) == 1 + 5
     assert list(results.parent.iterdir()) == [results]
+
+
+def test_an_old_result_stays_until_a_new_one_is_whole(capsys, tmp_path, checkpoint, images):
+    results = tmp_path / "r.csv"
+    results.write_text("earlier results\n")
+    arguments = ("predict", images, "--checkpoint", checkpoint, "--img-size", 32, "--on-error",
+                 "stop", "--results-file", results)  # fmt: skip
+    assert "r.csv exists: --resume" in refused(capsys, *arguments)
+    (images / "a0.jpg").write_text("not a picture")
+    refused(capsys, *arguments, "--overwrite")
     assert results.read_text() == "earlier results\n"
+    (images / "a0.jpg").unlink()
+    assert run(capsys, *arguments, "--overwrite")[0] == 0
+    assert len(results.read_text().splitlines()) == 1 + 5
 
 
-def test_no_readable_image_is_an_error_and_leaves_no_file(capsys, tmp_path, checkpoint):
+def test_no_readable_image_is_an_error_and_leaves_no_result(capsys, tmp_path, checkpoint):
     folder = tmp_path / "bad"
     folder.mkdir()
     (folder / "text.jpg").write_text("not a picture")
@@ -325,15 +345,16 @@ def test_no_readable_image_is_an_error_and_leaves_no_file(capsys, tmp_path, chec
         "--results-file", results,
     )  # fmt: skip
     assert "no image could be read, of 1" in error
+    assert str(folder / "r.errors.csv") in error
     assert not results.exists()
-    assert len(list(folder.iterdir())) == 1
+    assert sorted(p.name for p in folder.iterdir()) == ["r.errors.csv", "text.jpg"]
 
 
 def test_results_go_through_links_and_into_devices(capsys, tmp_path, checkpoint, images):
     real, link = tmp_path / "real.csv", tmp_path / "link.csv"
     real.write_text("old")
     link.symlink_to(real)
-    assert predict(capsys, images, checkpoint, "--results-file", link)[0] == 0
+    assert predict(capsys, images, checkpoint, "--results-file", link, "--overwrite")[0] == 0
     assert link.is_symlink()
     assert real.read_text().startswith("filename,")
     assert predict(capsys, images, checkpoint, "--results-file", os.devnull)[0] == 0
@@ -359,6 +380,104 @@ def test_odd_file_names_stay_on_one_line_and_survive_the_csv(capsys, tmp_path, c
     assert len(out.splitlines()) == 1 + CLASSES
     with open(results, newline="", encoding="utf-8") as file:
         assert next(csv.DictReader(file))["filename"] == str(odd)
+
+
+def results_of(path: Path) -> list[str]:
+    with open(path, newline="") as file:
+        return [Path(row["filename"]).name for row in csv.DictReader(file)]
+
+
+def test_patterns_and_lists_name_images(capsys, tmp_path, checkpoint, images, monkeypatch):
+    monkeypatch.chdir(images)
+    (images / "notes.txt").write_text("x")
+    listed = tmp_path / "list.csv"
+    listed.write_text("id,picture\n1,b/y.jpeg\n2,a1.png\n3,b/y.jpeg\n4,gone.png\n")
+    lines = tmp_path / "list.txt"
+    lines.write_text("a2.jpg\n\nb/x.png\n")
+    column = ("--image-column", "picture")
+    for arguments, names in [
+        (("a*",), ["a1.png", "a2.jpg", "a10.png"]),
+        (("**/*.jp*g",), ["a2.jpg", "y.jpeg"]),
+        (("*",), ["a1.png", "a2.jpg", "a10.png", "x.png", "y.jpeg"]),
+        (("b/?.png", "a1.png"), ["x.png", "a1.png"]),
+        (("--image-list", listed, *column), ["y.jpeg", "a1.png"]),
+        (("--image-list", lines, "a2.jpg", "a1.png"), ["a2.jpg", "a1.png", "x.png"]),
+    ]:
+        results = tmp_path / "r.csv"
+        code, _, err = run(
+            capsys, "predict", *arguments, "--checkpoint", checkpoint, "--img-size", 32,
+            "--results-file", results, "--overwrite",
+        )  # fmt: skip
+        assert code == 0, err
+        assert results_of(results) == names
+    monkeypatch.chdir(tmp_path)
+    arguments = ("predict", "--image-list", listed, "--checkpoint", checkpoint, "--img-size", 32)
+    assert "which column names the images? It has id, picture" in refused(capsys, *arguments)
+    assert "no column 'x'" in refused(capsys, *arguments, "--image-column", "x")
+    rooted = ("--data-dir", images, "--results-file", results, "--overwrite")
+    assert run(capsys, *arguments, *column, *rooted)[0] == 0
+    assert results_of(results) == ["y.jpeg", "a1.png"]
+    assert (tmp_path / "r.errors.csv").read_text().splitlines() == [
+        "filename,error",
+        f"{images / 'gone.png'},No such file or directory",
+    ]
+
+
+def test_parquet_lists_and_results(capsys, tmp_path, checkpoint, images):
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    import pyarrow
+    import pyarrow.parquet
+
+    names = [str(images / name) for name in ("b/x.png", "a2.jpg")]
+    listed = tmp_path / "list.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"n": [1, 2], "path": names}), listed)
+    common = ("predict", "--image-list", listed, "--checkpoint", checkpoint, "--img-size", 32,
+              "--results-dir", tmp_path / "out", "--results-format", "parquet")  # fmt: skip
+    assert "No such file" in refused(capsys, *common)
+    (tmp_path / "out").mkdir()
+    assert run(capsys, *common)[0] == 0
+    table = pyarrow.parquet.read_table(tmp_path / "out" / "predictions.parquet")
+    assert table["filename"].to_pylist() == names
+    assert str(table.schema.field("prob_0").type) == "float"
+    listed.write_text("not parquet")
+    assert "list.parquet: not a Parquet file" in refused(capsys, *common)
+
+
+def test_embeddings_and_native_sizes(capsys, tmp_path, model, checkpoint, images):
+    results = tmp_path / "r.jsonl"
+    code, out, err = run(
+        capsys, "predict", images, "--checkpoint", checkpoint, "--native-size", "--output-type",
+        "embedding", "--results-file", results,
+    )  # fmt: skip
+    assert (code, out) == (0, "")
+    assert "images as large as they are" in err
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    prepare = NativeSize(mean=VARIANTS["convmixer_768_32"].pretrained_cfg["mean"])
+    assert len(rows) == 5
+    for row in rows:
+        with Image.open(row["filename"]) as image, torch.inference_mode():
+            features = model.forward_features(prepare(image)[None]).mean((2, 3))[0]
+        assert row["embedding"] == pytest.approx(features.tolist(), abs=1e-5)
+
+
+def test_the_last_line_tells_images_failures_rate_and_waiting(capsys, tmp_path, checkpoint, images):
+    (images / "text.jpg").write_text("not a picture")
+    results = tmp_path / "r.csv"
+    _, _, err = predict(capsys, images, checkpoint, "--results-file", results)
+    summary, written = err.splitlines()[-2:]
+    assert re.search(
+        r"5 images, 1 skipped in [\d.]+ s \([\d.]+ img/s, \d+% of the time waiting for images, "
+        r"\w+ kernels\)",
+        summary,
+    ), summary
+    assert written.endswith(f"wrote {results} (5 images); {tmp_path / 'r.errors.csv'} names what "
+                            "could not be read")  # fmt: skip
+    before = results.read_bytes()
+    code, _, err = predict(capsys, images, checkpoint, "--results-file", results, "--resume")
+    assert code == 0
+    assert "0 images in" in err
+    assert "6 were there already" in err
+    assert results.read_bytes() == before
 
 
 class _Bomb:
@@ -399,6 +518,10 @@ def test_bad_input_is_refused_in_one_line(capsys, tmp_path, monkeypatch, checkpo
         ((images, *good, "--label-file", tmp_path / "none.txt"), "none.txt: No such file"),
         ((images, *good, "--label-file", images / "a1.png"), "a1.png: a label file is"),
         ((images, *good, "--topk", 0), "--topk must be at least 1"),
+        ((images / "*.bmp", *good), "no image matches"),
+        ((images, *good, "--resume"), "--resume needs the --results-file"),
+        ((images, *good, "--output-type", "embedding"), "embeddings are not for the screen"),
+        ((images, *good, "--image-list", tmp_path / "few.txt.csv"), "No such file"),
         ((images, *good, "-b", 0), "--batch-size must be at least 1"),
         ((images, *good, "-j", -1), "--workers must not be negative"),
         ((images, *good, "--crop-pct", 0), "crop_pct"),
@@ -496,6 +619,8 @@ def test_lists_of_choices_are_those_of_the_package():
     assert tuple(INTERPOLATIONS) == cli_common.INTERPOLATIONS
     assert ("auto", *BACKENDS) == cli_common.BACKENDS
     assert tuple(FORMATS) == cli_common.FORMATS
+    assert tuple(files.FORMATS) == cli_predict.RESULT_FORMATS
+    assert OUTPUT_TYPES == cli_predict.OUTPUT_TYPES
     assert cli_common.DEFAULT_MODEL in VARIANTS
 
 

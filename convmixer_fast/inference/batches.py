@@ -2,45 +2,53 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-import torch
+from PIL import Image
 from torch import Tensor
 
 from .images import ImageError, read_image
-from .preprocessing import Preprocessing
 
 
 class Batch(NamedTuple):
-    """Images that were read, (N, C, H, W) with their paths, and those that were not, with why.
-
-    ``images`` is None when every one of its files failed.
-    """
+    """Images that were read, each (C, H, W), with their paths, and errors of the others."""
 
     paths: list[Path]
-    images: Tensor | None
+    images: list[Tensor]
     failures: list[ImageError]
 
 
-def load_image(path: Path, preprocessing: Preprocessing) -> Tensor:
+class Prepare(Protocol):
+    """How an image becomes a tensor: `Preprocessing`, `NativeSize`, or the like of one's own."""
+
+    @property
+    def channels(self) -> int:
+        """1 or 3: what is read of a file."""
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """(C, H, W), float32."""
+
+
+def load_image(path: str | os.PathLike[str], preprocessing: Prepare) -> Tensor:
     """One file -> (C, H, W) float32.
 
     Raises:
         ImageError: the file cannot be read, or is of a shape that cannot be prepared.
     """
-    image = read_image(path, preprocessing.input_size[0])
+    image = read_image(path, preprocessing.channels)
     try:
         return preprocessing(image)
     except (ValueError, MemoryError) as error:
-        raise ImageError(f"{path}: {error or 'not enough memory'}") from error
+        raise ImageError.about(path, str(error) or "not enough memory") from error
 
 
 def image_batches(
-    paths: Sequence[Path], preprocessing: Preprocessing, batch_size: int, workers: int = 2
+    paths: Sequence[Path], preprocessing: Prepare, batch_size: int, workers: int = 2
 ) -> Iterator[Batch]:
     """Batches in the order of ``paths``, of at most ``batch_size`` files each.
 
@@ -62,8 +70,7 @@ def image_batches(
     def collate(files: Sequence[Path], results: Sequence[Tensor | ImageError]) -> Batch:
         good = [(p, r) for p, r in zip(files, results, strict=True) if isinstance(r, Tensor)]
         failures = [r for r in results if isinstance(r, ImageError)]
-        images = torch.stack([r for _, r in good]) if good else None
-        return Batch([p for p, _ in good], images, failures)
+        return Batch([p for p, _ in good], [r for _, r in good], failures)
 
     groups = [paths[i : i + batch_size] for i in range(0, len(paths), batch_size)]
     if workers == 0:

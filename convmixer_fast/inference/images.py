@@ -7,6 +7,8 @@ published accuracies were measured without it.
 
 from __future__ import annotations
 
+import csv
+import glob
 import io
 import os
 import re
@@ -33,6 +35,15 @@ _open_lock = threading.Lock()
 
 class ImageError(ValueError):
     """An image that cannot be found or read; the message is one line and names the file."""
+
+    path = ""
+    reason = ""
+
+    @classmethod
+    def about(cls, path: str | os.PathLike[str], reason: object) -> ImageError:
+        error = cls(f"{path}: {reason}")
+        error.path, error.reason = str(path), str(reason)
+        return error
 
 
 def natural_key(text: str) -> list[str | int]:
@@ -64,26 +75,109 @@ def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     """The image files that ``paths`` stand for, each once.
 
     A file stands for itself, whatever its extension; a folder for every image below it
-    (`IMG_EXTENSIONS`), in natural order. The order of ``paths`` is kept.
+    (`IMG_EXTENSIONS`), in natural order; a pattern (``*``, ``?``, ``[..]``, ``**`` for any
+    folders) for the images that match, and those below folders that match: whatever their
+    extension if the pattern ends in one, as in ``*.webp``. The order of ``paths`` is kept.
 
     Raises:
-        ImageError: a path does not exist or cannot be listed, or a folder holds no image.
+        ImageError: a path does not exist or cannot be listed, a pattern matches nothing, or a
+            folder holds no image.
     """
     found: dict[Path, None] = {}
     for path in map(Path, paths):
         try:
             if path.is_dir():
-                inside = sorted(_walk(path), key=lambda p: (natural_key(str(p)), str(p)))
+                inside = sorted(_walk(path), key=_path_key)
                 if not inside:
                     raise ImageError(f"no images in {path}: looked for {', '.join(IMG_EXTENSIONS)}")
                 found.update(dict.fromkeys(inside))
             elif path.exists():
                 found[path] = None
+            elif glob.has_magic(str(path)):
+                found.update(dict.fromkeys(_matches(path)))
             else:
-                raise ImageError(f"{path}: no such file or folder")
+                raise ImageError.about(path, "no such file or folder")
         except OSError as error:
-            raise ImageError(f"{path}: {error.strerror or error}") from error
+            raise ImageError.about(path, error.strerror or error) from error
     return list(found)
+
+
+def _path_key(path: Path) -> tuple[list[str | int], str]:
+    return natural_key(str(path)), str(path)
+
+
+def _matches(pattern: Path) -> Iterator[Path]:
+    any_file = len(pattern.suffix) > 1 and not glob.has_magic(pattern.suffix)
+    found = False
+    for path in sorted(map(Path, glob.glob(str(pattern), recursive=True)), key=_path_key):
+        inside = sorted(_walk(path), key=_path_key) if path.is_dir() else [path]
+        for file in inside:
+            if any_file or file.suffix.lower() in IMG_EXTENSIONS:
+                found = True
+                yield file
+    if not found:
+        raise ImageError.about(pattern, "no image matches")
+
+
+def read_image_list(
+    path: str | os.PathLike[str], column: str | None = None, root: str | os.PathLike[str] = ""
+) -> list[Path]:
+    """The image files that a list names, each once, in its order; they need not exist.
+
+    Args:
+        path: CSV with a header, Parquet (needs pyarrow), or any other text: one name a line.
+        column: of a table; default: the first of `LIST_COLUMNS` that it has, or its only one.
+        root: the folder that relative names are relative to.
+
+    Raises:
+        ValueError: the list cannot be understood, names nothing, or has no such column.
+        OSError: it cannot be read.
+        ImportError: a Parquet list, without pyarrow.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    names: list[str]
+    if suffix in (".parquet", ".pq"):
+        from .files import pyarrow
+
+        pa = pyarrow()
+        try:
+            schema = pa.parquet.read_schema(path)
+            chosen = _list_column(path, list(schema.names), column)
+            names = pa.parquet.read_table(path, columns=[chosen])[chosen].to_pylist()
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{path}: not a Parquet file ({error})") from error
+    else:
+        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+            if suffix == ".csv":
+                rows = csv.reader(file)
+                header = next(rows, [])
+                at = header.index(_list_column(path, header, column))
+                names = [row[at] if at < len(row) else "" for row in rows if row]
+            else:
+                names = file.read().splitlines()
+    found = dict.fromkeys(Path(root, name) for name in names if name)
+    if not found:
+        raise ValueError(f"{path}: the list names no images")
+    return list(found)
+
+
+#: Columns of lists that hold file names by custom.
+LIST_COLUMNS = ("filename", "path", "file", "image", "image_path")
+
+
+def _list_column(path: Path, header: list[str], column: str | None) -> str:
+    if column is not None:
+        if column not in header:
+            raise ValueError(f"{path} has no column {column!r}: it has {', '.join(header)}")
+        return column
+    known = [name for name in LIST_COLUMNS if name in header]
+    if known or len(header) == 1:
+        return (known or header)[0]
+    raise ValueError(
+        f"{path}: which column names the images? It has {', '.join(header) or 'none'}: "
+        "pass --image-column"
+    )
 
 
 def read_image(path: str | os.PathLike[str], in_chans: int = 3) -> Image.Image:
@@ -103,9 +197,9 @@ def read_image(path: str | os.PathLike[str], in_chans: int = 3) -> Image.Image:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ImageError(f"{path}: {error.strerror or error}") from error
+        raise ImageError.about(path, error.strerror or error) from error
     if not content:
-        raise ImageError(f"{path}: the file is empty")
+        raise ImageError.about(path, "the file is empty")
     try:
         with _open_lock, warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -113,16 +207,17 @@ def read_image(path: str | os.PathLike[str], in_chans: int = 3) -> Image.Image:
         with image:
             return image.convert(_MODES[in_chans])
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise ImageError(
-            f"{path}: more than {Image.MAX_IMAGE_PIXELS:,} pixels, which Pillow takes for a "
-            "decompression bomb: raise PIL.Image.MAX_IMAGE_PIXELS if the file is trusted"
+        raise ImageError.about(
+            path,
+            f"more than {Image.MAX_IMAGE_PIXELS:,} pixels, which Pillow takes for a "
+            "decompression bomb: raise PIL.Image.MAX_IMAGE_PIXELS if the file is trusted",
         ) from error
     except UnidentifiedImageError as error:
-        raise ImageError(f"{path}: not an image (no known format)") from error
+        raise ImageError.about(path, "not an image (no known format)") from error
     except MemoryError as error:
-        raise ImageError(f"{path}: not enough memory to decode it") from error
+        raise ImageError.about(path, "not enough memory to decode it") from error
     except Exception as error:
         # Decoders of damaged files raise whatever their parsing runs into: OSError, SyntaxError,
         # struct.error, IndexError and more.
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ImageError(f"{path}: damaged image ({reason})") from error
+        raise ImageError.about(path, f"damaged image ({reason})") from error

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..arch import IMAGENET_MEAN, IMAGENET_STD
+from ..arch import IMAGENET_MEAN, IMAGENET_STD, VARIANTS
 
 #: Resampling filters by the names that timm's ``--interpolation`` takes.
 INTERPOLATIONS = {
@@ -30,6 +30,9 @@ INTERPOLATIONS = {
 
 #: timm's crop where a configuration names none; ConvMixer's own is 0.96.
 DEFAULT_CROP_PCT = 0.875
+
+#: Whose recipe a model gets that brings none and has the shape of no published variant.
+_USUAL = "convmixer_768_32"
 
 
 def _per_channel(values: Sequence[float], channels: int, name: str) -> tuple[float, ...]:
@@ -132,6 +135,10 @@ class Preprocessing:
             std=tuple(configured("std", IMAGENET_STD) if std is None else std),
         )
 
+    @property
+    def channels(self) -> int:
+        return self.input_size[0]
+
     def resized(self, width: int, height: int) -> tuple[int, int]:
         """The (width, height) to which an image of ``width`` x ``height`` is resized."""
         rows, cols = (math.floor(edge / self.crop_pct) for edge in self.input_size[1:])
@@ -149,9 +156,7 @@ class Preprocessing:
             ValueError: so long and thin an image that its resized form would not fit in memory.
         """
         channels, rows, cols = self.input_size
-        mode = "L" if channels == 1 else "RGB"
-        if image.mode != mode:
-            image = image.convert(mode)
+        image = _in_mode(image, channels)
         size = self.resized(*image.size)
         if Image.MAX_IMAGE_PIXELS is not None and size[0] * size[1] > 2 * Image.MAX_IMAGE_PIXELS:
             raise ValueError(
@@ -160,12 +165,88 @@ class Preprocessing:
             )
         image = image.resize(size, INTERPOLATIONS[self.interpolation])
         image = _center_crop(image, cols, rows)
-        pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).view(rows, cols, channels)
-        tensor = pixels.permute(2, 0, 1).contiguous().to(torch.float32).div_(255)
-        mean, std = (
-            torch.tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (self.mean, self.std)
+        return _normalised(image, self.mean, self.std)
+
+
+@dataclass(frozen=True)
+class NativeSize:
+    """An image -> a normalised float32 tensor (C, H, W) of its own height and width.
+
+    For models that look at whole images, however large: nothing is resized, cropped or padded.
+
+    Args:
+        channels: 1 or 3.
+        mean, std: of each channel, for pixels in 0..1.
+
+    Raises:
+        ValueError: a value makes no sense.
+    """
+
+    channels: int = 3
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        # The same rules as for images that are resized.
+        checked = Preprocessing((self.channels, 1, 1), 1.0, mean=self.mean, std=self.std)
+        object.__setattr__(self, "mean", checked.mean)
+        object.__setattr__(self, "std", checked.std)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """(C, H, W), float32, contiguous; an image of another mode is converted first."""
+        return _normalised(_in_mode(image, self.channels), self.mean, self.std)
+
+
+def preprocessing_for(
+    model: nn.Module, native: bool = False, **overrides: Any
+) -> Preprocessing | NativeSize:
+    """What a model was trained on (else the published recipe), with single settings overridden.
+
+    Args:
+        model: ``pretrained_cfg`` is asked where it has one; a ConvMixer of a published shape
+            without one gets that variant's.
+        native: images keep their size: a `NativeSize` with the mean and std.
+        overrides: as for `Preprocessing.from_cfg`.
+
+    Raises:
+        ValueError: a setting makes no sense, or does not suit the model.
+    """
+    arch = getattr(model, "arch", None)
+    shape = None if arch is None else arch.shape
+    known = (v for v in VARIANTS.values() if v.arch.shape == shape)
+    fallback = next(known, VARIANTS[_USUAL])
+    cfg = getattr(model, "pretrained_cfg", None) or fallback.pretrained_cfg
+    in_chans = getattr(model, "in_chans", None)
+    found = Preprocessing.from_cfg(cfg, in_chans=in_chans, **overrides)
+    channels, height, width = found.input_size
+    if in_chans not in (None, channels):
+        raise ValueError(f"input_size asks for {channels} channels, the model takes {in_chans}")
+    if native:
+        return NativeSize(channels, found.mean, found.std)
+    patch = 1 if arch is None else arch.patch_size
+    if min(height, width) < patch:
+        raise ValueError(
+            f"images of {height}x{width} px are smaller than one patch of {patch}x{patch}: "
+            "raise the image size"
         )
-        return tensor.sub_(mean).div_(std)
+    return found
+
+
+def _in_mode(image: Image.Image, channels: int) -> Image.Image:
+    mode = "L" if channels == 1 else "RGB"
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _normalised(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    # NumPy and not torch, whose operators would start a team of threads in every decoding thread.
+    # The values are the same to the last bit: IEEE division and subtraction in float32.
+    channels = len(mean)
+    pixels = np.asarray(image, dtype=np.uint8).reshape(image.height, image.width, channels)
+    planes = np.ascontiguousarray(pixels.transpose(2, 0, 1)).astype(np.float32)
+    planes /= np.float32(255)
+    planes -= np.array(mean, dtype=np.float32).reshape(-1, 1, 1)
+    planes /= np.array(std, dtype=np.float32).reshape(-1, 1, 1)
+    return torch.from_numpy(planes)
 
 
 def _center_crop(image: Image.Image, cols: int, rows: int) -> Image.Image:

@@ -1,20 +1,17 @@
-"""How are predictions kept? As rows of the likeliest classes, in a CSV file, whole or absent."""
+"""What becomes of predictions? Rows of the likeliest classes (or vectors), by name and column."""
 
 from __future__ import annotations
 
-import csv
-import errno
-import os
-import stat
 from collections.abc import Sequence
-from pathlib import Path
-from types import TracebackType
-from typing import IO, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
-OUTPUT_TYPES = ("prob", "logit")
+#: What a row can hold: probabilities or logits of the classes, or the pooled features.
+OUTPUT_TYPES = ("prob", "logit", "embedding")
 
 
 class Prediction(NamedTuple):
@@ -24,6 +21,119 @@ class Prediction(NamedTuple):
     indices: tuple[int, ...]
     labels: tuple[str, ...]
     scores: tuple[float, ...]
+
+
+class Vector(NamedTuple):
+    """All numbers of one image: scores of every class, or its embedding. (D,), float32."""
+
+    filename: str
+    values: npt.NDArray[np.float32]
+
+
+Row = Prediction | Vector
+
+
+class Failure(NamedTuple):
+    """An image that could not be read, and why, in one line."""
+
+    filename: str
+    error: str
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns rows have.
+
+    Args:
+        output_type: one of `OUTPUT_TYPES`.
+        topk: classes in a row; None for the scores of all of them, as one vector.
+    """
+
+    output_type: str = "prob"
+    topk: int | None = 5
+
+    def __post_init__(self) -> None:
+        if self.output_type not in OUTPUT_TYPES:
+            raise ValueError(
+                f"unknown output_type {self.output_type!r}: use one of {', '.join(OUTPUT_TYPES)}"
+            )
+        if self.topk is not None and self.topk < 1:
+            raise ValueError(f"topk must be at least 1, or None for all scores, got {self.topk}")
+
+    @property
+    def is_vector(self) -> bool:
+        return self.topk is None or self.output_type == "embedding"
+
+    @property
+    def names(self) -> list[str]:
+        """timm's names: ``filename, index, label, prob``, with ``_0 .. _{k-1}`` when k > 1.
+
+        The order is that of timm's ``--results-separate-col``: all indices, all labels, all scores.
+        A vector is one column.
+        """
+        if self.topk is None or self.output_type == "embedding":
+            return ["filename", self.output_type]
+        ranks = [""] if self.topk == 1 else [f"_{i}" for i in range(self.topk)]
+        kinds = ("index", "label", self.output_type)
+        return ["filename", *(f"{kind}{i}" for kind in kinds for i in ranks)]
+
+    def cells(self, row: Row) -> list[Any]:
+        """The values of a row, in the order of `names`; scores are Python floats."""
+        if isinstance(row, Vector):
+            return [row.filename, row.values]
+        return [row.filename, *row.indices, *row.labels, *row.scores]
+
+    def arrays(self, rows: Sequence[Row]) -> dict[str, npt.NDArray[Any]]:
+        """Every column but the file's name, as an array with one entry for a row.
+
+        int64 for indices, objects (str) for labels, float32 for scores; a vector column is (N, D).
+        """
+        if self.is_vector:
+            values = [row.values for row in rows if isinstance(row, Vector)]
+            stacked = np.stack(values) if values else np.zeros((0, 0), np.float32)
+            return {self.output_type: stacked}
+        columns = list(zip(*(self.cells(row) for row in rows), strict=True))
+        found: dict[str, npt.NDArray[Any]] = {}
+        for i, name in enumerate(self.names[1:], 1):
+            values_ = columns[i] if columns else ()
+            found[name] = np.array(values_, dtype=self.dtype(name))
+        return found
+
+    def row(self, filename: str, arrays: dict[str, npt.NDArray[Any]], at: int) -> Row:
+        """The inverse of `arrays`: entry ``at`` of every column, as a row."""
+        if self.is_vector:
+            return Vector(filename, np.asarray(arrays[self.output_type][at], dtype=np.float32))
+        cells = [arrays[name][at] for name in self.names[1:]]
+        k = len(cells) // 3
+        return Prediction(
+            filename,
+            tuple(map(int, cells[:k])),
+            tuple(map(str, cells[k : 2 * k])),
+            tuple(map(float, cells[2 * k :])),
+        )
+
+    def dtype(self, name: str) -> Any:
+        """NumPy's dtype of a column."""
+        kind = name.rsplit("_", 1)[0] if name not in self.names[:1] else name
+        return {"filename": object, "index": np.int64, "label": object}.get(kind, np.float32)
+
+
+def rows_of(
+    filenames: Sequence[str], scores: Tensor, labels: Sequence[str], columns: Columns
+) -> list[Row]:
+    """A row for each line of ``scores``: (N, num_classes) logits, or (N, D) embeddings.
+
+    Raises:
+        ValueError: a line is not finite.
+    """
+    if not columns.is_vector:
+        assert columns.topk is not None
+        found = top_predictions(filenames, scores, labels, columns.topk, columns.output_type)
+        return list(found)
+    scores = _finite(filenames, scores.float())
+    values = scores.softmax(dim=1) if columns.output_type == "prob" else scores
+    pairs = zip(filenames, values.cpu().numpy(), strict=True)
+    return [Vector(name, vector) for name, vector in pairs]
 
 
 def top_predictions(
@@ -40,14 +150,7 @@ def top_predictions(
     Raises:
         ValueError: a row is not finite.
     """
-    logits = logits.float()
-    finite = logits.isfinite().all(dim=1)
-    if not finite.all():
-        bad = filenames[int((~finite).nonzero()[0])]
-        raise ValueError(
-            f"the model's output for {bad} is not finite: the weights hold NaN or infinity, "
-            "or overflow in this precision"
-        )
+    logits = _finite(filenames, logits.float())
     scores = logits.softmax(dim=1) if output_type == "prob" else logits
     values, indices = scores.topk(min(topk, logits.shape[1]), dim=1)
     rows = zip(filenames, indices.tolist(), values.tolist(), strict=True)
@@ -57,67 +160,12 @@ def top_predictions(
     ]
 
 
-def columns(topk: int, output_type: str = "prob") -> list[str]:
-    """timm's column names: ``filename, index, label, prob``, with ``_0 .. _{k-1}`` when k > 1.
-
-    The order is that of timm's ``--results-separate-col``: all indices, all labels, all scores.
-    """
-    ranks = [""] if topk == 1 else [f"_{i}" for i in range(topk)]
-    return ["filename", *(f"{name}{i}" for name in ("index", "label", output_type) for i in ranks)]
-
-
-class ResultFile:
-    """A CSV file of predictions that appears under its name only when it is complete.
-
-    Used in a ``with`` block: rows go to a hidden file in the same folder, which takes the place of
-    ``path`` at the end of the block and is deleted if the block fails.
-
-    Raises:
-        OSError: the folder cannot be written, the disk is full, ``path`` is a folder.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], topk: int, output_type: str = "prob") -> None:
-        self.path = Path(path)
-        if self.path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(self.path))
-        # A device or a pipe cannot be replaced by a file: it is written to.
-        self._direct = self.path.exists() and not stat.S_ISREG(self.path.stat().st_mode)
-        target = Path(os.path.realpath(self.path))
-        self._target = target
-        self._partial = (
-            self.path if self._direct else target.with_name(f".{target.name}.{os.getpid()}.partial")
+def _finite(filenames: Sequence[str], scores: Tensor) -> Tensor:
+    finite = scores.isfinite().all(dim=1)
+    if not finite.all():
+        bad = filenames[int((~finite).nonzero()[0])]
+        raise ValueError(
+            f"the model's output for {bad} is not finite: the weights hold NaN or infinity, "
+            "or overflow in this precision"
         )
-        try:
-            self._file: IO[str] = open(  # noqa: SIM115 - closed in __exit__
-                self._partial, "w", newline="", encoding="utf-8", errors="surrogateescape"
-            )
-        except OSError as error:
-            # The user knows the name that was asked for, not the hidden one.
-            raise type(error)(error.errno, error.strerror, str(self.path)) from error
-        self._writer = csv.writer(self._file, lineterminator="\n")
-        self._writer.writerow(columns(topk, output_type))
-
-    def write(self, row: Prediction) -> None:
-        # The shortest text that gives the same float32 back.
-        scores = (str(np.float32(score)) for score in row.scores)
-        self._writer.writerow([row.filename, *row.indices, *row.labels, *scores])
-
-    def __enter__(self) -> ResultFile:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            with self._file:
-                if kind is None and not self._direct:
-                    self._file.flush()
-                    os.fsync(self._file.fileno())
-            if kind is None and not self._direct:
-                os.replace(self._partial, self._target)
-        finally:
-            if not self._direct:
-                self._partial.unlink(missing_ok=True)
+    return scores

@@ -1,0 +1,361 @@
+"""How does anything that is an image become an answer? One object: model, preprocessing, device."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ..model import ConvMixer
+from ..ops import use_backend
+from ..ops.backends import recording
+from .batches import Prepare, image_batches, load_image
+from .labels import class_labels
+from .preprocessing import NativeSize, preprocessing_for
+from .results import Columns, Failure, Row, rows_of
+
+#: What ``batch_size="auto"`` starts from, by the device's type. On a CPU the time of an image
+#: hardly depends on it.
+AUTO_BATCH = {"cpu": 32, "cuda": 256}
+#: The same for images of any size, which are large.
+AUTO_BATCH_NATIVE = {"cpu": 2, "cuda": 8}
+
+#: In the messages of PyTorch's errors where memory is short and the error's type does not say it.
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+
+Picture: TypeAlias = "str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8]"
+Arrays: TypeAlias = "dict[str, npt.NDArray[Any]]"
+
+
+class Outcome(NamedTuple):
+    """What became of some files: a row or a failure for each."""
+
+    rows: list[Row]
+    failures: list[Failure]
+    #: Seconds for which the model had to wait for these images.
+    waited: float
+
+
+class Predictor:
+    """A model with everything around it, to be called on images of any kind.
+
+    ``predictor(x)`` answers in the form of the question:
+
+    * a path, a PIL image or a uint8 array (H, W, C) or (H, W): one `Prediction` (file name, class
+      indices, labels, scores), or one vector (D,) where ``topk`` is None or embeddings are asked
+      for;
+    * a list of these, or a uint8 batch (N, H, W, C): a list of them, or an array (N, D);
+    * a dict of arrays, as Ray Data and Hugging Face datasets hand out: a dict with the columns of
+      `Columns` (``index_0``, ``label_0``, ``prob_0``...) beside all that came in but the pixels.
+      Images are those of ``"image"``, (N, H, W, C) or N arrays of any shapes, else the files that
+      ``"path"`` (or ``"filename"``) names.
+
+    Images of different shapes may come together. A batch that does not fit into memory is halved
+    until it does, with a warning at the first time. On a CPU the answer of a `ConvMixer` for an
+    image does not depend on the others, to the last bit. Objects can be pickled, and copied to
+    other processes and machines: the weights travel with them.
+
+    Args:
+        model: any module (N, C, H, W) -> (N, num_classes), or a checkpoint's file name in any
+            published format. It is put, itself, into eval mode, onto the device and to the dtype.
+        preprocessing: a `Preprocessing`, ``"native"`` for images as large as they are, or any
+            callable from a PIL image to a float32 tensor (C, H, W) with an attribute ``channels``;
+            default: that of the model's ``pretrained_cfg``, else the published recipe.
+        device: default: cuda where there is one, else cpu; in another process, that process's.
+        dtype: of the weights and the computation, as torch's or by name; default: the model's own.
+        amp_dtype: run under autocast with this dtype instead.
+        channels_last: give the model NHWC memory.
+        batch_size: images at once, at most; "auto" for `AUTO_BATCH`.
+        topk: classes in a `Prediction`; None for the scores of all.
+        output_type: "prob", "logit", or "embedding" (pooled features, before the classifier).
+        labels: class names, one for each output; default: ImageNet's for 1000 classes where timm
+            or torchvision is installed, else the indices.
+        act: the activation, for checkpoints that do not tell; see `ConvMixer.from_checkpoint`.
+        backend: see `use_backend`.
+
+    Raises:
+        ValueError: a setting makes no sense for this model, or the model's output is not finite.
+        CheckpointError: the file cannot be read.
+        ImageError: (of calls) an image cannot be read; see `predict_files` for going on without.
+        MemoryError: (of calls) not even one image fits into memory.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | str | os.PathLike[str],
+        *,
+        preprocessing: Prepare | str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        amp_dtype: torch.dtype | str | None = None,
+        channels_last: bool = False,
+        batch_size: int | str = "auto",
+        topk: int | None = 5,
+        output_type: str = "prob",
+        labels: Sequence[str] | None = None,
+        act: str | None = None,
+        backend: str = "auto",
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            model = ConvMixer.from_checkpoint(model, act)
+        elif act is not None:
+            raise ValueError("act is for checkpoints: a model has its activation")
+        if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
+            raise ValueError(f"batch_size must be at least 1, or 'auto', got {batch_size!r}")
+        if isinstance(preprocessing, str):
+            if preprocessing != "native":
+                raise ValueError(
+                    f"preprocessing {preprocessing!r} is unknown: pass 'native', or an object "
+                    "that makes tensors of images"
+                )
+            preprocessing = preprocessing_for(model, native=True)
+        self.preprocessing: Prepare = preprocessing or preprocessing_for(model)
+        classes = getattr(model, "num_classes", None)
+        if output_type == "embedding":
+            if not hasattr(model, "forward_head"):
+                raise ValueError(
+                    f"a {type(model).__name__} has no forward_head, from which embeddings come"
+                )
+        elif classes == 0:
+            raise ValueError("the model has no classifier: ask for output_type='embedding'")
+        if topk is not None and classes:
+            topk = min(topk, classes)
+        self.columns = Columns(output_type, topk)
+        self.labels = None if labels is None else list(labels)
+        if self.labels is not None and classes not in (None, len(self.labels)):
+            raise ValueError(f"{len(self.labels)} labels for a model of {classes} classes")
+        if self.labels is None and classes:
+            self.labels = class_labels(classes)
+        self.batch_size = batch_size
+        self.backend = backend
+        #: Who computed the model's blocks so far ("cpu", "reference"...).
+        self.kernels: set[str] = set()
+        self._device = device
+        self._dtype, self._amp = _dtype(dtype), _dtype(amp_dtype)
+        self._layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.model = model.eval()
+        self._settle()
+
+    def _settle(self) -> None:
+        """Put the model where and how it is to run, in this process."""
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(self._device or default)
+        self.model.to(device=self.device, dtype=self._dtype).to(memory_format=self._layout)
+        native = isinstance(self.preprocessing, NativeSize)
+        known = AUTO_BATCH_NATIVE if native else AUTO_BATCH
+        size = self.batch_size
+        self._most = size if isinstance(size, int) else known.get(self.device.type, known["cpu"])
+        self._told = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        if self.device.type != "cpu":
+            # A machine without this device can still unpickle it.
+            import copy
+
+            state["model"] = copy.deepcopy(self.model).cpu()
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._settle()
+
+    @property
+    def images_at_once(self) -> int:
+        """The batch size: what was asked for, or what was found to fit into memory."""
+        return self._most
+
+    # Computing
+
+    def scores(self, images: Tensor | Sequence[Tensor]) -> Tensor:
+        """(N, C, H, W), or N tensors (C, H, W) of any shapes -> (N, D) float32 on the CPU.
+
+        D is the number of classes (logits), or of features where embeddings are asked for.
+        """
+        if not len(images):
+            return torch.zeros(0, 0)
+        groups: dict[torch.Size, list[int]] = {}
+        for i, image in enumerate(images):
+            groups.setdefault(image.shape, []).append(i)
+        found: list[Tensor | None] = [None] * len(images)
+        for members in groups.values():
+            start = 0
+            while start < len(members):
+                some = members[start : start + self._most]
+                try:
+                    out = self._run([images[i] for i in some])
+                except Exception as error:
+                    if not _is_out_of_memory(error):
+                        raise
+                    out = None
+                if out is None:
+                    self._back_off(len(some), tuple(images[some[0]].shape))
+                    continue
+                for i, line in zip(some, out, strict=True):
+                    found[i] = line
+                start += len(some)
+        return torch.stack([line for line in found if line is not None])
+
+    def _run(self, images: Sequence[Tensor]) -> Tensor:
+        batch = torch.stack(list(images))
+        dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
+        batch = batch.to(device=self.device, dtype=dtype, memory_format=self._layout)
+        amp: Any = nullcontext()
+        if self._amp is not None:
+            amp = torch.autocast(self.device.type, dtype=self._amp)
+        with use_backend(self.backend), torch.inference_mode(), amp, recording() as calls:
+            model: Any = self.model
+            if self.columns.output_type == "embedding":
+                out = model.forward_head(model.forward_features(batch), pre_logits=True)
+            elif isinstance(model, ConvMixer) and self.device.type == "cpu":
+                # The last bits of PyTorch's Linear depend on the batch. A run that goes on after
+                # a kill, or on several machines, has other batches and is to give the same rows.
+                maps = model.forward_features(batch).split(1)
+                out = torch.cat([model.forward_head(one) for one in maps])
+            else:
+                out = model(batch)
+        self.kernels.update(call.choice.backend for call in calls)
+        result: Tensor = out.float().cpu()
+        return result
+
+    def _back_off(self, size: int, shape: tuple[int, ...]) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if size == 1:
+            raise MemoryError(
+                f"not enough memory on {self.device} for one image of {shape[1]}x{shape[2]} px: "
+                "make images smaller, or take another device"
+            )
+        self._most = size // 2
+        if not self._told:
+            self._told = True
+            warnings.warn(
+                f"not enough memory on {self.device} for {size} images of {shape[1]}x{shape[2]} "
+                f"px at once: going on with batches of {self._most}, and smaller ones if need be",
+                stacklevel=2,
+            )
+
+    def rows(self, filenames: Sequence[str], images: Tensor | Sequence[Tensor]) -> list[Row]:
+        """A row for each prepared image (C, H, W), in order."""
+        if not filenames:
+            return []
+        scores = self.scores(images)
+        labels = self.labels
+        if labels is None:
+            # A module that does not say how many classes it has: now it is seen.
+            labels = self.labels = class_labels(scores.shape[1])
+            if self.columns.topk is not None:
+                least = min(self.columns.topk, len(labels))
+                self.columns = Columns(self.columns.output_type, least)
+        return rows_of(filenames, scores, labels, self.columns)
+
+    # Questions
+
+    def predict_files(
+        self, paths: Sequence[str | os.PathLike[str]], workers: int = 2
+    ) -> Iterator[Outcome]:
+        """Rows and failures of files as they are computed, in order; no file is fatal.
+
+        Args:
+            workers: threads that read ahead while the model computes; see `image_batches`.
+        """
+        files = [Path(path) for path in paths]
+        batches = image_batches(files, self.preprocessing, self._most, workers)
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            waited = time.perf_counter() - start
+            if batch is None:
+                return
+            rows = self.rows([str(path) for path in batch.paths], batch.images)
+            failures = [Failure(error.path, error.reason) for error in batch.failures]
+            yield Outcome(rows, failures, waited)
+
+    def __call__(self, source: Any) -> Any:
+        """See the class."""
+        if isinstance(source, Mapping):
+            return self._answer_dict(source)
+        if _is_one(source):
+            return self._answer([source])[0]
+        if isinstance(source, np.ndarray) and source.dtype != object and source.ndim != 4:
+            raise ValueError(
+                f"an array of images is (H, W, C), (H, W) or (N, H, W, C), got {source.shape}"
+            )
+        return self._answer(list(source))
+
+    def _answer(self, pictures: Sequence[Picture]) -> Any:
+        rows = self._rows_of(pictures)
+        return self.columns.arrays(rows)[self.columns.names[1]] if self.columns.is_vector else rows
+
+    def _rows_of(self, pictures: Sequence[Picture]) -> list[Row]:
+        rows: list[Row] = []
+        # Prepared images are large; no more of them than the model takes.
+        size = self._most
+        for start in range(0, len(pictures), size):
+            some = pictures[start : start + size]
+            names = [os.fspath(p) if isinstance(p, (str, os.PathLike)) else "" for p in some]
+            rows += self.rows(names, [self._prepare(p) for p in some])
+        return rows
+
+    def _prepare(self, picture: Picture) -> Tensor:
+        if isinstance(picture, (str, os.PathLike)):
+            return load_image(picture, self.preprocessing)
+        if isinstance(picture, Image.Image):
+            return self.preprocessing(picture)
+        array = np.asarray(picture)
+        if array.dtype != np.uint8 or array.ndim not in (2, 3):
+            raise ValueError(
+                f"an image is a uint8 array (H, W, C) or (H, W), got {array.dtype} of shape "
+                f"{array.shape}"
+            )
+        if array.ndim == 3 and array.shape[2] == 1:
+            array = array[:, :, 0]
+        if array.ndim == 3 and array.shape[2] not in (3, 4):
+            raise ValueError(
+                f"an image has 1, 3 or 4 channels, the last axis of {array.shape} is none"
+            )
+        return self.preprocessing(Image.fromarray(np.ascontiguousarray(array)))
+
+    def _answer_dict(self, source: Mapping[str, Any]) -> Arrays:
+        kept = {name: np.asarray(v) for name, v in source.items() if name != "image"}
+        if "image" in source:
+            pictures = list(source["image"])
+        else:
+            key = next((name for name in ("path", "filename") if name in source), None)
+            if key is None:
+                raise ValueError(
+                    f"a batch has images in 'image' or files in 'path', got {', '.join(source)}"
+                )
+            pictures = [str(path) for path in source[key]]
+        return {**kept, **self.columns.arrays(self._rows_of(pictures))}
+
+
+def _is_one(source: Any) -> bool:
+    if isinstance(source, np.ndarray):
+        return source.dtype != object and source.ndim in (2, 3)
+    return isinstance(source, (str, os.PathLike, Image.Image))
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    found = getattr(torch, dtype.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"unknown dtype {dtype!r}: try float32, bfloat16 or float16")
+    return found
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
