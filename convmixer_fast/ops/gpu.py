@@ -234,7 +234,7 @@ def prepare(case: Case, config: Any, packed: Packed) -> Callable[[Tensor, Tensor
     if case.op == "depthwise_mix":
         taps, k = taps_of(packed.weight), case.kernel_size
         return lambda x, out: kernels().depthwise_mix(x, taps, *vectors, k, out=out, config=config)
-    if case.op == "pointwise_mix":
+    if case.op == "pointwise_mix" and isinstance(config, PointwiseConfig | None):
         weight = weight.contiguous()
         return lambda x, out: kernels().pointwise_mix(x, weight, *vectors, out=out, config=config)
     return None
