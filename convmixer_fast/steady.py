@@ -20,7 +20,6 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from .kernels import support
-from .kernels.configs import ProductConfig
 from .kernels.precision import dot_precision
 from .ops import backends, first_use, gpu
 from .ops.cases import Case
@@ -119,7 +118,7 @@ class SteadyStack(NamedTuple):
         if given is None or x.numel() == 0 or min(x.shape[1], x.shape[2] * x.shape[3]) == 1:
             return None
         plan = given._replace(shape=x.shape, stride=x.stride())
-        known = []
+        known, launches = [], []
         for half in halves:
             each: Plan | None = half.cache.plan
             key = (False, True, x.dtype, half.bn.eps)
@@ -128,8 +127,10 @@ class SteadyStack(NamedTuple):
                 return None
             if half.conv.in_channels != half.conv.out_channels:
                 return None
-            if isinstance(each.config, ProductConfig):  # PyTorch allocates its result itself
+            launch = gpu.prepare(each.case, each.config, packed)
+            if launch is None:
                 return None
+            launches.append((each.case, launch))
             geometry = _GEOMETRY(half.conv.__dict__)
             known.append(_Known(half.conv, half.bn, half.cache, geometry, key, packed))
         modules = [module for block in blocks for module in block.modules()]
@@ -140,10 +141,7 @@ class SteadyStack(NamedTuple):
             tuple((m, type(m), tuple(m._modules.values())) for m in modules),
             tuple((h.act, getattr(h.act, "approximate", None)) for h in halves),
             tuple(known),
-            tuple(
-                (h.cache.plan.case, gpu.prepare(h.cache.plan.case, h.cache.plan.config, k.packed))
-                for h, k in zip(halves, known, strict=True)
-            ),
+            tuple(launches),
         )
 
     def holds(self, x: Tensor) -> bool:

@@ -270,10 +270,11 @@ def launch(case: Case, config: Any, x: Tensor, *operands: Any) -> Tensor | None:
             return None
 
 
-def prepare(case: Case, config: Any, packed: Packed) -> Callable[[Tensor, Tensor], Tensor]:
+def prepare(case: Case, config: Any, packed: Packed) -> Callable[[Tensor, Tensor], Tensor] | None:
     """A launch of the kernel of ``case`` on packed operands, as a function of x and out.
 
-    Both are packed channels-last, (N, C, H, W) and what the operator returns; out is returned.
+    Both are packed channels-last, (N, C, H, W) and what the operator returns; out is returned. None
+    for a kernel that is launched otherwise.
     """
     weight = packed.weight.detach()
     vectors = [*_vectors(packed.bias, packed.scale, packed.shift), case.act]
@@ -281,13 +282,15 @@ def prepare(case: Case, config: Any, packed: Packed) -> Callable[[Tensor, Tensor
         taps, k = taps_of(packed.weight), case.kernel_size
         return lambda x, out: kernels().depthwise_mix(x, taps, *vectors, k, out=out, config=config)
     if case.op != "pointwise_mix":
-        raise ValueError(f"prepare: no block calls {case.op}")
+        return None
     weight = weight.contiguous()
     if isinstance(config, CudaConfig):
         vectors[0] = float32_of(packed.bias)
         run: Callable[..., Tensor] = _native_cuda.pointwise_mix
         return lambda x, out: run(x, weight, *vectors, out=out, family=config.family)
-    return lambda x, out: kernels().pointwise_mix(x, weight, *vectors, out=out, config=config)
+    if isinstance(config, PointwiseConfig | None):
+        return lambda x, out: kernels().pointwise_mix(x, weight, *vectors, out=out, config=config)
+    return None
 
 
 def in_layout(
