@@ -251,8 +251,9 @@ def launch(
     x, stride = pixel_rows(x, m)
     a = x.as_strided((m, k), (stride, 1))
     copy = kernel.copy_bytes // kernel.size
-    if act != kernel.act or k % copy or stride % copy:
-        raise ValueError(f"{kernel} is not for {act} with rows of {k}, {stride} apart")
+    stored = copy if kernel.copy_bytes == 16 else 1
+    if act != kernel.act or k % copy or stride % copy or n % stored:
+        raise ValueError(f"{kernel} is not for {act}, {k} -> {n} channels, rows {stride} apart")
     tiles = -(-m // kernel.tile) * -(-n // kernel.tile)
     return module.launch(
         kernel.symbol,

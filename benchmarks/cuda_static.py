@@ -69,6 +69,11 @@ def markdown(result: dict[str, Any]) -> str:
         "rounding; for sm_120 nvcc puts an instruction that does nothing between two mma.",
         "`special`: special-function instructions an output in the epilogue.",
         "",
+        "At least 3 mma a load and at most 3 instructions a mma are bars of large tiles of 16-bit",
+        "types. The others have wider ones, and do not meet these: TF32 in large tiles 5",
+        "instructions; small tiles 2 mma a load and 4 instructions, 8 in TF32; narrow copies 2 mma",
+        "a load and any number of instructions.",
+        "",
         "| arch | kernel | registers | stack | shared | stages | blocks | loop | of it "
         "| mma a LDSM | a mma | special | store bits | bars |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from eyes import compiler
 from gpu_cases import CUDA_CASES, MatrixCase, check
 from simulator import ptxsim
@@ -124,6 +125,20 @@ def test_no_bias_no_channels_in(module: Any) -> None:
     torch.testing.assert_close(
         out.float(), right.view(1, -1, 1, 1).expand(out.shape), atol=4e-3, rtol=1e-3
     )
+
+
+def test_gelu_is_right_to_the_error_stated_in_the_source(module: Any) -> None:
+    # The values are biases of a sum over no channels. The simulator's ex2 is exact.
+    values = torch.linspace(-12, 12, 8000)
+    n = len(values)
+    x, weight, out = torch.empty(1, 0, 1, 1), torch.empty(n, 0, 1, 1), torch.empty(1, n, 1, 1)
+    rest = (values, torch.ones(n), torch.zeros(n), "gelu")
+    kernel = cuda_pointwise.named("tf32-gelu-large")
+    settings = {"strict": True, "counters": False, "exact_fma": True}
+    cuda_pointwise.launch(module, kernel, x, weight, *rest, out=out, **settings)
+    error = (out.flatten().double() - F.gelu(values.double())).abs()
+    assert error.max() <= 3.9e-7
+    assert error[values < -1.5].max() <= 4.0e-8
 
 
 @pytest.mark.parametrize("name", ["bf16-gelu-large", "tf32-gelu-large", "fp16-relu-small"])
