@@ -225,6 +225,8 @@ def on_a_fake_gpu(monkeypatch, name: str = "") -> None:
     monkeypatch.setattr(support, "_why_no_triton", lambda: "")
     monkeypatch.setattr(support, "_why_not_gpu", lambda index: name)
     monkeypatch.setattr(support, "_capable", set())
+    # With the copy engine and tcgen05, where Triton's kernel comes first.
+    monkeypatch.setattr(support, "architecture", lambda device: 100)
     monkeypatch.setattr(verdicts, "lookup", lambda case, shape: None)
 
 
@@ -254,7 +256,10 @@ KERNEL = ("triton", "one Triton kernel, to be checked at its first use", True)
 def test_auto_takes_the_kernels_on_a_gpu(monkeypatch, dtype):
     on_a_fake_gpu(monkeypatch)
     monkeypatch.setattr(backends.precision, "dot_precision", lambda dtype: "tf32")
-    assert {row[1:] for row in fake_model_rows(dtype)} == {KERNEL}
+    rows = fake_model_rows(dtype)
+    assert {row[1:] for row in rows[:2]} == {KERNEL}
+    # The reason why this kernel and no other goes on.
+    assert all(row[1] == "triton" and row[2].startswith(KERNEL[1]) and row[3] for row in rows)
     assert available_backends()["triton"] == ""
 
 
@@ -266,8 +271,9 @@ def test_auto_leaves_exact_float32_products_to_pytorch(monkeypatch):
     products = {row[1:] for row in rows if row[0] == "pointwise_mix"}
     assert len(products) == 1
     ((backend, reason, channels_last),) = products
-    assert backend == "reference"
-    assert reason.startswith("expected to be faster: float32 without TF32")
+    assert backend == "triton"
+    assert reason.startswith("PyTorch's product and one Triton kernel for the rest, to be checked")
+    assert "expected to be faster: float32 without TF32" in reason
     assert channels_last
     with use_backend("triton"):
         assert {row[1] for row in fake_model_rows(torch.float32)} == {"triton"}
