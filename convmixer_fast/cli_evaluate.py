@@ -119,7 +119,7 @@ def _about(
 
 
 def _write(path: Path, results: dict[str, Any]) -> None:
-    from .inference.files import whole_or_absent
+    from .files import whole_or_absent
 
     with whole_or_absent(path) as file:
         if path.suffix.lower() == ".json":

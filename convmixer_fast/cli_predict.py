@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 import time
 import warnings
@@ -249,6 +248,7 @@ def _images(args: argparse.Namespace) -> list[Path]:
 
 def _results(args: argparse.Namespace, target: Path, predictor: Predictor) -> ResultFile:
     from .inference import ResultFile
+    from .inference.identity import model_digest
 
     return ResultFile(
         target,
@@ -257,25 +257,13 @@ def _results(args: argparse.Namespace, target: Path, predictor: Predictor) -> Re
         resume=args.resume,
         overwrite=args.overwrite,
         settings={
-            "model": _digest(predictor),
+            "model": model_digest(predictor.model, predictor.labels),
             "preprocessing": repr(predictor.preprocessing),
             "amp": str(args.amp_dtype or args.amp),
         },
         errors_file=args.errors_file,
         part_seconds=args.part_seconds,
     )
-
-
-def _digest(predictor: Predictor) -> str:
-    """What tells one model, with its class names, from another."""
-    import torch
-
-    digest = hashlib.blake2b(digest_size=8)
-    for name, tensor in predictor.model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    digest.update(repr((predictor.model.arch, predictor.labels)).encode())
-    return digest.hexdigest()
 
 
 def _outcomes(

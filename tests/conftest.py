@@ -25,6 +25,8 @@ _MOST_WORKERS = 8
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """``pytest`` alone shares its files among the processors; anything more exact runs here."""
+    if hasattr(config, "workerinput"):  # one of those processes
+        return
     whole = config.args_source is config.ArgsSource.TESTPATHS
     chosen = {"-m", "-k", "--pdb", "--co", "--collect-only"} & set(config.invocation_params.args)
     undecided = getattr(config.option, "numprocesses", 0) is None  # 0: no pytest-xdist

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import json
-from pathlib import Path
+import os
 from typing import Any
 
 import pytest
@@ -164,11 +164,11 @@ def test_a_file_that_cannot_be_written_is_named_and_the_old_one_stays(tmp_path, 
     path = tmp_path / "result.json"
     write_whole(path, "first")
 
-    def full_disk(self: Path, *_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device", str(self))
+    def full_disk(_: int) -> None:
+        raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", full_disk)
+        patch.setattr(os, "fsync", full_disk)
         with pytest.raises(OSError, match="No space left") as caught:
             write_whole(path, "second")
     assert caught.value.filename == str(path)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .files import whole_or_absent
+from ..files import whole_or_absent
 from .images import find_images, natural_key
 from .predictor import Predictor
 from .results import Failure, Prediction

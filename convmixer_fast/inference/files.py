@@ -24,6 +24,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from ..files import about_file, whole_or_absent
 from .results import Columns, Failure, Row, Vector
 
 #: In the folder of parts: the settings of the run. What is there without it belongs to no run.
@@ -32,58 +33,10 @@ _ADOPTS = "goes on with a finished file"
 _FAILURE_COLUMNS = ["filename", "error"]
 
 
-@contextmanager
-def whole_or_absent(path: Path, mode: str = "w", shown: Path | None = None) -> Iterator[IO[Any]]:
-    """A file to write that takes the name ``path`` at the end of the block, if nothing failed.
-
-    By then its bytes are on the disk, so that not even a power cut leaves half of it. Text is
-    UTF-8, and carries file names that are not.
-
-    Args:
-        shown: the name that the user knows, for errors.
-
-    Raises:
-        OSError: the folder cannot be written, or the disk is full.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    text: dict[str, Any] = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
-    try:
-        with open(partial, mode, **({} if "b" in mode else text)) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise _about(error, shown or path) from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-
-
 def _sweep(path: Path) -> None:
     """Remove what a kill has left of unfinished writes of a file."""
     for partial in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
         partial.unlink(missing_ok=True)
-
-
-def _about(error: OSError, path: Path) -> OSError:
-    """The same error, of a file that the user knows."""
-    if error.errno is None:  # pyarrow's own
-        return OSError(errno.EIO, str(error), str(path))
-    return type(error)(error.errno, error.strerror, str(path))
-
-
-def _sync_folder(folder: Path) -> None:
-    # A file's new name is kept in its folder, which has to reach the disk too.
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:  # some network file systems cannot
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _short(score: float) -> float:
@@ -384,7 +337,7 @@ class ResultFile:
             self._lock = open(self.parts / "lock", "w")  # noqa: SIM115 - closed in __exit__
         except OSError as error:
             # The user knows the name that was asked for, not that of the folder.
-            raise _about(error, self.path) from error
+            raise about_file(error, self.path) from error
         try:
             self._claim()
             _sweep(self._target)
@@ -494,7 +447,7 @@ class ResultFile:
             try:
                 self._write_through(self._out)
             except OSError as error:
-                raise _about(error, self.path) from error
+                raise about_file(error, self.path) from error
         elif self._rows or self._failures:
             self._adopt_finished()
             if self._failures:

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from ..files import whole_or_absent
+
 #: Colours from a map's lowest to its highest value, dark to bright.
 _COLOURS = np.array(
     [[8, 8, 40], [50, 20, 120], [150, 40, 120], [220, 80, 60], [250, 170, 40], [255, 250, 180]],
@@ -176,13 +178,6 @@ def write_overlay(
         OSError: the file cannot be written.
         ValueError: ``scores`` is no map of one image.
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     picture = overlay(scores, image)
-    try:
-        picture.save(partial, format="PNG")
-        os.replace(partial, path)
-    except OSError as error:
-        raise type(error)(error.errno, error.strerror, str(path)) from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_or_absent(Path(path), "wb") as file:
+        picture.save(file, format="PNG")

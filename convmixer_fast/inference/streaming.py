@@ -8,7 +8,6 @@ differ from ``model(image)`` in the last bits.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -24,9 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from ..arch import IMAGENET_MEAN, IMAGENET_STD
+from ..files import whole_or_absent
 from ..model import ConvMixer
 from .bands import BandFlow, Plan, blocks_of
 from .heatmap import Heatmap, check_mean_pooling, class_scores
+from .identity import model_digest
 from .images import ImageError
 from .preprocessing import Preprocessing
 from .sources import Source, forget, open_source
@@ -479,13 +480,8 @@ class _Run:
         self, source: Source, plan: Plan, cell: int | None, out: Path | None, backend: str
     ) -> dict[str, Any]:
         """What must be the same for a run to go on from another one's checkpoint."""
-        digest = hashlib.blake2b(digest_size=16)
-        for name, value in self.model.state_dict().items():
-            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-            flat = value.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy().data)
         return {
-            "weights": digest.hexdigest(),
+            "weights": model_digest(self.model),
             "output": self.output,
             "out": None if out is None else str(out.absolute()),
             "backend": backend,
@@ -645,30 +641,21 @@ class _Checkpoint:
             return
         if isinstance(sinks, _Features):
             sinks.flush()
-        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
-        try:
-            with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as file:
-                head = {
-                    "row": at,
-                    "flow": flow.state(),
-                    "pixels": pool.pixels,
-                    **self._members(sinks),
-                }
-                file.writestr("head.json", json.dumps({"run": self._identity, **head}))
-                _write(file, "sum", pool.sum)
-                _write(file, "peak", pool.peak)
-                if isinstance(sinks, _Reduced):
-                    _write(file, "cells", sinks.sums)
-                    _write(file, "picture", sinks.picture)
-                for key, shape in flow.pieces():
-                    _write(file, f"{key[0]}-{key[1]}", flow.kept(key, shape))
-            with open(partial, "rb") as file_on_disk:
-                os.fsync(file_on_disk.fileno())
-            os.replace(partial, self.path)
-        except OSError as error:
-            raise type(error)(error.errno, error.strerror, str(self.path)) from error
-        finally:
-            partial.unlink(missing_ok=True)
+        with whole_or_absent(self.path, "wb") as target, zipfile.ZipFile(target, "w") as file:
+            head = {
+                "row": at,
+                "flow": flow.state(),
+                "pixels": pool.pixels,
+                **self._members(sinks),
+            }
+            file.writestr("head.json", json.dumps({"run": self._identity, **head}))
+            _write(file, "sum", pool.sum)
+            _write(file, "peak", pool.peak)
+            if isinstance(sinks, _Reduced):
+                _write(file, "cells", sinks.sums)
+                _write(file, "picture", sinks.picture)
+            for key, shape in flow.pieces():
+                _write(file, f"{key[0]}-{key[1]}", flow.kept(key, shape))
         self._done = at
 
     @staticmethod
