@@ -66,8 +66,8 @@ MUTANTS = (
     Mutant("rows of a past m", "min(here, p.m - 1)", "here"),
     Mutant(
         "rows of w past n",
-        "min(n0 + row + i * kRowsAtOnce, p.n - 1)",
-        "(n0 + row + i * kRowsAtOnce)",
+        "min(here, p.n - 1)",
+        "here",
     ),
     Mutant("groups of copies never end", "copy_commit();", ""),
     Mutant("buffers never come round", "kStages * C::kStageBytes", "0u", case="many_steps"),
