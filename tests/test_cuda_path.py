@@ -326,8 +326,9 @@ def test_operands_that_begin_between_words_are_copied(monkeypatch):
             assert not any(t.data_ptr() % 16 for t in given if isinstance(t, torch.Tensor))
             return kernel(*given, **named)
 
-        monkeypatch.setattr(backends._native_cuda, "pointwise_mix", aligned)
-        got = cf.ops.pointwise_mix(x, off[0], bias, off[1], shift, "gelu")
+        with monkeypatch.context() as patch:  # undone before the stand-in is
+            patch.setattr(backends._native_cuda, "pointwise_mix", aligned)
+            got = cf.ops.pointwise_mix(x, off[0], bias, off[1], shift, "gelu")
         assert not any(first_use.results().values())
     assert torch.equal(got, want)
 

@@ -100,8 +100,9 @@ def test_a_tile_of_the_copy_engine_that_fails_is_timed_without_it(monkeypatch, w
             return run(*args, config=config, **kw)
 
         table = gpu.kernels()._replace(pointwise_mix=broken)
-        monkeypatch.setattr(gpu, "kernels", lambda: table)
-        report = gpu_report.report(CPU, which=SMALL[3:], timer=seconds)
+        with monkeypatch.context() as patch:  # undone before the stand-in is
+            patch.setattr(gpu, "kernels", lambda: table)
+            report = gpu_report.report(CPU, which=SMALL[3:], timer=seconds)
     (row,) = report["rows"]
     assert not row["ok"]
     assert row["reason"] == "RuntimeError: no descriptors"
