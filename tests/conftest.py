@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import settings
+
+from convmixer_fast import _native_cuda
+from convmixer_fast.kernels import support
+from convmixer_fast.ops import backends, gpu
 
 # On CI the same examples every time: a change fails by its own fault. Elsewhere, new ones.
 settings.register_profile("ci", derandomize=True)
@@ -36,7 +41,28 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         config.option.dist = "loadfile"
 
 
+#: What tests put stand-ins in the place of: one that is left there changes whatever runs later.
+_REPLACEABLE = (
+    (_native_cuda, "_find"),
+    (_native_cuda, "is_emulated"),
+    (_native_cuda, "pointwise_mix"),
+    (backends, "_auto_is_triton"),
+    (backends, "requested_backend"),
+    (gpu, "kernels"),
+    (support, "architecture"),
+)
+
+
+@pytest.fixture
+def _nothing_left_behind() -> Iterator[None]:
+    before = [getattr(module, name) for module, name in _REPLACEABLE]
+    yield
+    after = [getattr(module, name) for module, name in _REPLACEABLE]
+    left = [name for (_, name), b, a in zip(_REPLACEABLE, before, after, strict=True) if a is not b]
+    assert not left, f"stand-ins are left behind: {', '.join(left)}"
+
+
 @pytest.fixture(autouse=True)
-def _clean_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def _clean_start(_nothing_left_behind: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CONVMIXER_FAST_BACKEND", raising=False)
     torch.manual_seed(0)
