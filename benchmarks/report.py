@@ -240,7 +240,7 @@ class Table:
     suite: str = ""
 
 
-def _columns(text: str) -> tuple[str, ...]:
+def column_names(text: str) -> tuple[str, ...]:
     return tuple(text.split(", "))
 
 
@@ -251,7 +251,7 @@ _SUITES: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "Medians of interleaved rounds in one process, every output checked first. `cores`: CPU "
         "seconds a second, which is what the thread count came to; `error / eager's`: the largest "
         "error against float64.",
-        _columns(
+        column_names(
             "model, batch, threads, system, img/s, GMAC/s, of peak, ours is faster, ms, p20 ms, "
             "p80 ms, rounds, cores, error / eager's, note"
         ),
@@ -260,7 +260,7 @@ _SUITES: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "One block and its halves",
         "The C library keeps freed memory, so that fresh outputs are not new pages, on all sides; "
         "`faults`: page faults a call.",
-        _columns(
+        column_names(
             "model, batch, threads, part, system, GMAC/s, of peak, ours is faster, ms, p20 ms, "
             "p80 ms, rounds, cores, faults, note"
         ),
@@ -268,7 +268,7 @@ _SUITES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "scaling": (
         "Ours against itself",
         "Each model's lines were measured in the same rounds. A patch is one position of the grid.",
-        _columns(
+        column_names(
             "model, side, batch, threads, system, img/s, of peak, GMAC/s, ns / patch, ms, p20 ms, "
             "p80 ms, rounds, cores"
         ),
@@ -277,20 +277,20 @@ _SUITES: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "Step by step",
         "Each line is the one before it with one thing changed, in the same rounds; the last is "
         "the model as it is used.",
-        _columns("model, batch, threads, system, ms, of peak, img/s, p20 ms, p80 ms, rounds"),
+        column_names("model, batch, threads, system, ms, of peak, img/s, p20 ms, p80 ms, rounds"),
     ),
     "training": (
         "A training step",
         "Forward, backward and SGD. While BatchNorm gathers batch statistics our modules run their "
         "children one by one: equal speed is what to expect.",
-        _columns(
+        column_names(
             "model, batch, threads, system, img/s, ours is faster, ms, p20 ms, p80 ms, rounds"
         ),
     ),
     "resolution": (
         "Larger images and batches",
         "A patch is one position of the grid: equal cost for each is what to expect.",
-        _columns(
+        column_names(
             "model, side, batch, threads, system, img/s, of peak, ours is faster, ns / patch, ms, "
             "p20 ms, p80 ms, rounds"
         ),
@@ -299,12 +299,12 @@ _SUITES: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "Peak memory",
         "Of a fresh process that builds the model and runs it twice: all of it, and what it has "
         "above the imports.",
-        _columns("model, batch, system, MiB, MiB above imports"),
+        column_names("model, batch, system, MiB, MiB above imports"),
     ),
     "numerics": (
         "Error against float64",
         "Of the logits; the rule is twice eager PyTorch's largest and root-mean-square error.",
-        _columns(
+        column_names(
             "model, batch, system, max error, max / eager's, rms error, rms / eager's, "
             "within rule, note"
         ),
@@ -315,7 +315,7 @@ _SUITES: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "and decoding side by side on these cores; `waiting`: share of the time in which the model "
         "waits for images; `overhead ms`: CPU time of the whole less that of decoding alone and of "
         "the model alone, an image.",
-        _columns(
+        column_names(
             "model, shape, images, cores, model ms, decode ms, whole ms, img/s, "
             "of the model alone, of the limit, waiting, CPU ms, overhead ms"
         ),
@@ -323,7 +323,7 @@ _SUITES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "kills": (
         "Every image once",
         "`convmixer-fast predict --resume`, ended by kill -9 at random moments and started again.",
-        _columns(
+        column_names(
             "results, images, broken, kills, rows, errors, missing, repeated, wrongly failed, "
             "left over, seconds"
         ),
@@ -332,12 +332,12 @@ _SUITES: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "Ray",
         "An actor has one core, on which it decodes and computes. `start s`: until the first "
         "images come out; img/s is counted from there.",
-        _columns("system, model, images, img/s, start s, img/s with start"),
+        column_names("system, model, images, img/s, start s, img/s with start"),
     ),
     "overheads": (
         "Overheads",
         "",
-        _columns("what, model, batch, ms, p20 ms, p80 ms, of forward"),
+        column_names("what, model, batch, ms, p20 ms, p80 ms, of forward"),
     ),
 }
 

@@ -24,7 +24,7 @@ import report
 import results
 from machine import this_machine
 from recording import Recorder
-from report import Line, Table, _columns, grid, heading
+from report import Line, Table, column_names, grid, heading
 from results import Report, Row
 
 HERE = Path(__file__).resolve().parent
@@ -270,14 +270,14 @@ def tables(found: Report) -> list[Table]:
         Table(
             "Promises",
             "",
-            _columns("what, bar, measured, met, detail"),
+            column_names("what, bar, measured, met, detail"),
             [line.row() for line in lines(found)],
         ),
         Table(
             "Memory and time by height",
             "Peak memory of a process: as a whole, above what it had before the image, and what "
             "the arithmetic of `convmixer_fast/inference/bands.py` says of the stream's buffers.",
-            _columns(
+            column_names(
                 "model, height, width, system, bands, formula MiB, MiB above start, MiB, seconds, "
                 "us a row, note"
             ),
@@ -288,7 +288,7 @@ def tables(found: Report) -> list[Table]:
             "The same model in one process, taking turns. us/kpx: microseconds for a thousand "
             "pixels that are answered; a tile with a halo of exact width answers for its middle. "
             "`off`: the logits' largest difference from the whole image's, by the largest.",
-            _columns(
+            column_names(
                 "model, height, width, system, bands, exact, off, s, p20, p80, us/kpx, "
                 "against whole, halo px"
             ),
