@@ -49,14 +49,22 @@ def _find() -> tuple[ModuleType | None, str]:
         module = import_module("convmixer_fast._cpu")
         module.isa()  # a CONVMIXER_FAST_ISA that cannot be used is told here, not at the first op
     except (ImportError, ValueError) as error:
-        causes = [f"convmixer_fast._cpu: {error}"]
-        info = build_info()
-        if info.get("reason"):
-            causes.insert(0, f"the CPU extension was not built: {info['reason']}")
-        elif not info:
-            causes.append("the package was never built here: pip install .")
-        return None, "; ".join(" ".join(cause.split()) for cause in causes)
+        return None, why_absent("_cpu", "CPU", error, build_info())
     return module, ""
+
+
+def why_absent(module: str, what: str, error: Exception, info: dict[str, Any]) -> str:
+    """One line for an extension that cannot be imported: what its build said, and the import.
+
+    Args:
+        info: what `build_info` has of it.
+    """
+    causes = [f"convmixer_fast.{module}: {error}"]
+    if info.get("reason"):
+        causes.insert(0, f"the {what} extension was not built: {info['reason']}")
+    elif not info:
+        causes.append("the package was never built here: pip install .")
+    return "; ".join(" ".join(cause.split()) for cause in causes)
 
 
 def load() -> ModuleType | None:

@@ -10,12 +10,11 @@ import os
 from functools import cache, lru_cache
 from importlib import import_module
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._native import build_info
+from ._native import build_info, why_absent
 from .kernels.precision import dot_precision
 from .kernels.support import architecture
 
@@ -34,13 +33,7 @@ def _find() -> tuple[ModuleType | None, str]:
     try:
         return import_module("convmixer_fast._cuda"), ""
     except ImportError as error:
-        causes = [f"convmixer_fast._cuda: {error}"]
-        info: dict[str, Any] = build_info().get("cuda", {})
-        if info.get("reason"):
-            causes.insert(0, f"the CUDA extension was not built: {info['reason']}")
-        elif not info:
-            causes.append("the package was never built here: pip install .")
-        return None, "; ".join(" ".join(cause.split()) for cause in causes)
+        return None, why_absent("_cuda", "CUDA", error, build_info().get("cuda", {}))
 
 
 def load() -> ModuleType | None:
