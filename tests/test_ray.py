@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fresh_python
 import numpy as np
 import photographs
 import pytest
@@ -43,6 +44,11 @@ def cluster() -> Iterator[Any]:
         # A dead node is noticed in seconds.
         patch.setenv("RAY_health_check_period_ms", "500")
         patch.setenv("RAY_health_check_failure_threshold", "4")
+        # Workers look for modules where the driver stood when it joined.
+        surroundings = fresh_python.surroundings()
+        patch.chdir(surroundings["cwd"])
+        if (path := surroundings["env"].get("PYTHONPATH")) is not None:
+            patch.setenv("PYTHONPATH", path)
         node = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "include_dashboard": False}
         there = Cluster(initialize_head=True, head_node_args=node)
         try:

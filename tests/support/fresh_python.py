@@ -41,7 +41,7 @@ def run(
     """
     return subprocess.run(
         [sys.executable, *arguments],
-        **{"capture_output": True, "text": True, "timeout": timeout} | _surroundings(env) | options,
+        **{"capture_output": True, "text": True, "timeout": timeout} | surroundings(env) | options,
     )
 
 
@@ -50,11 +50,15 @@ def start(
 ) -> subprocess.Popen[str]:
     """`subprocess.Popen` of this Python with the arguments, in text mode; ``env`` as for `run`."""
     return subprocess.Popen(
-        [sys.executable, *arguments], **{"text": True} | _surroundings(env) | options
+        [sys.executable, *arguments], **{"text": True} | surroundings(env) | options
     )
 
 
-def _surroundings(env: Mapping[str, str] | None) -> dict[str, Any]:
+def surroundings(env: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The ``cwd`` and ``env`` of a process that has to find the package which this one imported.
+
+    Also for what starts Pythons by itself, as Ray does: it hands its folder on to its workers.
+    """
     variables = {**os.environ, **(env or {})}
     # Options for this run of pytest are not for one inside it, whose coverage would be its own.
     variables.pop("PYTEST_ADDOPTS", None)
