@@ -61,8 +61,7 @@ void channel_mix(const ChannelMix& p, int threads) {
   const int64_t groups = ceil_div(p.c_out, kernels.row_groups);
   // Where there are too few tiles for the threads, each is cut by output channels as well.
   if (1.0 * p.n * plane * c_in * p.c_out < kSerialMultiplyAdds) threads = 1;
-  const int64_t wanted = threads > 1 ? ceil_div(2 * threads, p.n * tiles) : 1;
-  const int64_t cuts = std::min(wanted, groups);
+  const int64_t cuts = channel_cuts(p.n * tiles, threads, groups);
   const int64_t panel_stride = c_in * kernels.panel + 32;
   const int64_t tile_panels = ceil_div(std::min(plane, kernels.tile), kernels.panel);
   const int64_t panels = ceil_div(tile_panels * panel_stride, 16) * 16;

@@ -1,7 +1,6 @@
 #include "mixer.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <vector>
 
@@ -136,20 +135,15 @@ class Plan {
                     float* panels) const {
     const float* in = s_.x + image * x_image_;
     float* out = s_.z + image * z_image_;
-    // At least two pieces of work a thread, so that a late thread costs little; not more, since
-    // every piece of a tile makes the sums of its panels anew.
-    const int64_t pieces = ceil_div(2 * threads, tiles());
-    const int64_t cuts = pieces < groups_ ? pieces : groups_;
+    const int64_t cuts = channel_cuts(tiles(), threads, groups_);
     for (int64_t b = 0; b < s_.depth; ++b, in = out) {
       const float* block = s_.blocks[b];
-      std::atomic<std::size_t> taken{0};
       parallel_for(s_.c, threads, [&](Share& share) {
-        const Scratch& mine = scratches[taken++];
+        const Scratch& mine = scratches[share.thread()];
         for (Range r; share.next(r);) spatial(block, in, r.begin, r.end, mine, panels);
       });
-      taken = 0;
       parallel_for(tiles() * cuts, threads, [&](Share& share) {
-        const Scratch& mine = scratches[taken++];
+        const Scratch& mine = scratches[share.thread()];
         for (Range r; share.next(r);) {
           for (int64_t i = r.begin; i < r.end; ++i) {
             const int64_t cut = i % cuts;

@@ -16,6 +16,7 @@
 #pragma once
 
 #include <cstdint>
+#include <numeric>
 
 #include "../activation_id.h"
 
@@ -55,5 +56,13 @@ struct PointwiseKernels {
   void (*run)(const Pointwise&, int64_t pixel_begin, int64_t pixel_end, int64_t group_begin,
               int64_t group_end, float* scratch);
 };
+
+// Into how many shares of the output channels `tiles` tiles of pixels are cut: into as few as give
+// every thread the same number of pieces, since every piece makes the sums of its panels anew. Many
+// tiles are shared out evenly as they are.
+inline std::int64_t channel_cuts(std::int64_t tiles, int threads, std::int64_t groups) {
+  const std::int64_t cuts = tiles < 4 * threads ? threads / std::gcd<std::int64_t>(tiles, threads) : 1;
+  return cuts < groups ? cuts : groups;
+}
 
 }  // namespace convmixer_fast

@@ -27,6 +27,7 @@ thread_local bool inside_region = false;
 struct OpenMp {
   void (*parallel)(void (*)(void*), void*, unsigned threads, unsigned flags) = nullptr;
   int (*in_parallel)() = nullptr;
+  int (*thread_number)() = nullptr;
   std::string file;
 };
 
@@ -82,9 +83,12 @@ OpenMp find_openmp() {
         reinterpret_cast<decltype(candidate.parallel)>(dlsym(library, "GOMP_parallel"));
     candidate.in_parallel =
         reinterpret_cast<decltype(candidate.in_parallel)>(dlsym(library, "omp_in_parallel"));
+    candidate.thread_number =
+        reinterpret_cast<decltype(candidate.thread_number)>(dlsym(library, "omp_get_thread_num"));
     candidate.file = path.substr(path.rfind('/') + 1);
     // RTLD_NOLOAD took a reference of its own; it is kept where the library will be called.
-    const bool usable = candidate.parallel != nullptr && candidate.in_parallel != nullptr;
+    const bool usable = candidate.parallel != nullptr && candidate.in_parallel != nullptr &&
+                        candidate.thread_number != nullptr;
     const bool of_torch = path.find("/torch/lib/") != std::string::npos;
     if (usable && (best.parallel == nullptr || of_torch)) {
       best = candidate;
@@ -122,19 +126,17 @@ const OpenMp* openmp() { return nullptr; }
 class Region {
  public:
   Region(std::int64_t count, int threads, Worker worker, void* context)
-      // Eight hand-outs a thread: late threads cost at most an eighth of a share.
-      : share_(count, count / (8 * static_cast<std::int64_t>(threads)) + 1),
-        worker_(worker),
-        context_(context) {}
+      : items_(count, threads), worker_(worker), context_(context) {}
 
   // One thread's part. No exception may leave it: the runtime's threads could not carry one.
-  void work() noexcept {
+  void work(int thread) noexcept {
+    Share share(items_, thread);
     const bool outer = inside_region;
     inside_region = true;
     try {
-      worker_(context_, share_);
+      worker_(context_, share);
     } catch (...) {
-      share_.stop();
+      items_.stop();
       const std::lock_guard<std::mutex> lock(mutex_);
       if (!error_) error_ = std::current_exception();
     }
@@ -146,7 +148,7 @@ class Region {
   }
 
  private:
-  Share share_;
+  Items items_;
   Worker worker_;
   void* context_;
   std::mutex mutex_;
@@ -157,11 +159,11 @@ void run_on_plain_threads(Region& region, int threads) {
   std::vector<std::thread> helpers;
   try {
     helpers.reserve(static_cast<std::size_t>(threads - 1));
-    for (int i = 1; i < threads; ++i) helpers.emplace_back([&region] { region.work(); });
+    for (int i = 1; i < threads; ++i) helpers.emplace_back([&region, i] { region.work(i); });
   } catch (...) {
     // No thread more to be had: those there are share the work.
   }
-  region.work();
+  region.work(0);
   for (std::thread& helper : helpers) helper.join();
 }
 
@@ -176,10 +178,18 @@ void parallel_for(std::int64_t count, int threads, Worker worker, void* context)
   if (serial || (runtime != nullptr && runtime->in_parallel() != 0)) threads = 1;
   Region region(count, threads, worker, context);
   if (threads == 1) {
-    region.work();
+    region.work(0);
   } else if (runtime != nullptr) {
-    runtime->parallel([](void* r) { static_cast<Region*>(r)->work(); }, &region,
-                      static_cast<unsigned>(threads), 0);
+    struct Call {
+      Region& region;
+      const OpenMp& runtime;
+    } call{region, *runtime};
+    runtime->parallel(
+        [](void* c) {
+          const Call& call = *static_cast<Call*>(c);
+          call.region.work(call.runtime.thread_number());
+        },
+        &call, static_cast<unsigned>(threads), 0);
   } else {
     run_on_plain_threads(region, threads);
   }

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 namespace convmixer_fast {
 
@@ -17,26 +18,69 @@ struct Range {
   std::int64_t begin, end;
 };
 
-// The items of one parallel_for, handed out in order, a few at a time, to whoever asks: a thread
-// that is late or missing leaves its share to the others.
-class Share {
+// The items of one parallel_for that are not handed out yet: a part for each thread.
+class Items {
  public:
-  Share(std::int64_t count, std::int64_t grain) : count_(count), grain_(grain) {}
+  Items(std::int64_t count, int threads)
+      // Eight hand-outs a thread: late threads cost at most an eighth of a share.
+      : grain_(count / (8 * static_cast<std::int64_t>(threads)) + 1),
+        parts_(static_cast<std::size_t>(threads)) {
+    for (int i = 0; i < threads; ++i) {
+      parts_[i].next.store(count * i / threads, std::memory_order_relaxed);
+      parts_[i].end = count * (i + 1) / threads;
+    }
+  }
 
-  // The next items to compute; false when none are left.
-  bool next(Range& range) {
-    const std::int64_t begin = next_.fetch_add(grain_, std::memory_order_relaxed);
-    if (begin >= count_) return false;
-    range = {begin, begin + grain_ < count_ ? begin + grain_ : count_};
+  // The next items of a part; false when none are left.
+  bool take(std::size_t part, Range& range) {
+    const std::int64_t begin = parts_[part].next.fetch_add(grain_, std::memory_order_relaxed);
+    const std::int64_t end = parts_[part].end;
+    if (begin >= end) return false;
+    range = {begin, begin + grain_ < end ? begin + grain_ : end};
     return true;
   }
 
+  std::size_t parts() const { return parts_.size(); }
+
   // Leaves nothing more to hand out.
-  void stop() { next_.store(count_, std::memory_order_relaxed); }
+  void stop() {
+    for (Part& part : parts_) part.next.store(part.end, std::memory_order_relaxed);
+  }
 
  private:
-  std::atomic<std::int64_t> next_{0};
-  const std::int64_t count_, grain_;
+  // On a cache line of its own: its thread alone writes to it, as long as it has work.
+  struct alignas(64) Part {
+    std::atomic<std::int64_t> next{0};
+    std::int64_t end = 0;
+  };
+  const std::int64_t grain_;
+  std::vector<Part> parts_;
+};
+
+// What one thread computes of the items of a parallel_for, handed out in order, a few at a time: its
+// own part, then what is left of the others'. A thread has the same part in regions of the same count,
+// so what it wrote in one is in its caches in the next; one that is late or missing leaves its part to
+// the others.
+class Share {
+ public:
+  Share(Items& items, int thread) : items_(items), thread_(thread) {}
+
+  // The number of the thread among those of the region, from 0 on.
+  int thread() const { return thread_; }
+
+  // The next items to compute; false when none are left.
+  bool next(Range& range) {
+    for (; parts_done_ < items_.parts(); ++parts_done_) {
+      const std::size_t part = (static_cast<std::size_t>(thread_) + parts_done_) % items_.parts();
+      if (items_.take(part, range)) return true;
+    }
+    return false;
+  }
+
+ private:
+  Items& items_;
+  const int thread_;
+  std::size_t parts_done_ = 0;
 };
 
 using Worker = void (*)(void* context, Share& share);

@@ -15,6 +15,7 @@
 #include "cpu/fingerprint.h"
 #include "cpu/isa.h"
 #include "cpu/mixer.h"
+#include "cpu/pointwise.h"
 #include "cpu/threads.h"
 #include "support.h"
 
@@ -51,9 +52,11 @@ void all_at_once(const std::function<void(int)>& body) {
 // Every item is handed out once, in any thread; plain ints, so that a second hand-out is a race.
 void test_every_item_once(int64_t count, int threads) {
   std::vector<int> seen(static_cast<std::size_t>(count), 0);
+  std::vector<int> numbers(static_cast<std::size_t>(threads), 0);
   std::atomic<int> workers{0};
   cmf::parallel_for(count, threads, [&](cmf::Share& share) {
     ++workers;
+    ++numbers.at(static_cast<std::size_t>(share.thread()));
     for (cmf::Range r; share.next(r);) {
       for (int64_t i = r.begin; i < r.end; ++i) ++seen[i];
     }
@@ -63,6 +66,37 @@ void test_every_item_once(int64_t count, int threads) {
     if (seen[i] != 1) throw Failure(text(region, ": item ", i, " was done ", seen[i], " times"));
   }
   if (workers > threads) throw Failure(text(region, ": ", workers.load(), " workers"));
+  for (int i = 0; i < threads; ++i) {
+    if (numbers[i] > 1) throw Failure(text(region, ": ", numbers[i], " threads with number ", i));
+  }
+}
+
+// A thread begins with the same items in every region, and does what the others leave.
+void test_own_part_first(int64_t count, int threads) {
+  for (int thread = 0; thread < threads; ++thread) {
+    cmf::Items items(count, threads);
+    cmf::Share share(items, thread);
+    int64_t at = count * thread / threads, done = 0;
+    for (cmf::Range r; share.next(r); at = r.end, done += r.end - r.begin) {
+      if (at == count) at = 0;
+      if (r.begin != at || r.end <= r.begin) {
+        throw Failure(text("thread ", thread, " of ", threads, ": items [", r.begin, ", ", r.end,
+                           ") of ", count, " where ", at, " was next"));
+      }
+    }
+    if (done != count) throw Failure(text("thread ", thread, ": ", done, " of ", count, " items"));
+  }
+}
+
+// The tiles of a map and the cuts of its channels give every thread as much as any other.
+void test_cuts_are_even(int64_t tiles, int threads) {
+  const int64_t cuts = cmf::channel_cuts(tiles, threads, 1000);
+  const int64_t pieces = tiles * cuts, most = (pieces + threads - 1) / threads;
+  if (cuts < 1 || pieces < threads || 4 * threads * most > 5 * pieces) {
+    throw Failure(text(tiles, " tiles in ", cuts, " cuts for ", threads, " threads: at most ", most,
+                       " pieces a thread"));
+  }
+  if (cmf::channel_cuts(tiles, threads, 1) != 1) throw Failure("more cuts than groups");
 }
 
 void test_exceptions_come_back(int64_t count, int threads, int64_t bad) {
@@ -255,6 +289,8 @@ std::string test_threads(const Options& options) {
       const int threads = static_cast<int>(own.integer(1, 4));
       test_every_item_once(own.one_of({0, 1, 2, 7, 100, 1000}), threads);
       const int64_t count = own.integer(1, 50);
+      test_own_part_first(count, threads);
+      test_cuts_are_even(count, static_cast<int>(own.integer(1, 40)));
       test_exceptions_come_back(count, threads, own.integer(0, count - 1));
       test_regions_do_not_nest(threads);
       cmf::threading_backend();
