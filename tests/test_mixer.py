@@ -131,6 +131,25 @@ def test_bits_do_not_depend_on_threads_batch_or_company(isa, size):
     assert all(torch.equal(r, results[0]) for r in results)
 
 
+# A thread that has no image left ends the others' after their next block, and all go on together:
+# sooner or later with every draw of the clock, whose times the sizes vary.
+def test_images_that_threads_finish_together_keep_their_bits():
+    _, ours = pair(48, 12, 5)
+    before = torch.get_num_threads()
+    try:
+        for i in range(24):
+            x = torch.randn(2 + i % 4, 48, 20 + i % 7, 25)
+            results = []
+            with torch.no_grad():
+                for threads in (1, 2, 3):
+                    torch.set_num_threads(threads)
+                    results.append(ours(x))
+            assert torch.equal(results[0], results[1])
+            assert torch.equal(results[0], results[2])
+    finally:
+        torch.set_num_threads(before)
+
+
 # Even, and beyond the sizes from which one and two levels of Strassen's algorithm are taken; an odd
 # width never is.
 @pytest.mark.parametrize("dim", [280, 301, 1100])

@@ -1,7 +1,9 @@
 #include "mixer.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <mutex>
 #include <vector>
 
 #include "depthwise.h"
@@ -115,12 +117,16 @@ class Plan {
     pointwise_.run(p, begin, end, group_begin, group_end, scratch.kernel);
   }
 
-  // Images [begin, begin + count) through all blocks, on the calling thread.
-  void whole_images(int64_t begin, int64_t count, const Scratch& scratch, float* panels) const {
+  // Images [begin, begin + count) through the blocks, on the calling thread. After a block ends early
+  // where others would help with the rest and there are two blocks left or more. Returns how many
+  // blocks are done.
+  int64_t whole_images(int64_t begin, int64_t count, const Scratch& scratch, float* panels,
+                       const std::atomic<bool>& help) const {
     const int64_t map = s_.c * plane_;
     const float* in = s_.x + begin * map;
     float* out = s_.z + begin * map;
     for (int64_t b = 0; b < s_.depth; ++b, in = out) {
+      if (b > 0 && s_.depth - b >= 2 && help.load(std::memory_order_relaxed)) return b;
       for (int64_t i = 0; i < count; ++i) {
         spatial(s_.blocks[b], in + i * map, 0, s_.c, scratch, panels + i * panels_floats());
       }
@@ -128,15 +134,16 @@ class Plan {
         channels(b, panels, count, out, t, 0, groups_, scratch);
       }
     }
+    return s_.depth;
   }
 
-  // One image through all blocks, by all threads.
-  void shared_image(int64_t image, int threads, std::vector<Scratch>& scratches,
+  // One image through the blocks from the `done`-th on, by all threads.
+  void shared_image(int64_t image, int64_t done, int threads, std::vector<Scratch>& scratches,
                     float* panels) const {
-    const float* in = s_.x + image * x_image_;
     float* out = s_.z + image * z_image_;
+    const float* in = done == 0 ? s_.x + image * x_image_ : out;
     const int64_t cuts = channel_cuts(tiles(), threads, groups_);
-    for (int64_t b = 0; b < s_.depth; ++b, in = out) {
+    for (int64_t b = done; b < s_.depth; ++b, in = out) {
       const float* block = s_.blocks[b];
       parallel_for(s_.c, threads, [&](Share& share) {
         const Scratch& mine = scratches[share.thread()];
@@ -230,27 +237,41 @@ void mixer_stack(const MixerStack& stack, int64_t begin, int64_t end, int thread
   if (begin >= end || stack.c == 0 || stack.h == 0 || stack.w == 0) return;
   const Plan plan(stack);
   const int64_t most = mixer_images(stack.h, stack.w);
+  // Images that are left to all threads, and how many of their blocks are done.
+  struct Rest {
+    int64_t image, done;
+  };
+  std::vector<Rest> rests;
   // As long as there is one for each thread: as many images as fit into a tile, which share the work
   // on the weights.
   while (end - begin >= threads) {
     const int64_t together = std::min(most, (end - begin) / threads);
     const int64_t items = (end - begin) / together / threads * threads;
+    std::atomic<bool> idle{false};
+    std::mutex mutex;
     parallel_for(items, threads, [&](Share& share) {
       const Scratch scratch = plan.scratch();
       const Floats panels = aligned_floats(together * plan.panels_floats());
       for (Range r; share.next(r);) {
         for (int64_t i = r.begin; i < r.end; ++i) {
-          plan.whole_images(begin + i * together, together, scratch, panels.get());
+          const int64_t first = begin + i * together;
+          const int64_t done = plan.whole_images(first, together, scratch, panels.get(), idle);
+          if (done == stack.depth) continue;
+          const std::lock_guard<std::mutex> lock(mutex);
+          for (int64_t n = 0; n < together; ++n) rests.push_back({first + n, done});
         }
       }
+      idle = true;
     });
     begin += items * together;
   }
-  if (begin < end) {
-    const Floats panels = aligned_floats(plan.panels_floats());
-    std::vector<Scratch> scratches;
-    for (int i = 0; i < threads; ++i) scratches.push_back(plan.scratch());
-    for (; begin < end; ++begin) plan.shared_image(begin, threads, scratches, panels.get());
+  for (; begin < end; ++begin) rests.push_back({begin, 0});
+  if (rests.empty()) return;
+  const Floats panels = aligned_floats(plan.panels_floats());
+  std::vector<Scratch> scratches;
+  for (int i = 0; i < threads; ++i) scratches.push_back(plan.scratch());
+  for (const Rest& rest : rests) {
+    plan.shared_image(rest.image, rest.done, threads, scratches, panels.get());
   }
 }
 
@@ -273,7 +294,7 @@ void mixer_band(const MixerBand& band, int threads) {
   const Floats panels = aligned_floats(plan.panels_floats());
   std::vector<Scratch> scratches;
   for (int i = 0; i < threads; ++i) scratches.push_back(plan.scratch());
-  for (int64_t i = 0; i < band.n; ++i) plan.shared_image(i, threads, scratches, panels.get());
+  for (int64_t i = 0; i < band.n; ++i) plan.shared_image(i, 0, threads, scratches, panels.get());
 }
 
 }  // namespace convmixer_fast

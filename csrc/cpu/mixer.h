@@ -8,8 +8,9 @@
 // memory; from the second block on z overwrites x.
 //
 // Threads: while there are as many images left as threads, each thread takes whole images through
-// the whole stack by itself, with no barrier. The rest is shared: planes, then tiles of pixels, with a
-// barrier after each half. Every value is computed alike either way.
+// the whole stack by itself, with no barrier, until one has none left to take; what the others have in
+// hand then, and the images that are fewer than the threads, is shared: planes, then tiles of pixels,
+// with a barrier after each half. Every value is computed alike either way.
 #pragma once
 
 #include <cstdint>

@@ -145,7 +145,7 @@ struct Problem {
         h(random.integer(1, 14)),
         w(random.integer(1, 20)),
         k(random.one_of({2, 3, 5, 9})),
-        depth(random.integer(1, 3)),
+        depth(random.integer(1, 8)),
         act(random.activation()),
         x(normals(random, n * c * h * w)),
         taps(normals(random, c * k * k, 1.0f / static_cast<float>(k))),
