@@ -215,6 +215,12 @@ def _batch_size(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"must be a number or auto, got {text!r}") from None
 
 
+def add_target_argument(group: Any) -> None:
+    group.add_argument(
+        "--target", type=int, metavar="N", help="class of the heatmap (default: the likeliest)"
+    )
+
+
 def positive(text: str) -> int:
     try:
         value = int(text)

@@ -20,9 +20,11 @@ from ..model import ConvMixer
 from ..ops import use_backend
 from ..ops.backends import recording
 from .batches import Prepare, image_batches, load_image
+from .heatmap import Heatmap, HeatmapFolder, check_mean_pooling, check_target, heatmap_of
 from .labels import class_labels
 from .preprocessing import NativeSize, preprocessing_for
 from .results import Columns, Failure, Row, rows_of
+from .streaming import Pixels
 
 #: What ``batch_size="auto"`` starts from, by the device's type. On a CPU the time of an image
 #: hardly depends on it.
@@ -182,18 +184,25 @@ class Predictor:
 
         D is the number of classes (logits), or of features where embeddings are asked for.
         """
+        return self._answers(images)[0]
+
+    def _answers(
+        self, images: Tensor | Sequence[Tensor], heatmaps: HeatmapFolder | None = None
+    ) -> tuple[Tensor, list[Heatmap]]:
+        """`scores`, and a heatmap of each image (N = 1) if there is a folder for them."""
         if not len(images):
-            return torch.zeros(0, 0)
+            return torch.zeros(0, 0), []
         groups: dict[torch.Size, list[int]] = {}
         for i, image in enumerate(images):
             groups.setdefault(image.shape, []).append(i)
-        found: list[Tensor | None] = [None] * len(images)
+        found: dict[int, Tensor] = {}
+        maps: dict[int, Heatmap] = {}
         for members in groups.values():
             start = 0
             while start < len(members):
                 some = members[start : start + self._most]
                 try:
-                    out = self._run([images[i] for i in some])
+                    out, drawn = self._run([images[i] for i in some], heatmaps)
                 except Exception as error:
                     if not _is_out_of_memory(error):
                         raise
@@ -201,32 +210,41 @@ class Predictor:
                 if out is None:
                     self._back_off(len(some), tuple(images[some[0]].shape))
                     continue
-                for i, line in zip(some, out, strict=True):
-                    found[i] = line
+                found.update(zip(some, out, strict=True))
+                maps.update(zip(some, drawn, strict=False))
                 start += len(some)
-        return torch.stack([line for line in found if line is not None])
+        everyone = range(len(images))
+        return torch.stack([found[i] for i in everyone]), [maps[i] for i in everyone if i in maps]
 
-    def _run(self, images: Sequence[Tensor]) -> Tensor:
+    def _run(
+        self, images: Sequence[Tensor], heatmaps: HeatmapFolder | None
+    ) -> tuple[Tensor, list[Heatmap]]:
         batch = torch.stack(list(images))
         dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
         batch = batch.to(device=self.device, dtype=dtype, memory_format=self._layout)
         amp: Any = nullcontext()
         if self._amp is not None:
             amp = torch.autocast(self.device.type, dtype=self._amp)
+        drawn: list[Heatmap] = []
         with use_backend(self.backend), torch.inference_mode(), amp, recording() as calls:
             model: Any = self.model
+            ours = isinstance(model, ConvMixer) and self.device.type == "cpu"
             if self.columns.output_type == "embedding":
                 out = model.forward_head(model.forward_features(batch), pre_logits=True)
-            elif isinstance(model, ConvMixer) and self.device.type == "cpu":
+            elif ours or heatmaps is not None:
+                maps = model.forward_features(batch)
                 # The last bits of PyTorch's Linear depend on the batch. A run that goes on after
                 # a kill, or on several machines, has other batches and is to give the same rows.
-                maps = model.forward_features(batch).split(1)
-                out = torch.cat([model.forward_head(one) for one in maps])
+                out = torch.cat(
+                    [model.forward_head(m) for m in (maps.split(1) if ours else [maps])]
+                )
+                if heatmaps is not None:
+                    pairs = zip(maps.split(1), out.split(1), strict=True)
+                    drawn = [heatmap_of(model, *pair, heatmaps.target) for pair in pairs]
             else:
                 out = model(batch)
         self.kernels.update(call.choice.backend for call in calls)
-        result: Tensor = out.float().cpu()
-        return result
+        return out.float().cpu(), drawn
 
     def _back_off(self, size: int, shape: tuple[int, ...]) -> None:
         if self.device.type == "cuda":
@@ -245,11 +263,16 @@ class Predictor:
                 stacklevel=2,
             )
 
-    def rows(self, filenames: Sequence[str], images: Tensor | Sequence[Tensor]) -> list[Row]:
-        """A row for each prepared image (C, H, W), in order."""
+    def rows(
+        self,
+        filenames: Sequence[str],
+        images: Tensor | Sequence[Tensor],
+        heatmaps: HeatmapFolder | None = None,
+    ) -> list[Row]:
+        """A row for each prepared image (C, H, W), in order; its heatmap is on the disk by then."""
         if not filenames:
             return []
-        scores = self.scores(images)
+        scores, drawn = self._answers(images, heatmaps)
         labels = self.labels
         if labels is None:
             # A module that does not say how many classes it has: now it is seen.
@@ -257,18 +280,54 @@ class Predictor:
             if self.columns.topk is not None:
                 least = min(self.columns.topk, len(labels))
                 self.columns = Columns(self.columns.output_type, least)
-        return rows_of(filenames, scores, labels, self.columns)
+        rows = rows_of(filenames, scores, labels, self.columns)
+        if heatmaps is not None:
+            for filename, image, heatmap in zip(filenames, images, drawn, strict=True):
+                heatmaps.write(filename, heatmap, self._picture(image, heatmap))
+        return rows
+
+    def _picture(self, image: Tensor, heatmap: Heatmap) -> Image.Image | None:
+        """What the model saw of an image, in colours; None where it is not known how to show it."""
+        if not (hasattr(self.preprocessing, "mean") and hasattr(self.preprocessing, "std")):
+            return None
+        prepared: Any = self.preprocessing
+        height, width = heatmap.size
+        seen = Pixels(prepared, torch.float32, "cpu").visible(image[None, :, :height, :width])
+        return Image.fromarray(seen[0].permute(1, 2, 0).expand(-1, -1, 3).numpy())
+
+    def check_heatmaps(self, target: int | None = None) -> None:
+        """Whether there can be heatmaps, of that class.
+
+        Raises:
+            ValueError: the model pools in another way, has no classifier, or no class ``target``,
+                or the answers are embeddings, which are of no class.
+        """
+        if self.columns.output_type == "embedding":
+            raise ValueError("a heatmap is of a class: ask for prob or logit, not for embeddings")
+        check_mean_pooling(self.model)
+        model: Any = self.model
+        check_target(model.head, target)
 
     # Questions
 
     def predict_files(
-        self, paths: Sequence[str | os.PathLike[str]], workers: int = 2
+        self,
+        paths: Sequence[str | os.PathLike[str]],
+        workers: int = 2,
+        heatmaps: HeatmapFolder | None = None,
     ) -> Iterator[Outcome]:
         """Rows and failures of files as they are computed, in order; no file is fatal.
 
         Args:
             workers: threads that read ahead while the model computes; see `image_batches`.
+            heatmaps: gets a class activation map of each image, which is on the disk before the
+                image's row comes out.
+
+        Raises:
+            ValueError: there can be no heatmaps; see `check_heatmaps`.
         """
+        if heatmaps is not None:
+            self.check_heatmaps(heatmaps.target)
         files = [Path(path) for path in paths]
         batches = image_batches(files, self.preprocessing, self._most, workers)
         while True:
@@ -277,7 +336,7 @@ class Predictor:
             waited = time.perf_counter() - start
             if batch is None:
                 return
-            rows = self.rows([str(path) for path in batch.paths], batch.images)
+            rows = self.rows([str(path) for path in batch.paths], batch.images, heatmaps)
             failures = [Failure(error.path, error.reason) for error in batch.failures]
             yield Outcome(rows, failures, waited)
 
