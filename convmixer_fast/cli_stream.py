@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,20 +13,11 @@ from .cli_common import (
     add_target_argument,
     device_of,
     load_model,
+    memory_size,
     note,
     positive,
     table,
 )
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
-
-
-def memory_size(text: str) -> int:
-    """Bytes of a size like ``2GB``, ``512MiB`` or ``1000000``."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?)B?\s*", text.upper())
-    if found is None or found[2] not in _UNITS or float(found[1]) <= 0:
-        raise argparse.ArgumentTypeError(f"must be a size like 2GB or 512MiB, got {text!r}")
-    return int(float(found[1]) * _UNITS[found[2]])
 
 
 def add_stream(sub: argparse.ArgumentParser) -> None:

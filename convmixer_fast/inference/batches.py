@@ -7,19 +7,23 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
 from PIL import Image
 from torch import Tensor
 
 from .images import ImageError, read_image
+from .sources import Source
+
+#: An image as a model takes it: (C, H, W), or rows to stream of one too large for that.
+Prepared: TypeAlias = Tensor | Source
 
 
 class Batch(NamedTuple):
-    """Images that were read, each (C, H, W), with their paths, and errors of the others."""
+    """Images that were read, with their paths, and errors of the others."""
 
     paths: list[Path]
-    images: list[Tensor]
+    images: list[Prepared]
     failures: list[ImageError]
 
 
@@ -30,11 +34,11 @@ class Prepare(Protocol):
     def channels(self) -> int:
         """1 or 3: what is read of a file."""
 
-    def __call__(self, image: Image.Image) -> Tensor:
+    def __call__(self, image: Image.Image) -> Prepared:
         """(C, H, W), float32."""
 
 
-def load_image(path: str | os.PathLike[str], preprocessing: Prepare) -> Tensor:
+def load_image(path: str | os.PathLike[str], preprocessing: Prepare) -> Prepared:
     """One file -> (C, H, W) float32.
 
     Raises:
@@ -61,14 +65,15 @@ def image_batches(
     if workers < 0:
         raise ValueError(f"workers must not be negative, got {workers}")
 
-    def attempt(path: Path) -> Tensor | ImageError:
+    def attempt(path: Path) -> Prepared | ImageError:
         try:
             return load_image(path, preprocessing)
         except ImageError as error:
             return error
 
-    def collate(files: Sequence[Path], results: Sequence[Tensor | ImageError]) -> Batch:
-        good = [(p, r) for p, r in zip(files, results, strict=True) if isinstance(r, Tensor)]
+    def collate(files: Sequence[Path], results: Sequence[Prepared | ImageError]) -> Batch:
+        pairs = zip(files, results, strict=True)
+        good = [(p, r) for p, r in pairs if not isinstance(r, ImageError)]
         failures = [r for r in results if isinstance(r, ImageError)]
         return Batch([p for p, _ in good], [r for _, r in good], failures)
 
@@ -78,7 +83,7 @@ def image_batches(
             yield collate(group, [attempt(p) for p in group])
         return
     pool = ThreadPoolExecutor(workers, thread_name_prefix="convmixer_fast-images")
-    ahead: deque[tuple[Sequence[Path], list[Future[Tensor | ImageError]]]] = deque()
+    ahead: deque[tuple[Sequence[Path], list[Future[Prepared | ImageError]]]] = deque()
     try:
         for group in groups:
             ahead.append((group, [pool.submit(attempt, p) for p in group]))

@@ -32,7 +32,7 @@ from .images import ImageError
 from .preprocessing import Preprocessing
 from .sources import Source, forget, open_source
 
-OUTPUTS = ("logits", "features", "heatmap")
+OUTPUTS = ("logits", "embedding", "features", "heatmap")
 #: Cells of a heatmap's longer side, at most.
 HEATMAP_CELLS = 128
 #: Pixels of a heatmap's picture along a cell's side.
@@ -214,7 +214,8 @@ def stream(
             iterator of bands of rows, or a list of these, images of one size that pass together;
             see `open_source`. Whole numbers are scaled to 0..1 and normalised; floating-point
             values go into the model as they are.
-        output: ``"logits"``, ``"features"`` (the map of the last block), or ``"heatmap"``.
+        output: ``"logits"``, ``"embedding"`` (the pooled features), ``"features"`` (the map of the
+            last block), or ``"heatmap"``.
         out: for features, a file to write them to as they come, .npy or .zarr; None: memory.
         preprocessing: its mean and std are used; by default those of ``model.pretrained_cfg``.
         layout: how the axes of arrays are ordered: "HW", "HWC", "CHW", "NHWC" or "NCHW".
@@ -235,6 +236,7 @@ def stream(
 
     Returns:
         logits: (N, num_classes), or (N, features) without a classifier, on the model's device.
+        embedding: (N, features), on the model's device.
         features: (N, dim, height // p, width // p): a tensor, or what ``out`` holds as a memory map
         or zarr array.
         heatmap: a `Heatmap`, whose mean is the logits.
@@ -268,6 +270,31 @@ def stream(
             opened.close()
 
 
+@torch.inference_mode()
+def can_stream(model: nn.Module) -> bool:
+    """Whether `stream` gives a model's logits."""
+    parts: Any = model
+    try:
+        run = _Run(model, "logits", None)
+        blocks_of(parts.blocks, parts.stem[0], parts.stem(run.probe()))
+    except (TypeError, ValueError, AttributeError, IndexError):
+        return False
+    return True
+
+
+def whole_image_bytes(model: nn.Module, height: int, width: int) -> int:
+    """What a model that `can_stream` holds of one image, at least, when it takes it as a whole.
+
+    The image as numbers, and three maps: a block's input, its output, and one between its halves.
+    """
+    parts: Any = model
+    conv = parts.stem[0]
+    patch = int(conv.kernel_size[0])
+    values = conv.in_channels * height * width
+    values += 3 * conv.out_channels * (height // patch) * (width // patch)
+    return int(values * conv.weight.element_size())
+
+
 class _Run:
     """One call of `stream`: the model's parts, checked."""
 
@@ -287,15 +314,20 @@ class _Run:
         conv = parts.stem[0]
         self.patch, self.in_chans = int(conv.kernel_size[0]), int(conv.in_channels)
         self.dtype, self.device = conv.weight.dtype, conv.weight.device
-        if output == "logits" and isinstance(model, ConvMixer):
+        if output in ("logits", "embedding") and isinstance(model, ConvMixer):
             if model.global_pool.is_identity():
                 raise ValueError(
-                    "the model has no pooling, so there are no logits: use output='features'"
+                    f"the model has no pooling, so there are no {output}: use output='features'"
                 )
         elif output == "heatmap":
             check_mean_pooling(model)
         self.preprocessing = preprocessing or default_preprocessing(model)
         self.pixels = Pixels(self.preprocessing, self.dtype, self.device)
+
+    def probe(self) -> Tensor:
+        """An image of more than one patch each way: a map of 1 x 1 says nothing of its layout."""
+        side = 2 * self.patch
+        return torch.zeros(1, self.in_chans, side, side, dtype=self.dtype, device=self.device)
 
     def __call__(
         self,
@@ -337,10 +369,7 @@ class _Run:
                 "pass height="
             )
         stem = self._parts.stem
-        # More than one patch each way: the layout of a map of 1 x 1 says nothing.
-        probe = torch.zeros(
-            1, self.in_chans, 2 * patch, 2 * patch, dtype=self.dtype, device=self.device
-        )
+        probe = self.probe()
         blocks = blocks_of(self._parts.blocks, stem[0], stem(probe))
         if height is not None and hasattr(blocks, "map_pixels"):
             blocks.map_pixels = height * width
@@ -380,6 +409,8 @@ class _Run:
                 result: Any = sinks.finish()
             elif isinstance(sinks, _Reduced):
                 result = self._heatmap(sinks, pool, target)
+            elif self.output == "embedding":
+                result = self._pooled(pool)
             else:
                 result = self._logits(pool)
         except BaseException:
