@@ -13,6 +13,7 @@ import os
 import shutil
 import time
 import zipfile
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from .heatmap import Heatmap, check_mean_pooling, class_scores
 from .identity import model_digest
 from .images import ImageError
 from .preprocessing import Preprocessing
-from .sources import Source, forget, open_source
+from .sources import Source, StackSource, forget, open_source
 
 OUTPUTS = ("logits", "embedding", "features", "heatmap")
 #: Cells of a heatmap's longer side, at most.
@@ -211,9 +212,9 @@ def stream(
         model: a `ConvMixer`, or a model with its ``stem``, ``blocks``, ``global_pool`` and ``head``
             that `convmixer_fast.optimize` has been through; in eval mode.
         source: a path (.npy, .zarr, TIFF, JPEG, PNG...), array, memory map, tensor, zarr array, an
-            iterator of bands of rows, or a list of these, images of one size that pass together;
-            see `open_source`. Whole numbers are scaled to 0..1 and normalised; floating-point
-            values go into the model as they are.
+            iterator of bands of rows, or a list of these: images of one size pass together, the
+            sizes one after the other; see `open_source`. Whole numbers are scaled to 0..1 and
+            normalised; floating-point values go into the model as they are.
         output: ``"logits"``, ``"embedding"`` (the pooled features), ``"features"`` (the map of the
             last block), or ``"heatmap"``.
         out: for features, a file to write them to as they come, .npy or .zarr; None: memory.
@@ -232,27 +233,32 @@ def stream(
         cell: patches along the side of a heatmap's cell; by default as many as leave at most
             `HEATMAP_CELLS` cells along the longer side (the width, where the height is not known).
         progress: show a bar.
-        stats: filled in while the stream runs.
+        stats: filled in while the stream runs; with the sums of rows and seconds where a list has
+            several sizes.
 
     Returns:
+        Of a list, images are in its order.
         logits: (N, num_classes), or (N, features) without a classifier, on the model's device.
         embedding: (N, features), on the model's device.
         features: (N, dim, height // p, width // p): a tensor, or what ``out`` holds as a memory map
-        or zarr array.
-        heatmap: a `Heatmap`, whose mean is the logits.
+        or zarr array; of a list of several sizes, a list with each one's.
+        heatmap: a `Heatmap`, whose mean is the logits; of a list of several sizes, a list likewise.
 
     Raises:
         ImageError: the source cannot be read, ends early, or is smaller than a patch.
         ValueError: an argument makes no sense, ``max_memory`` is too small, the model is in
-            training mode, or the checkpoint is of another run.
+            training mode, the checkpoint is of another run, or there is one, or an ``out``, for
+            images of several sizes.
         TypeError: the model has no blocks that can be streamed.
         OSError: a file cannot be written.
     """
     run = _Run(model, output, preprocessing)
-    opened = open_source(source, run.in_chans, layout, height)
-    try:
+    given = list(source) if isinstance(source, (list, tuple)) and source else [source]
+    opened: list[Source] = []
+
+    def one_pass(of: Source, stats: StreamStats) -> Any:
         return run(
-            opened,
+            of,
             out=None if out is None else Path(out),
             max_memory=max_memory,
             band_rows=band_rows,
@@ -263,11 +269,56 @@ def stream(
             target=target,
             cell=cell,
             progress=progress,
-            stats=stats or StreamStats(),
+            stats=stats,
         )
+
+    stats = stats or StreamStats()
+    try:
+        for one in given:
+            opened.append(open_source(one, run.in_chans, layout, height))
+        groups = _by_size(opened)
+        if len(groups) == 1:
+            return one_pass(StackSource(opened) if len(opened) > 1 else opened[0], stats)
+        for name, path in (("out", out), ("checkpoint", checkpoint)):
+            if path is not None:
+                raise ValueError(
+                    f"{name} {path} is for images of one size, and these have {len(groups)}: "
+                    "stream them one by one"
+                )
+        found: dict[int, Any] = {}
+        rows, seconds = 0, 0.0
+        for members in groups:
+            some = [opened[i] for i in members]
+            result = one_pass(StackSource(some) if len(some) > 1 else some[0], stats)
+            rows, seconds = rows + stats.rows, seconds + stats.seconds
+            begin = 0
+            for i, of in zip(members, some, strict=True):
+                found[i] = _some_of(result, begin, begin + of.images)
+                begin += of.images
+        stats.rows, stats.seconds = rows, seconds
+        answers = [found[i] for i in range(len(opened))]
+        return torch.cat(answers) if output in ("logits", "embedding") else answers
     finally:
-        if opened is not source:
-            opened.close()
+        for one, of in zip(given, opened, strict=False):
+            if of is not one:
+                of.close()
+
+
+def _by_size(sources: Sequence[Source]) -> list[list[int]]:
+    """Which of them can pass together: those of one size, if it is known before the end."""
+    groups: dict[Any, list[int]] = {}
+    for i, source in enumerate(sources):
+        known = source.height is not None
+        groups.setdefault((source.height, source.width) if known else i, []).append(i)
+    return list(groups.values())
+
+
+def _some_of(result: Any, begin: int, end: int) -> Any:
+    """Images [begin, end) of what a pass gave."""
+    if not isinstance(result, Heatmap):
+        return result[begin:end]
+    cut = {f: getattr(result, f)[begin:end] for f in ("scores", "classes", "logits", "pictures")}
+    return result._replace(**cut)
 
 
 @torch.inference_mode()
