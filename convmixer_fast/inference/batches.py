@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple, Protocol, TypeAlias
 
+import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -51,6 +54,42 @@ def load_image(path: str | os.PathLike[str], preprocessing: Prepare) -> Prepared
         raise ImageError.about(path, str(error) or "not enough memory") from error
 
 
+class _Slots:
+    """Room for the images of a batch in one piece, which `in_one_piece` finds again."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._room: Tensor | None = None
+        self._lock = Lock()
+
+    def put(self, i: int, image: Tensor) -> Tensor:
+        """The image at its place; as it is, if the first one had another shape."""
+        with self._lock:
+            if self._room is None:
+                self._room = torch.empty(self._count, *image.shape, dtype=image.dtype)
+        place = self._room[i]
+        if place.shape != image.shape or place.dtype != image.dtype:
+            return image
+        # NumPy, for PyTorch's copy would start a team of threads in every decoding thread.
+        np.copyto(place.numpy(), image.numpy())
+        return place
+
+
+def in_one_piece(images: Sequence[Tensor]) -> Tensor:
+    """`torch.stack`, but without a copy where the images lie one after the other."""
+    first, step = images[0], images[0].numel()
+    begin, storage = first.storage_offset(), first.untyped_storage().data_ptr()
+    for i, image in enumerate(images):
+        if (
+            not image.is_contiguous()
+            or image.untyped_storage().data_ptr() != storage
+            or image.storage_offset() != begin + i * step
+            or image.dtype != first.dtype
+        ):
+            return torch.stack(list(images))
+    return first.as_strided((len(images), *first.shape), (step, *first.stride()))
+
+
 def image_batches(
     paths: Sequence[Path], preprocessing: Prepare, batch_size: int, workers: int = 2
 ) -> Iterator[Batch]:
@@ -71,6 +110,25 @@ def image_batches(
         except ImageError as error:
             return error
 
+    def several(slots: _Slots, begin: int, files: Sequence[Path]) -> list[Prepared | ImageError]:
+        found = [attempt(path) for path in files]
+        return [
+            slots.put(i, one) if isinstance(one, Tensor) else one
+            for i, one in enumerate(found, begin)
+        ]
+
+    def submit(group: Sequence[Path]) -> list[Future[list[Prepared | ImageError]]]:
+        # A few tasks a batch and thread, not one for each image: every one costs a wake-up.
+        slots, size = _Slots(len(group)), max(1, len(group) // (4 * workers))
+        starts = range(0, len(group), size)
+        return [pool.submit(several, slots, i, group[i : i + size]) for i in starts]
+
+    def finished(
+        futures: Sequence[Future[list[Prepared | ImageError]]],
+    ) -> list[Prepared | ImageError]:
+        wait(futures)  # once, however many there are
+        return [one for future in futures for one in future.result()]
+
     def collate(files: Sequence[Path], results: Sequence[Prepared | ImageError]) -> Batch:
         pairs = zip(files, results, strict=True)
         good = [(p, r) for p, r in pairs if not isinstance(r, ImageError)]
@@ -83,15 +141,15 @@ def image_batches(
             yield collate(group, [attempt(p) for p in group])
         return
     pool = ThreadPoolExecutor(workers, thread_name_prefix="convmixer_fast-images")
-    ahead: deque[tuple[Sequence[Path], list[Future[Prepared | ImageError]]]] = deque()
+    ahead: deque[tuple[Sequence[Path], list[Future[list[Prepared | ImageError]]]]] = deque()
     try:
         for group in groups:
-            ahead.append((group, [pool.submit(attempt, p) for p in group]))
+            ahead.append((group, submit(group)))
             if len(ahead) > 2:
                 files, futures = ahead.popleft()
-                yield collate(files, [f.result() for f in futures])
+                yield collate(files, finished(futures))
         while ahead:
             files, futures = ahead.popleft()
-            yield collate(files, [f.result() for f in futures])
+            yield collate(files, finished(futures))
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..model import ConvMixer
 from ..ops import use_backend
 from ..ops.backends import recording
-from .batches import Prepare, Prepared, image_batches, load_image
+from .batches import Prepare, Prepared, image_batches, in_one_piece, load_image
 from .heatmap import Heatmap, HeatmapFolder, check_mean_pooling, check_target, heatmap_of
 from .labels import class_labels
 from .preprocessing import NativeSize, preprocessing_for
@@ -254,7 +254,7 @@ class Predictor:
     def _run(
         self, images: Sequence[Tensor], heatmaps: HeatmapFolder | None
     ) -> tuple[Tensor, list[Heatmap]]:
-        batch = torch.stack(list(images))
+        batch = in_one_piece(images)
         dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
         batch = batch.to(device=self.device, dtype=dtype, memory_format=self._layout)
         amp: Any = nullcontext()
@@ -270,9 +270,11 @@ class Predictor:
                 maps = model.forward_features(batch)
                 # The last bits of PyTorch's Linear depend on the batch. A run that goes on after
                 # a kill, or on several machines, has other batches and is to give the same rows.
-                out = torch.cat(
-                    [model.forward_head(m) for m in (maps.split(1) if ours else [maps])]
-                )
+                if ours:
+                    pooled = model.forward_head(maps, pre_logits=True).split(1)
+                    out = torch.cat([model.head(one) for one in pooled])
+                else:
+                    out = model.forward_head(maps)
                 if heatmaps is not None:
                     pairs = zip(maps.split(1), out.split(1), strict=True)
                     drawn = [heatmap_of(model, *pair, heatmaps.target) for pair in pairs]
