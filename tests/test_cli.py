@@ -799,6 +799,25 @@ def test_batches_lie_in_one_piece_and_are_not_copied_again(images):
         assert torch.equal(in_one_piece(some), torch.stack(some))
 
 
+def test_a_batchs_memory_is_taken_again_only_when_the_next_is_asked_for(images):
+    paths = sorted(images.rglob("*.*g")) * 8
+    prepare = Preprocessing((3, 32, 32))
+    expected = {p: load_image(p, prepare) for p in paths}
+    for reuse in (False, True):
+        places, kept = set(), []
+        for batch in image_batches(paths, prepare, 5, 2, reuse=reuse):
+            for path, got in zip(batch.paths, batch.images, strict=True):
+                assert torch.equal(got, expected[path])
+            places.add(batch.images[0].data_ptr())
+            kept.append(batch)
+        if reuse:
+            assert len(places) <= 4
+            continue
+        for batch in kept:
+            for path, got in zip(batch.paths, batch.images, strict=True):
+                assert torch.equal(got, expected[path])
+
+
 def test_batches_of_several_shapes_keep_every_image(images):
     paths = sorted(images.rglob("*.*g"))
     prepare = NativeSize()

@@ -55,19 +55,23 @@ def load_image(path: str | os.PathLike[str], preprocessing: Prepare) -> Prepared
 
 
 class _Slots:
-    """Room for the images of a batch in one piece, which `in_one_piece` finds again."""
+    """Room for the images of a batch in one piece, which `in_one_piece` finds again.
 
-    def __init__(self, count: int) -> None:
-        self._count = count
-        self._room: Tensor | None = None
+    Args:
+        count: of images.
+        room: a batch's that is not needed any more; without one, it is made for the first image.
+    """
+
+    def __init__(self, count: int, room: Tensor | None) -> None:
+        self._count, self.room = count, room
         self._lock = Lock()
 
     def put(self, i: int, image: Tensor) -> Tensor:
         """The image at its place; as it is, if the first one had another shape."""
         with self._lock:
-            if self._room is None:
-                self._room = torch.empty(self._count, *image.shape, dtype=image.dtype)
-        place = self._room[i]
+            if self.room is None:
+                self.room = torch.empty(self._count, *image.shape, dtype=image.dtype)
+        place = self.room[i]
         if place.shape != image.shape or place.dtype != image.dtype:
             return image
         # NumPy, for PyTorch's copy would start a team of threads in every decoding thread.
@@ -91,13 +95,19 @@ def in_one_piece(images: Sequence[Tensor]) -> Tensor:
 
 
 def image_batches(
-    paths: Sequence[Path], preprocessing: Prepare, batch_size: int, workers: int = 2
+    paths: Sequence[Path],
+    preprocessing: Prepare,
+    batch_size: int,
+    workers: int = 2,
+    reuse: bool = False,
 ) -> Iterator[Batch]:
     """Batches in the order of ``paths``, of at most ``batch_size`` files each.
 
     ``workers`` threads decode ahead (Pillow releases the interpreter's lock while it decodes and
     resizes), at most two batches of it, so memory does not grow with the number of files; 0
-    decodes in the caller's thread. No file is fatal: failures travel with their batch.
+    decodes in the caller's thread. No file is fatal: failures travel with their batch. With
+    ``reuse``, the next batch may take the memory of this one's images: new memory has to be filled
+    with zeros by the system, page by page.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -117,17 +127,22 @@ def image_batches(
             for i, one in enumerate(found, begin)
         ]
 
-    def submit(group: Sequence[Path]) -> list[Future[list[Prepared | ImageError]]]:
-        # A few tasks a batch and thread, not one for each image: every one costs a wake-up.
-        slots, size = _Slots(len(group)), max(1, len(group) // (4 * workers))
-        starts = range(0, len(group), size)
-        return [pool.submit(several, slots, i, group[i : i + size]) for i in starts]
+    free: list[Tensor] = []
 
-    def finished(
-        futures: Sequence[Future[list[Prepared | ImageError]]],
-    ) -> list[Prepared | ImageError]:
-        wait(futures)  # once, however many there are
-        return [one for future in futures for one in future.result()]
+    def submit(group: Sequence[Path]) -> None:
+        room = free.pop() if free and len(free[-1]) == len(group) else None
+        # A few tasks a batch and thread, not one for each image: every one costs a wake-up.
+        slots, size = _Slots(len(group), room), max(1, len(group) // (4 * workers))
+        starts = range(0, len(group), size)
+        tasks = [pool.submit(several, slots, i, group[i : i + size]) for i in starts]
+        ahead.append((group, slots, tasks))
+
+    def oldest() -> Iterator[Batch]:
+        files, slots, tasks = ahead.popleft()
+        wait(tasks)  # once, however many there are
+        yield collate(files, [one for task in tasks for one in task.result()])
+        if reuse and slots.room is not None:
+            free.append(slots.room)
 
     def collate(files: Sequence[Path], results: Sequence[Prepared | ImageError]) -> Batch:
         pairs = zip(files, results, strict=True)
@@ -141,15 +156,13 @@ def image_batches(
             yield collate(group, [attempt(p) for p in group])
         return
     pool = ThreadPoolExecutor(workers, thread_name_prefix="convmixer_fast-images")
-    ahead: deque[tuple[Sequence[Path], list[Future[list[Prepared | ImageError]]]]] = deque()
+    ahead: deque[tuple[Sequence[Path], _Slots, list[Future[list[Prepared | ImageError]]]]] = deque()
     try:
         for group in groups:
-            ahead.append((group, submit(group)))
+            submit(group)
             if len(ahead) > 2:
-                files, futures = ahead.popleft()
-                yield collate(files, finished(futures))
+                yield from oldest()
         while ahead:
-            files, futures = ahead.popleft()
-            yield collate(files, finished(futures))
+            yield from oldest()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -397,7 +397,7 @@ class Predictor:
         if heatmaps is not None:
             self.check_heatmaps(heatmaps.target)
         files = [Path(path) for path in paths]
-        batches = image_batches(files, self._sized(), self._most, workers)
+        batches = image_batches(files, self._sized(), self._most, workers, reuse=True)
         while True:
             start = time.perf_counter()
             batch = next(batches, None)
