@@ -122,11 +122,15 @@ def image_batches(
 
     def several(slots: _Slots, begin: int, files: Sequence[Path]) -> list[Prepared | ImageError]:
         found = [attempt(path) for path in files]
+        if not one_size:
+            return found
         return [
             slots.put(i, one) if isinstance(one, Tensor) else one
             for i, one in enumerate(found, begin)
         ]
 
+    # Of images at their own sizes hardly two share a shape, and the room for large ones is large.
+    one_size = hasattr(preprocessing, "input_size")
     free: list[Tensor] = []
 
     def submit(group: Sequence[Path]) -> None:
