@@ -1,11 +1,14 @@
 """What does it cost to stream an image? Memory by height, time against the whole image and tiles.
 
-    python benchmarks/streaming.py                        # a look, in minutes
-    python benchmarks/streaming.py --heights 2048 16384 131072 --time 1024/20@2048x2048
+    python benchmarks/streaming.py                        # a quarter of an hour on a core
+    python benchmarks/streaming.py --heights 2048 16384 --tiles --rounds 1          # a look
+    python benchmarks/streaming.py --time 1024/20@2048x2048 --tiles 1024/20 768/32  # an hour
     python benchmarks/streaming.py --resume               # what is still missing
 
 Writes streaming.json and streaming.md into benchmarks/results/MACHINE, as cpu.py does. Every peak
-is of a process of its own, which reads a memory map of generated pixels.
+is of a process of its own, which reads a memory map of generated pixels. Times by height are of one
+process, in which the heights take turns of as many rows each: a short image is streamed again and
+again for as long as the tallest takes.
 """
 
 from __future__ import annotations
@@ -47,11 +50,12 @@ import convmixer_fast as cf
 from convmixer_fast.inference import StreamStats
 from convmixer_fast.reference import ReferenceConvMixer
 
-which, path, arch, threads, limit = sys.argv[1:]
+which, path, height, arch, threads, limit = sys.argv[1:]
 torch.set_num_threads(int(threads))
 torch.manual_seed(0)
 arch = cf.Arch(**json.loads(arch))
-pixels = np.load(path, mmap_mode="r")
+height = int(height)
+pixels = np.load(path, mmap_mode="r")[:height]
 
 def resident(field):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -97,6 +101,34 @@ row["logits"] = logits[0].tolist()
 print(json.dumps(row))
 """
 
+TIMES = """
+import json, sys, time
+import numpy as np
+import torch
+import convmixer_fast as cf
+
+path, heights, arch, rounds, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))
+torch.manual_seed(0)
+arch = cf.Arch(**json.loads(arch))
+model = cf.ConvMixer(arch.dim, arch.depth, arch.kernel_size, arch.patch_size,
+                     num_classes=arch.num_classes, act_layer=arch.act).eval()
+heights = json.loads(heights)
+pixels = np.load(path, mmap_mode="r")
+# The first stream of a process touches all of its memory for the first time.
+cf.stream(model, pixels[: min(heights)])
+found = {height: [] for height in heights}
+for turn in range(int(rounds)):
+    # Forth and back: a machine that slows down does so to the first and the last ones.
+    for height in heights if turn % 2 == 0 else heights[::-1]:
+        passes = max(1, round(max(heights) / height))
+        start = time.perf_counter()
+        for _ in range(passes):
+            cf.stream(model, pixels[:height])
+        found[height].append((time.perf_counter() - start) / passes)
+print(json.dumps([[height, seconds] for height, seconds in found.items()]))
+"""
+
 RATIO = """
 import json, sys
 import torch
@@ -131,7 +163,8 @@ print(json.dumps([
      "us/kpx": t["median"] / pixels[s] * 1e9, "off": off if s == "stream" else None,
      "bands": stats.plan.rows if s == "stream" else None,
      "exact": stats.plan.exact if s == "stream" else None,
-     "halo px": halo if s == "tile with halo" else None}
+     "halo px": halo if s == "tile with halo" else None,
+     "work": (tile + 2 * halo) ** 2 / tile**2 if s == "tile with halo" else 1.0}
     for s, t in rows.items()
 ]))
 """
@@ -175,31 +208,39 @@ def measure_heights(options: argparse.Namespace, record: Recorder) -> None:
     if not options.heights or is_there(record, "heights", group):
         return
     rows: list[Row] = []
+    heights = sorted(set(options.heights))
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
-        for height in options.heights:
-            path = Path(folder) / "pixels.npy"
-            generate(path, height, options.width)
+        path = Path(folder) / "pixels.npy"
+        generate(path, heights[-1], options.width)
+        times: dict[int, list[float]] = dict(
+            child(
+                TIMES,
+                str(path),
+                json.dumps(heights),
+                json.dumps(arch),
+                str(options.rounds),
+                str(options.threads),
+                timeout=options.timeout,
+            )
+        )
+        for height in heights:
             answers = {}
             for system in ("stream", "eager"):
-                found: list[Row] = []
-                for _ in range(options.rounds if system == "stream" else 1):
-                    found.append(
-                        child(
-                            CHILD,
-                            system,
-                            str(path),
-                            json.dumps(arch),
-                            str(options.threads),
-                            str(options.memory_limit),
-                            timeout=options.timeout,
-                        )
-                    )
-                row = dict(found[0])
+                row: Row = child(
+                    CHILD,
+                    system,
+                    str(path),
+                    str(height),
+                    json.dumps(arch),
+                    str(options.threads),
+                    str(options.memory_limit),
+                    timeout=options.timeout,
+                )
                 if "note" not in row:
                     answers[system] = np.array(row.pop("logits"))
-                    row["seconds"] = statistics.median(f["seconds"] for f in found)
-                    row["MiB"] = statistics.median(f["MiB"] for f in found)
-                    row["MiB above start"] = statistics.median(f["MiB above start"] for f in found)
+                    if system == "stream":
+                        row["seconds"] = statistics.median(times[height])
+                        row["turns"] = len(times[height])
                     row["us a row"] = row["seconds"] / height * 1e6
                 rows.append({"model": model, "height": height, "width": options.width})
                 rows[-1] |= {"system": system, **row}
@@ -208,7 +249,6 @@ def measure_heights(options: argparse.Namespace, record: Recorder) -> None:
                 # The numerics rule is the tests'; here a wrong answer must not be timed.
                 off = abs(answers["stream"] - answers["eager"]).max() / abs(answers["eager"]).max()
                 assert off < 1e-4, f"the stream's logits are {off:.1e} off"
-            path.unlink()
     record("heights", group, rows)
 
 
@@ -276,21 +316,23 @@ def tables(found: Report) -> list[Table]:
         Table(
             "Memory and time by height",
             "Peak memory of a process: as a whole, above what it had before the image, and what "
-            "the arithmetic of `convmixer_fast/inference/bands.py` says of the stream's buffers.",
+            "the arithmetic of `convmixer_fast/inference/bands.py` says of the stream's buffers. "
+            "`seconds` of a stream: one image, the median of that many turns of equally many rows.",
             column_names(
                 "model, height, width, system, bands, formula MiB, MiB above start, MiB, seconds, "
-                "us a row, note"
+                "us a row, turns, note"
             ),
             heights,
         ),
         Table(
             "Time against the whole image",
             "The same model in one process, taking turns. us/kpx: microseconds for a thousand "
-            "pixels that are answered; a tile with a halo of exact width answers for its middle. "
+            "pixels that are answered; a tile with a halo of exact width answers for its middle, "
+            f"{TILE} x {TILE} px. `work`: pixels that are computed, for each that is answered. "
             "`off`: the logits' largest difference from the whole image's, by the largest.",
             column_names(
                 "model, height, width, system, bands, exact, off, s, p20, p80, us/kpx, "
-                "against whole, halo px"
+                "against whole, halo px, work"
             ),
             times,
         ),
@@ -309,7 +351,7 @@ def markdown(found: Report) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--heights", type=int, nargs="*", default=[2048, 16384])
+    parser.add_argument("--heights", type=int, nargs="*", default=[2048, 16384, 131072])
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--depth", type=int, default=4)
@@ -321,7 +363,13 @@ def main() -> int:
         metavar="MODEL@HxW",
         default=["256/8@512x512", "1024/20@896x896", "768/32@2016x224"],
     )
-    parser.add_argument("--tiles", nargs="*", metavar="MODEL", default=[])
+    parser.add_argument(
+        "--tiles",
+        nargs="*",
+        metavar="MODEL",
+        default=["1024/20"],
+        help="of --time, beside which a tile with its halo is measured (default: %(default)s)",
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--memory-limit", type=int, default=4096, metavar="MiB", help="of eager")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ ACTIVATIONS = ("gelu", "relu", "silu", "hardswish", "identity")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 FORMATS = ("timm", "locuslab", "mmpretrain", "tweet")
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 _ACT_UNKNOWN = (
     "the activation of {} cannot be read from its weights: pass --act gelu (the paper's default) "
@@ -69,6 +72,12 @@ def add_running_arguments(sub: argparse.ArgumentParser) -> None:
         default="auto",
         metavar="N",
         help="images at once; default: auto, 32 on a CPU, halved where memory is short",
+    )
+    run.add_argument(
+        "--max-memory",
+        type=memory_size,
+        metavar="SIZE",
+        help="like 2GB: an image whose maps take more is streamed (default: 1GiB; cuda: 8GiB)",
     )
     run.add_argument(
         "-j", "--workers", type=int, default=2, metavar="N", help="decoders (default: 2)"
@@ -180,6 +189,7 @@ def make_predictor(args: argparse.Namespace, model: ConvMixer, **options: Any) -
         amp_dtype=amp if args.amp or args.amp_dtype else None,
         channels_last=args.channels_last,
         batch_size=args.batch_size,
+        max_memory=args.max_memory,
         backend=args.backend,
         **options,
     )
@@ -213,6 +223,20 @@ def _batch_size(text: str) -> int | str:
         return text if text == "auto" else int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be a number or auto, got {text!r}") from None
+
+
+def add_target_argument(group: Any) -> None:
+    group.add_argument(
+        "--target", type=int, metavar="N", help="class of the heatmap (default: the likeliest)"
+    )
+
+
+def memory_size(text: str) -> int:
+    """Bytes of a size like ``2GB``, ``512MiB`` or ``1000000``."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?)B?\s*", text.upper())
+    if found is None or found[2] not in _UNITS or float(found[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"must be a size like 2GB or 512MiB, got {text!r}")
+    return int(float(found[1]) * _UNITS[found[2]])
 
 
 def positive(text: str) -> int:

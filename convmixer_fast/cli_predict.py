@@ -15,6 +15,7 @@ from .cli_common import (
     add_image_arguments,
     add_model_arguments,
     add_running_arguments,
+    add_target_argument,
     check_running,
     describe_predictor,
     load_model,
@@ -25,7 +26,7 @@ from .cli_common import (
 )
 
 if TYPE_CHECKING:
-    from .inference import Outcome, Predictor, ResultFile
+    from .inference import HeatmapFolder, Outcome, Predictor, ResultFile
     from .inference.results import Row
 
 # As in `inference.files.FORMATS` and `inference.results.OUTPUT_TYPES`, which the tests compare:
@@ -91,6 +92,13 @@ def add_predict(sub: argparse.ArgumentParser) -> None:
     )
     output.add_argument("--overwrite", action="store_true", help="replace what is there")
     output.add_argument(
+        "--heatmap",
+        metavar="DIR",
+        help="write where each image's class comes from: a PNG over the image as the model saw it, "
+        "and the map itself as .npy, under the image's name with its folders",
+    )
+    add_target_argument(output)
+    output.add_argument(
         "--part-seconds",
         type=float,
         default=5.0,
@@ -142,12 +150,17 @@ def predict(args: argparse.Namespace) -> int:
         raise ValueError("--resume needs the --results-file of the run to go on with")
     if args.output_type == "embedding" and target is None:
         raise ValueError("embeddings are not for the screen: pass --results-file")
+    if args.target is not None and not args.heatmap:
+        raise ValueError("--target is for --heatmap")
     paths = _images(args)
+    heatmaps = _heatmaps(args, paths)
     model = load_model(args)
     labels = class_labels(model.num_classes, args.class_map) if model.num_classes else None
     options = {"topk": args.topk, "output_type": args.output_type, "labels": labels}
     predictor = make_predictor(args, model, **options)
     note(describe_predictor(predictor))
+    if heatmaps:
+        predictor.check_heatmaps(heatmaps.target)
 
     console = not (args.no_console_results or args.output_type == "embedding")
     seen = skipped = 0
@@ -157,18 +170,25 @@ def predict(args: argparse.Namespace) -> int:
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
         results = stack.enter_context(_results(args, target, predictor)) if target else None
-        todo = [path for path in paths if not (results and results.is_done(str(path)))]
+        done = {str(path) for path in paths if results and results.is_done(str(path))}
+        # Rows of a run without heatmaps, or whose heatmaps were moved, are there and stay.
+        undrawn: set[str] = set()
+        if results and heatmaps:
+            undrawn = {f for f in done - results.unread if not heatmaps.holds(f)}
+        todo = [path for path in paths if str(path) not in done or str(path) in undrawn]
         before = len(paths) - len(todo)
         # Where results scroll by on the same screen, they are the progress.
         quiet = not sys.stderr.isatty() or (console and sys.stdout.isatty())
         bar = stack.enter_context(tqdm(total=len(paths), initial=before, unit="img", disable=quiet))
         start = time.perf_counter()
         try:
-            for outcome in _outcomes(args, predictor, todo):
+            for outcome in _outcomes(args, predictor, todo, heatmaps):
                 waited += outcome.waited
                 stop = args.on_error == "stop" and outcome.failures
                 if results:
-                    results.write(outcome.rows, () if stop else outcome.failures)
+                    rows = [row for row in outcome.rows if row.filename not in undrawn]
+                    failures = [f for f in outcome.failures if f.filename not in undrawn]
+                    results.write(rows, () if stop else failures)
                 if stop:
                     raise ImageError.about(*outcome.failures[0])
                 for failure in outcome.failures:
@@ -197,6 +217,8 @@ def predict(args: argparse.Namespace) -> int:
     if results:
         bad = f"; {results.errors_file} names what could not be read" if results.failed else ""
         note(f"wrote {results.path} ({_count(results.kept)}){bad}")
+    if heatmaps and seen:
+        note(f"wrote {heatmaps.folder}: a .png and a .npy for each of {_count(seen)}")
     return 0
 
 
@@ -246,6 +268,28 @@ def _images(args: argparse.Namespace) -> list[Path]:
     return list(dict.fromkeys([*find_images(inputs), *listed]))
 
 
+def _heatmaps(args: argparse.Namespace, paths: list[Path]) -> HeatmapFolder | None:
+    from .inference import HeatmapFolder
+
+    if not args.heatmap:
+        return None
+    if args.engine != "local":
+        raise ValueError(f"--heatmap is drawn on this machine: leave --engine {args.engine} out")
+    folder = Path(args.heatmap)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--heatmap {folder} is a file: name a folder")
+    searched = [*args.paths, *([args.data_dir] if args.data_dir and not args.image_list else [])]
+    for given in map(Path, searched):
+        if given.is_dir() and folder.resolve().is_relative_to(given.resolve()):
+            raise ValueError(
+                f"--heatmap {folder} lies in {given}, where its pictures would be images to "
+                "predict the next time: name another folder"
+            )
+    heatmaps = HeatmapFolder(folder, args.target)
+    heatmaps.check(map(str, paths), replace=args.resume or args.overwrite)
+    return heatmaps
+
+
 def _results(args: argparse.Namespace, target: Path, predictor: Predictor) -> ResultFile:
     from .inference import ResultFile
     from .inference.identity import model_digest
@@ -260,6 +304,7 @@ def _results(args: argparse.Namespace, target: Path, predictor: Predictor) -> Re
             "model": model_digest(predictor.model, predictor.labels),
             "preprocessing": repr(predictor.preprocessing),
             "amp": str(args.amp_dtype or args.amp),
+            "target": args.target,
         },
         errors_file=args.errors_file,
         part_seconds=args.part_seconds,
@@ -267,10 +312,13 @@ def _results(args: argparse.Namespace, target: Path, predictor: Predictor) -> Re
 
 
 def _outcomes(
-    args: argparse.Namespace, predictor: Predictor, paths: list[Path]
+    args: argparse.Namespace,
+    predictor: Predictor,
+    paths: list[Path],
+    heatmaps: HeatmapFolder | None,
 ) -> Iterator[Outcome]:
     if args.engine == "local":
-        return predictor.predict_files(paths, args.workers)
+        return predictor.predict_files(paths, args.workers, heatmaps)
     from .inference.ray import predict_files
 
     return predict_files(

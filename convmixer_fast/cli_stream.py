@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
-from .cli_common import BACKENDS, add_model_arguments, device_of, load_model, note, positive, table
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
-
-
-def memory_size(text: str) -> int:
-    """Bytes of a size like ``2GB``, ``512MiB`` or ``1000000``."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?)B?\s*", text.upper())
-    if found is None or found[2] not in _UNITS or float(found[1]) <= 0:
-        raise argparse.ArgumentTypeError(f"must be a size like 2GB or 512MiB, got {text!r}")
-    return int(float(found[1]) * _UNITS[found[2]])
+from .cli_common import (
+    BACKENDS,
+    add_model_arguments,
+    add_target_argument,
+    device_of,
+    load_model,
+    memory_size,
+    note,
+    positive,
+    table,
+)
 
 
 def add_stream(sub: argparse.ArgumentParser) -> None:
@@ -40,9 +39,7 @@ def add_stream(sub: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="write where the class comes from: a PNG over the image, and the map itself as .npy",
     )
-    output.add_argument(
-        "--target", type=int, metavar="N", help="class of the heatmap (default: the likeliest)"
-    )
+    add_target_argument(output)
     output.add_argument("--overwrite", action="store_true", help="replace files that are there")
 
     running = sub.add_argument_group("running")
@@ -74,7 +71,7 @@ def peak_memory() -> int:
 
 def stream(args: argparse.Namespace) -> int:
     from . import inference
-    from .inference import StreamStats, class_labels, top_predictions, write_overlay
+    from .inference import StreamStats, class_labels, top_predictions, write_overlay, write_scores
     from .ops import use_backend
 
     array = None
@@ -117,12 +114,10 @@ def stream(args: argparse.Namespace) -> int:
         rows = top_predictions([args.image], logits.cpu(), labels, args.topk, args.output_type)
         print(table(rows[0], args.output_type), flush=True)
     if array is not None:
-        import numpy as np
         from PIL import Image
 
+        write_scores(array, result.scores[0])
         write_overlay(args.heatmap, result.scores[0], Image.fromarray(result.pictures[0]))
-        with open(array, "wb") as file:
-            np.save(file, result.scores[0].numpy())
         note(
             f"wrote {args.heatmap} and {array}: class {int(result.classes[0])}, a value for each "
             f"{result.cell} x {result.cell} px"

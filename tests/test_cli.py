@@ -30,7 +30,7 @@ from convmixer_fast.inference import (
     read_labels,
     top_predictions,
 )
-from convmixer_fast.inference.batches import image_batches
+from convmixer_fast.inference.batches import image_batches, in_one_piece, load_image
 from convmixer_fast.inference.results import OUTPUT_TYPES
 from convmixer_fast.ops.backends import BACKENDS
 from convmixer_fast.testing import trained_like_
@@ -773,6 +773,58 @@ def test_batches_keep_order_and_report_every_file_once(images, workers):
         for path, tensor in zip(batch.paths, batch.images, strict=True):
             with Image.open(path) as image:
                 assert torch.equal(tensor, prepare(image.convert("RGB")))
+
+
+def test_batches_lie_in_one_piece_and_are_not_copied_again(images):
+    paths = [images / name for name in ("a1.png", "a2.jpg", "missing.png", "a10.png", "b/x.png")]
+    prepare = Preprocessing((3, 32, 32))
+    expected = {p: load_image(p, prepare) for p in paths if p.exists()}
+    for workers in (1, 2, 3):
+        first, second = image_batches(paths, prepare, 3, workers)
+        for batch in (first, second):
+            for path, got in zip(batch.paths, batch.images, strict=True):
+                assert torch.equal(got, expected[path])
+        whole = in_one_piece(second.images)
+        assert torch.equal(whole, torch.stack([expected[p] for p in second.paths]))
+        assert whole.data_ptr() == second.images[0].data_ptr()
+    # Not one after the other: backwards, with a gap, of other storages, with other strides.
+    a = torch.randn(4, 3, 5, 5)
+    for some in (
+        [a[1], a[0]],
+        [a[0], a[2]],
+        [a[0], a[1].clone()],
+        [a[0].transpose(1, 2), a[1].transpose(1, 2)],
+        [a[0], a[0]],
+    ):
+        assert torch.equal(in_one_piece(some), torch.stack(some))
+
+
+def test_a_batchs_memory_is_taken_again_only_when_the_next_is_asked_for(images):
+    paths = sorted(images.rglob("*.*g")) * 8
+    prepare = Preprocessing((3, 32, 32))
+    expected = {p: load_image(p, prepare) for p in paths}
+    for reuse in (False, True):
+        places, kept = set(), []
+        for batch in image_batches(paths, prepare, 5, 2, reuse=reuse):
+            for path, got in zip(batch.paths, batch.images, strict=True):
+                assert torch.equal(got, expected[path])
+            places.add(batch.images[0].data_ptr())
+            kept.append(batch)
+        if reuse:
+            assert len(places) <= 4
+            continue
+        for batch in kept:
+            for path, got in zip(batch.paths, batch.images, strict=True):
+                assert torch.equal(got, expected[path])
+
+
+def test_batches_of_several_shapes_keep_every_image(images):
+    paths = sorted(images.rglob("*.*g"))
+    prepare = NativeSize()
+    [batch] = image_batches(paths, prepare, 8, 1)
+    assert len({image.shape for image in batch.images}) > 1
+    for path, got in zip(paths, batch.images, strict=True):
+        assert torch.equal(got, load_image(path, prepare))
 
 
 def test_batches_refuse_what_makes_no_sense(images):

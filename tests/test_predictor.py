@@ -16,7 +16,17 @@ from torch import nn
 import convmixer_fast
 from convmixer_fast import ConvMixer, Predictor, save_checkpoint
 from convmixer_fast.demo import plain_twin
-from convmixer_fast.inference import ImageError, NativeSize, Prediction, Preprocessing
+from convmixer_fast.inference import (
+    HeatmapFolder,
+    ImageError,
+    NativeSize,
+    Prediction,
+    Preprocessing,
+)
+from convmixer_fast.inference import (
+    predictor as predictors,
+)
+from convmixer_fast.inference.streaming import whole_image_bytes
 from convmixer_fast.testing import trained_like_
 
 CLASSES = 7
@@ -137,6 +147,143 @@ def test_images_of_any_size_go_through_as_they_are(model, pictures):
     assert found == pytest.approx(expected.numpy(), abs=1e-4)
     small = plain_scores(model, pictures, PREPARE)
     assert not np.allclose(found, small.numpy(), atol=1e-2)
+
+
+@pytest.fixture
+def streamed(monkeypatch) -> list[tuple[int, int]]:
+    """(height, width) of every image that a Predictor streams from here on."""
+    seen = []
+    real = predictors.stream
+
+    def stream(*args, stats, **options):
+        result = real(*args, stats=stats, **options)
+        seen.append((stats.height, stats.width))
+        return result
+
+    monkeypatch.setattr(predictors, "stream", stream)
+    return seen
+
+
+def large(width: int = 150, height: int = 260, channels: int = 3) -> Image.Image:
+    return photographs.picture(np.random.default_rng(width), width, height, channels)
+
+
+#: More than the small images and their maps take, less than the large ones'.
+LIMIT = 300_000
+
+
+@pytest.mark.parametrize("output_type", ["logit", "embedding"])
+def test_large_images_stream_among_small_ones_to_the_whole_images_answers(
+    tmp_path, model, pictures, streamed, output_type
+):
+    images = [pictures[0], large(), pictures[1], large(97, 301), pictures[3], large()]
+    assert whole_image_bytes(model, 64, 64) < LIMIT < whole_image_bytes(model, 301, 97)
+    options = {"preprocessing": "native", "topk": None, "output_type": output_type}
+    whole = Predictor(model, **options)(images)
+    assert streamed == []
+    predictor = Predictor(model, max_memory=LIMIT, **options)
+    paths = [tmp_path / f"{i}.png" for i in range(len(images))]
+    for path, image in zip(paths, images, strict=True):
+        image.save(path)
+    arrays = [np.asarray(image) for image in images]
+    for form in (images, arrays, paths):
+        streamed.clear()
+        found = predictor(form)
+        assert sorted(streamed) == [(260, 150), (260, 150), (301, 97)]
+        assert np.abs(found - whole).max() <= 2e-6 * np.abs(whole).max()
+        # The small ones have nothing to do with it.
+        assert np.array_equal(found[[0, 2, 4]], whole[[0, 2, 4]])
+    rows = [row for outcome in predictor.predict_files(paths, 1) for row in outcome.rows]
+    assert [row.filename for row in rows] == [str(path) for path in paths]
+    assert np.array_equal(np.stack([row.values for row in rows]), found)
+    again = pickle.loads(pickle.dumps(predictor))
+    streamed.clear()
+    assert np.array_equal(again(images[1]), found[1])
+    assert streamed == [(260, 150)]
+
+
+def test_large_images_of_other_modes_are_converted_first(model, streamed):
+    options = {"preprocessing": "native", "topk": None, "output_type": "logit"}
+    grey, clear = large(channels=1), large(channels=3).convert("RGBA")
+    for image in (grey, clear):
+        whole = Predictor(model, **options)(image.convert("RGB"))
+        for form in (image, np.asarray(image)):
+            found = Predictor(model, max_memory=LIMIT, **options)(form)
+            assert np.abs(found - whole).max() <= 2e-6 * np.abs(whole).max()
+    assert len(streamed) == 4
+    one = trained_like_(ConvMixer(16, 2, 3, 4, in_chans=1, num_classes=3), (2, 1, 32, 32)).eval()
+    whole = Predictor(one, **options)(grey)
+    for form in (grey, np.asarray(grey), clear.convert("L")):
+        found = Predictor(one, max_memory=LIMIT, **options)(form)
+        if form is not grey and isinstance(form, Image.Image):
+            whole = Predictor(one, **options)(form)
+        assert np.abs(found - whole).max() <= 2e-6 * np.abs(whole).max()
+    assert len(streamed) == 7
+
+
+def test_a_large_memory_map_stays_in_its_file(tmp_path, model, streamed, monkeypatch):
+    array = np.asarray(large())
+    np.save(tmp_path / "large.npy", array)
+    predictor = Predictor(model, preprocessing="native", topk=3, max_memory=LIMIT)
+    expected = predictor(array)
+
+    def whole(*args):
+        raise AssertionError("the memory map was made an image as a whole")
+
+    monkeypatch.setattr(Image, "fromarray", whole)
+    assert predictor(np.load(tmp_path / "large.npy", mmap_mode="r")) == expected
+    assert len(streamed) == 2
+
+
+def test_an_image_too_large_for_the_device_streams_whatever_the_limit(
+    model, pictures, streamed, monkeypatch
+):
+    options = {"preprocessing": "native", "topk": None, "output_type": "logit"}
+    whole = Predictor(model, **options)([pictures[0], large()])
+    real = Predictor._run
+
+    def run(self, images, heatmaps):
+        if images[0].shape[1] > 200:
+            raise torch.OutOfMemoryError("too large")
+        return real(self, images, heatmaps)
+
+    monkeypatch.setattr(Predictor, "_run", run)
+    found = Predictor(model, **options)([pictures[0], large()])
+    assert np.abs(found - whole).max() <= 2e-6 * np.abs(whole).max()
+    assert streamed == [(260, 150)]
+
+
+def test_what_cannot_stream_does_not(model, pictures, streamed):
+    # Of a size that the model is given, or under autocast, or by another module.
+    Predictor(model, preprocessing=PREPARE)(large())
+    Predictor(model, preprocessing="native", max_memory=1000, amp_dtype="bfloat16")(large())
+    Predictor(Small(100, MemoryError()), preprocessing="native", max_memory=1000)(large())
+    assert streamed == []
+    with pytest.raises(ValueError, match="max_memory of 1,000 bytes is too small"):
+        Predictor(model, preprocessing="native", max_memory=1000)(large())
+    with pytest.raises(ValueError, match="max_memory must be at least 1"):
+        Predictor(model, max_memory=0)
+
+
+def test_a_streamed_images_heatmap_is_at_reduced_scale(tmp_path, model, streamed):
+    image = large(200, 1100)
+    image.save(tmp_path / "large.png")
+    predictor = Predictor(
+        model, preprocessing="native", topk=CLASSES, output_type="logit", max_memory=LIMIT
+    )
+    maps = HeatmapFolder(tmp_path / "maps", target=2)
+    [outcome] = predictor.predict_files([tmp_path / "large.png"], 1, maps)
+    picture, array = maps.places(str(tmp_path / "large.png"))
+    scores = np.load(array)
+    # 275 x 50 patches in cells of 3 x 3.
+    assert scores.shape == (92, 17)
+    down, across = (np.minimum(3, n - 3 * np.arange(-(-n // 3))) for n in (275, 50))
+    mean = (scores * down[:, None] * across).sum() / (275 * 50)
+    row = outcome.rows[0]
+    assert mean == pytest.approx(row.scores[row.indices.index(2)], abs=1e-4)
+    with Image.open(picture) as got:
+        assert got.size == (200, 1100)
+    assert streamed == [(1100, 200)]
 
 
 def test_a_copy_in_another_process_gives_the_same_bits(tmp_path, model, pictures):

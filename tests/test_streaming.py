@@ -334,7 +334,53 @@ def test_several_images_pass_together(model: cf.ConvMixer) -> None:
         logits = stream(model, pair, band_rows=3)[i : i + 1]
         assert distance(logits, stream(model, one, band_rows=3)) <= CLOSE
     with pytest.raises(ValueError, match="must have one size"):
-        stream(model, [image(), image(51)])
+        open_source([image(), image(51)], 3)
+
+
+@pytest.mark.parametrize("cut", [{}, {"band_rows": 3, "strip_columns": 5}])
+def test_a_list_of_several_sizes_keeps_its_order(
+    model: cf.ConvMixer, tmp_path: Path, cut: dict[str, int]
+) -> None:
+    sizes = [(50, 41), (20, 41), (50, 41), (50, 40), (20, 41)]
+    images = [image(*size, seed=i) for i, size in enumerate(sizes)]
+    several = np.stack([image(20, 41, seed=i) for i in (8, 9)])
+    np.save(tmp_path / "a.npy", images[2])
+    listed = [*images[:2], tmp_path / "a.npy", *images[3:], several, iter([image(31), image(9)])]
+    alone = [*images, *several, np.concatenate([image(31), image(9)])]
+    stats = StreamStats()
+    for output in ("logits", "embedding"):
+        found = stream(model, listed, output, stats=stats, **cut)
+        listed[-1] = iter([image(31), image(9)])
+        expected = torch.cat([stream(model, one, output, **cut) for one in alone])
+        assert found.shape == expected.shape
+        assert distance(found, expected) <= CLOSE
+        # Whole patches of 50, 50, 20 and 40 rows: each size passes once.
+        assert stats.rows == sum(n // 3 * 3 for n in (50, 50, 20, 40))
+    with torch.inference_mode():
+        pooled = model.forward_head(model.forward_features(normalised(images[3])), pre_logits=True)
+    assert distance(found[3:4], pooled) <= CLOSE
+    listed = [*images, several]
+    maps = stream(model, listed, "features", **cut)
+    assert [len(m) for m in maps] == [1] * 5 + [2]
+    for one, got in zip(listed, maps, strict=True):
+        assert torch.equal(got, stream(model, one, "features", **cut))
+    drawn = stream(model, listed, "heatmap", target=1, **cut)
+    for one, heatmap in zip(listed, drawn, strict=True):
+        expected = stream(model, one, "heatmap", target=1, **cut)
+        assert distance(heatmap.scores, expected.scores) <= CLOSE
+        off = (heatmap.mean() - heatmap.logits[:, 1]).abs().max()
+        assert off <= CLOSE * heatmap.scores.abs().max()
+        assert (heatmap.size, heatmap.cell) == (expected.size, expected.cell)
+        assert np.array_equal(heatmap.pictures, expected.pictures)
+
+
+@pytest.mark.parametrize("name", ["out", "checkpoint"])
+def test_one_file_is_not_for_images_of_several_sizes(
+    model: cf.ConvMixer, tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(ValueError, match=f"{name} .* is for images of one size, .* have 2"):
+        stream(model, [image(), image(51)], "features", **{name: tmp_path / "map.npy"})
+    assert not list(tmp_path.iterdir())
 
 
 class FakeVips:

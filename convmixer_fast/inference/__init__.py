@@ -2,7 +2,14 @@
 
 from .batches import Batch, Prepare, image_batches, load_image
 from .files import ResultFile
-from .heatmap import Heatmap, class_activation_map, overlay, write_overlay
+from .heatmap import (
+    Heatmap,
+    HeatmapFolder,
+    class_activation_map,
+    overlay,
+    write_overlay,
+    write_scores,
+)
 from .images import IMG_EXTENSIONS, ImageError, find_images, read_image, read_image_list
 from .labels import class_labels, imagenet_labels, read_labels
 from .predictor import Outcome, Predictor
@@ -18,6 +25,7 @@ __all__ = [
     "Columns",
     "Failure",
     "Heatmap",
+    "HeatmapFolder",
     "ImageError",
     "NativeSize",
     "Outcome",
@@ -45,4 +53,5 @@ __all__ = [
     "stream",
     "top_predictions",
     "write_overlay",
+    "write_scores",
 ]

@@ -5,21 +5,28 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from threading import Lock
+from typing import NamedTuple, Protocol, TypeAlias
 
+import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
 from .images import ImageError, read_image
+from .sources import Source
+
+#: An image as a model takes it: (C, H, W), or rows to stream of one too large for that.
+Prepared: TypeAlias = Tensor | Source
 
 
 class Batch(NamedTuple):
-    """Images that were read, each (C, H, W), with their paths, and errors of the others."""
+    """Images that were read, with their paths, and errors of the others."""
 
     paths: list[Path]
-    images: list[Tensor]
+    images: list[Prepared]
     failures: list[ImageError]
 
 
@@ -30,11 +37,11 @@ class Prepare(Protocol):
     def channels(self) -> int:
         """1 or 3: what is read of a file."""
 
-    def __call__(self, image: Image.Image) -> Tensor:
+    def __call__(self, image: Image.Image) -> Prepared:
         """(C, H, W), float32."""
 
 
-def load_image(path: str | os.PathLike[str], preprocessing: Prepare) -> Tensor:
+def load_image(path: str | os.PathLike[str], preprocessing: Prepare) -> Prepared:
     """One file -> (C, H, W) float32.
 
     Raises:
@@ -47,28 +54,103 @@ def load_image(path: str | os.PathLike[str], preprocessing: Prepare) -> Tensor:
         raise ImageError.about(path, str(error) or "not enough memory") from error
 
 
+class _Slots:
+    """Room for the images of a batch in one piece, which `in_one_piece` finds again.
+
+    Args:
+        count: of images.
+        room: a batch's that is not needed any more; without one, it is made for the first image.
+    """
+
+    def __init__(self, count: int, room: Tensor | None) -> None:
+        self._count, self.room = count, room
+        self._lock = Lock()
+
+    def put(self, i: int, image: Tensor) -> Tensor:
+        """The image at its place; as it is, if the first one had another shape."""
+        with self._lock:
+            if self.room is None:
+                self.room = torch.empty(self._count, *image.shape, dtype=image.dtype)
+        place = self.room[i]
+        if place.shape != image.shape or place.dtype != image.dtype:
+            return image
+        # NumPy, for PyTorch's copy would start a team of threads in every decoding thread.
+        np.copyto(place.numpy(), image.numpy())
+        return place
+
+
+def in_one_piece(images: Sequence[Tensor]) -> Tensor:
+    """`torch.stack`, but without a copy where the images lie one after the other."""
+    first, step = images[0], images[0].numel()
+    begin, storage = first.storage_offset(), first.untyped_storage().data_ptr()
+    for i, image in enumerate(images):
+        if (
+            not image.is_contiguous()
+            or image.untyped_storage().data_ptr() != storage
+            or image.storage_offset() != begin + i * step
+            or image.dtype != first.dtype
+        ):
+            return torch.stack(list(images))
+    return first.as_strided((len(images), *first.shape), (step, *first.stride()))
+
+
 def image_batches(
-    paths: Sequence[Path], preprocessing: Prepare, batch_size: int, workers: int = 2
+    paths: Sequence[Path],
+    preprocessing: Prepare,
+    batch_size: int,
+    workers: int = 2,
+    reuse: bool = False,
 ) -> Iterator[Batch]:
     """Batches in the order of ``paths``, of at most ``batch_size`` files each.
 
     ``workers`` threads decode ahead (Pillow releases the interpreter's lock while it decodes and
     resizes), at most two batches of it, so memory does not grow with the number of files; 0
-    decodes in the caller's thread. No file is fatal: failures travel with their batch.
+    decodes in the caller's thread. No file is fatal: failures travel with their batch. With
+    ``reuse``, the next batch may take the memory of this one's images: new memory has to be filled
+    with zeros by the system, page by page.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if workers < 0:
         raise ValueError(f"workers must not be negative, got {workers}")
 
-    def attempt(path: Path) -> Tensor | ImageError:
+    def attempt(path: Path) -> Prepared | ImageError:
         try:
             return load_image(path, preprocessing)
         except ImageError as error:
             return error
 
-    def collate(files: Sequence[Path], results: Sequence[Tensor | ImageError]) -> Batch:
-        good = [(p, r) for p, r in zip(files, results, strict=True) if isinstance(r, Tensor)]
+    def several(slots: _Slots, begin: int, files: Sequence[Path]) -> list[Prepared | ImageError]:
+        found = [attempt(path) for path in files]
+        if not one_size:
+            return found
+        return [
+            slots.put(i, one) if isinstance(one, Tensor) else one
+            for i, one in enumerate(found, begin)
+        ]
+
+    # Of images at their own sizes hardly two share a shape, and the room for large ones is large.
+    one_size = hasattr(preprocessing, "input_size")
+    free: list[Tensor] = []
+
+    def submit(group: Sequence[Path]) -> None:
+        room = free.pop() if free and len(free[-1]) == len(group) else None
+        # A few tasks a batch and thread, not one for each image: every one costs a wake-up.
+        slots, size = _Slots(len(group), room), max(1, len(group) // (4 * workers))
+        starts = range(0, len(group), size)
+        tasks = [pool.submit(several, slots, i, group[i : i + size]) for i in starts]
+        ahead.append((group, slots, tasks))
+
+    def oldest() -> Iterator[Batch]:
+        files, slots, tasks = ahead.popleft()
+        wait(tasks)  # once, however many there are
+        yield collate(files, [one for task in tasks for one in task.result()])
+        if reuse and slots.room is not None:
+            free.append(slots.room)
+
+    def collate(files: Sequence[Path], results: Sequence[Prepared | ImageError]) -> Batch:
+        pairs = zip(files, results, strict=True)
+        good = [(p, r) for p, r in pairs if not isinstance(r, ImageError)]
         failures = [r for r in results if isinstance(r, ImageError)]
         return Batch([p for p, _ in good], [r for _, r in good], failures)
 
@@ -78,15 +160,13 @@ def image_batches(
             yield collate(group, [attempt(p) for p in group])
         return
     pool = ThreadPoolExecutor(workers, thread_name_prefix="convmixer_fast-images")
-    ahead: deque[tuple[Sequence[Path], list[Future[Tensor | ImageError]]]] = deque()
+    ahead: deque[tuple[Sequence[Path], _Slots, list[Future[list[Prepared | ImageError]]]]] = deque()
     try:
         for group in groups:
-            ahead.append((group, [pool.submit(attempt, p) for p in group]))
+            submit(group)
             if len(ahead) > 2:
-                files, futures = ahead.popleft()
-                yield collate(files, [f.result() for f in futures])
+                yield from oldest()
         while ahead:
-            files, futures = ahead.popleft()
-            yield collate(files, [f.result() for f in futures])
+            yield from oldest()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -288,6 +288,8 @@ class ResultFile:
         name = format_of(self.path, format)
         self.format = FORMATS[name]
         self.done: set[str] = set()
+        #: Those of `done` that are among the errors.
+        self.unread: set[str] = set()
         #: Images with a result, and without one, in this run and those that it goes on with.
         self.kept = self.failed = 0
         self.parts: Path | None = None
@@ -395,7 +397,8 @@ class ResultFile:
             self.done.update(self.format.filenames(path))
         self.kept = len(self.done)
         for path in errors:
-            self.done.update(Csv.filenames(path))
+            self.unread.update(Csv.filenames(path))
+        self.done |= self.unread
         self.failed = len(self.done) - self.kept
         numbers = [int(p.name.split(".")[0].split("-")[1]) for p in folder.glob("part-*")]
         self._number = max(numbers, default=-1) + 1
@@ -429,7 +432,8 @@ class ResultFile:
 
     def is_done(self, filename: str) -> bool:
         """Whether a result or an error of that image is there already."""
-        return (storable(filename) if self.format is Parquet else filename) in self.done
+        stored = storable(filename) if self.format is Parquet else filename
+        return stored in self.done or filename in self.unread
 
     def write(self, rows: Iterable[Row], failures: Iterable[Failure] = ()) -> None:
         """Take rows and failures; they are on the disk after the next part."""

@@ -9,6 +9,7 @@ Source: Zhou et al., "Learning Deep Features for Discriminative Localization", 2
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,6 +77,17 @@ def check_mean_pooling(model: nn.Module) -> None:
         )
 
 
+def check_target(head: nn.Linear, target: int | None) -> None:
+    """A class activation map is of a class that there is.
+
+    Raises:
+        ValueError: there is no such class.
+    """
+    count = head.weight.shape[0]
+    if target is not None and not 0 <= target < count:
+        raise ValueError(f"there is no class {target}: the model has 0 to {count - 1}")
+
+
 def class_scores(
     head: nn.Linear, maps: Tensor, logits: Tensor, target: int | None
 ) -> tuple[Tensor, Tensor]:
@@ -93,9 +105,7 @@ def class_scores(
     Raises:
         ValueError: there is no such class.
     """
-    count = head.weight.shape[0]
-    if target is not None and not 0 <= target < count:
-        raise ValueError(f"there is no class {target}: the model has 0 to {count - 1}")
+    check_target(head, target)
     if target is None:
         classes = logits.argmax(1)
     else:
@@ -125,7 +135,12 @@ def class_activation_map(model: nn.Module, x: Tensor, target: int | None = None)
     check_mean_pooling(model)
     parts: Any = model
     maps: Tensor = parts.forward_features(x)
-    logits: Tensor = parts.forward_head(maps)
+    return heatmap_of(model, maps, parts.forward_head(maps), target)
+
+
+def heatmap_of(model: nn.Module, maps: Tensor, logits: Tensor, target: int | None) -> Heatmap:
+    """`class_activation_map` of a model that was run: of its last maps (N, C, h, w) and logits."""
+    parts: Any = model
     scores, classes = class_scores(parts.head, maps, logits, target)
     patch = int(parts.stem[0].kernel_size[0])
     size = (maps.shape[2] * patch, maps.shape[3] * patch)
@@ -181,3 +196,72 @@ def write_overlay(
     picture = overlay(scores, image)
     with whole_or_absent(Path(path), "wb") as file:
         picture.save(file, format="PNG")
+
+
+def write_scores(path: str | os.PathLike[str], scores: Tensor | np.ndarray[Any, Any]) -> None:
+    """A map as a .npy file, whole or not there.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with whole_or_absent(Path(path), "wb") as file:
+        np.save(file, np.asarray(scores))
+
+
+class HeatmapFolder:
+    """A picture and an array for every image of a run, in one folder.
+
+    Those of ``photos/cat.jpg`` are ``FOLDER/photos/cat.jpg.png``, the map over what the model saw
+    of the image, and ``FOLDER/photos/cat.jpg.npy``, the scores (cells down, cells across), float32.
+
+    Args:
+        folder: made where it is not there.
+        target: the class; None: the likeliest one of each image.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], target: int | None = None) -> None:
+        self.folder, self.target = Path(folder), target
+
+    def places(self, filename: str) -> tuple[Path, Path]:
+        """The picture and the array of an image."""
+        _, tail = os.path.splitdrive(os.path.normpath(filename))
+        steps = ["__" if step == ".." else step for step in Path(tail).parts if step != os.sep]
+        place = Path(self.folder, *steps)
+        return place.with_name(f"{place.name}.png"), place.with_name(f"{place.name}.npy")
+
+    def holds(self, filename: str) -> bool:
+        """Whether an image has both."""
+        return all(place.exists() for place in self.places(filename))
+
+    def check(self, filenames: Iterable[str], replace: bool) -> None:
+        """See to it before a run that no file takes another one's place.
+
+        Raises:
+            FileExistsError: something is there already, and it is not to be replaced.
+            ValueError: two images would have the same name here.
+        """
+        taken: dict[Path, str] = {}
+        for filename in filenames:
+            places = self.places(filename)
+            other = taken.setdefault(places[0], filename)
+            if other != filename:
+                raise ValueError(
+                    f"the heatmaps of {other} and {filename} would both be {places[0]}: "
+                    "give them a folder each"
+                )
+            for place in places:
+                if not replace and place.exists():
+                    raise FileExistsError(
+                        f"{place} is there already: pass --overwrite to replace it"
+                    )
+
+    def write(self, filename: str, heatmap: Heatmap, image: Image.Image | None) -> None:
+        """Put the map of one image (N = 1) on the disk, over ``image`` of the map's size if given.
+
+        Raises:
+            OSError: the folder cannot be written, or the disk is full.
+        """
+        picture, array = self.places(filename)
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        write_scores(array, heatmap.scores[0])
+        write_overlay(picture, heatmap.scores[0], image)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -19,16 +19,22 @@ from torch import Tensor, nn
 from ..model import ConvMixer
 from ..ops import use_backend
 from ..ops.backends import recording
-from .batches import Prepare, image_batches, load_image
+from .batches import Prepare, Prepared, image_batches, in_one_piece, load_image
+from .heatmap import Heatmap, HeatmapFolder, check_mean_pooling, check_target, heatmap_of
 from .labels import class_labels
 from .preprocessing import NativeSize, preprocessing_for
 from .results import Columns, Failure, Row, rows_of
+from .sources import Source, open_source
+from .streaming import Pixels, StreamStats, can_stream, stream, whole_image_bytes
 
 #: What ``batch_size="auto"`` starts from, by the device's type. On a CPU the time of an image
 #: hardly depends on it.
 AUTO_BATCH = {"cpu": 32, "cuda": 256}
 #: The same for images of any size, which are large.
 AUTO_BATCH_NATIVE = {"cpu": 2, "cuda": 8}
+#: Bytes that the pass of one image may take (`whole_image_bytes`), by the device's type; a larger
+#: one is streamed. The same on every machine: the last bits of an answer may depend on it.
+MAX_MEMORY = {"cpu": 2**30, "cuda": 2**33}
 
 #: In the messages of PyTorch's errors where memory is short and the error's type does not say it.
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
@@ -60,10 +66,16 @@ class Predictor:
       Images are those of ``"image"``, (N, H, W, C) or N arrays of any shapes, else the files that
       ``"path"`` (or ``"filename"``) names.
 
-    Images of different shapes may come together. A batch that does not fit into memory is halved
-    until it does, with a warning at the first time. On a CPU the answer of a `ConvMixer` for an
-    image does not depend on the others, to the last bit. Objects can be pickled, and copied to
-    other processes and machines: the weights travel with them.
+    Images of different shapes may come together. One that takes more than ``max_memory``, with its
+    maps, goes through a `ConvMixer` by `stream`, as does one that alone is too large for the
+    device: nobody has to pad, resize or cut it. Its scores are the whole image's within 2e-6 of
+    the largest (float32; `stream` names the reasons), and its heatmap has cells of many patches.
+    Files are decoded as a whole; arrays that are memory maps stay in their files.
+
+    A batch that does not fit into memory is halved until it does, with a warning at the first time.
+    On a CPU the answer of a `ConvMixer` for an image does not depend on the others, to the last
+    bit. Objects can be pickled, and copied to other processes and machines: the weights travel with
+    them.
 
     Args:
         model: any module (N, C, H, W) -> (N, num_classes), or a checkpoint's file name in any
@@ -76,6 +88,8 @@ class Predictor:
         amp_dtype: run under autocast with this dtype instead.
         channels_last: give the model NHWC memory.
         batch_size: images at once, at most; "auto" for `AUTO_BATCH`.
+        max_memory: bytes that the image and its maps may take, else it is streamed within them;
+            default: `MAX_MEMORY`. Streaming under autocast is not done.
         topk: classes in a `Prediction`; None for the scores of all.
         output_type: "prob", "logit", or "embedding" (pooled features, before the classifier).
         labels: class names, one for each output; default: ImageNet's for 1000 classes where timm
@@ -100,6 +114,7 @@ class Predictor:
         amp_dtype: torch.dtype | str | None = None,
         channels_last: bool = False,
         batch_size: int | str = "auto",
+        max_memory: int | None = None,
         topk: int | None = 5,
         output_type: str = "prob",
         labels: Sequence[str] | None = None,
@@ -112,6 +127,8 @@ class Predictor:
             raise ValueError("act is for checkpoints: a model has its activation")
         if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
             raise ValueError(f"batch_size must be at least 1, or 'auto', got {batch_size!r}")
+        if max_memory is not None and max_memory < 1:
+            raise ValueError(f"max_memory must be at least 1 byte, got {max_memory}")
         if isinstance(preprocessing, str):
             if preprocessing != "native":
                 raise ValueError(
@@ -140,7 +157,7 @@ class Predictor:
         self.backend = backend
         #: Who computed the model's blocks so far ("cpu", "reference"...).
         self.kernels: set[str] = set()
-        self._device = device
+        self._device, self._max_memory = device, max_memory
         self._dtype, self._amp = _dtype(dtype), _dtype(amp_dtype)
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
         self.model = model.eval()
@@ -156,6 +173,12 @@ class Predictor:
         size = self.batch_size
         self._most = size if isinstance(size, int) else known.get(self.device.type, known["cpu"])
         self._told = False
+        self._memory = self._max_memory or MAX_MEMORY.get(self.device.type, MAX_MEMORY["cpu"])
+        # Autocast chooses dtypes by the operator, and a stream has operators of its own.
+        self._streams = self._amp is None and can_stream(self.model)
+
+    def _is_large(self, height: int, width: int) -> bool:
+        return self._streams and whole_image_bytes(self.model, height, width) > self._memory
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -177,60 +200,119 @@ class Predictor:
 
     # Computing
 
-    def scores(self, images: Tensor | Sequence[Tensor]) -> Tensor:
+    def scores(self, images: Tensor | Sequence[Prepared]) -> Tensor:
         """(N, C, H, W), or N tensors (C, H, W) of any shapes -> (N, D) float32 on the CPU.
+
+        Also of a `Source`, which is streamed.
 
         D is the number of classes (logits), or of features where embeddings are asked for.
         """
+        return self._answers(images)[0]
+
+    def _answers(
+        self, images: Tensor | Sequence[Prepared], heatmaps: HeatmapFolder | None = None
+    ) -> tuple[Tensor, list[Heatmap]]:
+        """`scores`, and a heatmap of each image (N = 1) if there is a folder for them."""
         if not len(images):
-            return torch.zeros(0, 0)
+            return torch.zeros(0, 0), []
         groups: dict[torch.Size, list[int]] = {}
+        tensors: dict[int, Tensor] = {}
+        found: dict[int, Tensor] = {}
+        maps: dict[int, Heatmap] = {}
+
+        def flow(i: int) -> None:
+            found[i], drawn = self._stream(images[i], heatmaps)
+            maps.update((i, heatmap) for heatmap in drawn)
+
         for i, image in enumerate(images):
-            groups.setdefault(image.shape, []).append(i)
-        found: list[Tensor | None] = [None] * len(images)
+            if isinstance(image, Source) or self._is_large(*image.shape[1:]):
+                flow(i)
+            else:
+                tensors[i] = image
+                groups.setdefault(image.shape, []).append(i)
         for members in groups.values():
             start = 0
             while start < len(members):
                 some = members[start : start + self._most]
                 try:
-                    out = self._run([images[i] for i in some])
+                    out, drawn = self._run([tensors[i] for i in some], heatmaps)
                 except Exception as error:
                     if not _is_out_of_memory(error):
                         raise
                     out = None
                 if out is None:
-                    self._back_off(len(some), tuple(images[some[0]].shape))
+                    if self._back_off(len(some), tuple(tensors[some[0]].shape)):
+                        flow(some[0])
+                        start += 1
                     continue
-                for i, line in zip(some, out, strict=True):
-                    found[i] = line
+                found.update(zip(some, out, strict=True))
+                maps.update(zip(some, drawn, strict=False))
                 start += len(some)
-        return torch.stack([line for line in found if line is not None])
+        everyone = range(len(images))
+        return torch.stack([found[i] for i in everyone]), [maps[i] for i in everyone if i in maps]
 
-    def _run(self, images: Sequence[Tensor]) -> Tensor:
-        batch = torch.stack(list(images))
+    def _run(
+        self, images: Sequence[Tensor], heatmaps: HeatmapFolder | None
+    ) -> tuple[Tensor, list[Heatmap]]:
+        batch = in_one_piece(images)
         dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
         batch = batch.to(device=self.device, dtype=dtype, memory_format=self._layout)
         amp: Any = nullcontext()
         if self._amp is not None:
             amp = torch.autocast(self.device.type, dtype=self._amp)
+        drawn: list[Heatmap] = []
         with use_backend(self.backend), torch.inference_mode(), amp, recording() as calls:
             model: Any = self.model
+            ours = isinstance(model, ConvMixer) and self.device.type == "cpu"
             if self.columns.output_type == "embedding":
                 out = model.forward_head(model.forward_features(batch), pre_logits=True)
-            elif isinstance(model, ConvMixer) and self.device.type == "cpu":
+            elif ours or heatmaps is not None:
+                maps = model.forward_features(batch)
                 # The last bits of PyTorch's Linear depend on the batch. A run that goes on after
                 # a kill, or on several machines, has other batches and is to give the same rows.
-                maps = model.forward_features(batch).split(1)
-                out = torch.cat([model.forward_head(one) for one in maps])
+                if ours:
+                    pooled = model.forward_head(maps, pre_logits=True).split(1)
+                    out = torch.cat([model.head(one) for one in pooled])
+                else:
+                    out = model.forward_head(maps)
+                if heatmaps is not None:
+                    pairs = zip(maps.split(1), out.split(1), strict=True)
+                    drawn = [heatmap_of(model, *pair, heatmaps.target) for pair in pairs]
             else:
                 out = model(batch)
         self.kernels.update(call.choice.backend for call in calls)
-        result: Tensor = out.float().cpu()
-        return result
+        return out.float().cpu(), drawn
 
-    def _back_off(self, size: int, shape: tuple[int, ...]) -> None:
+    def _stream(
+        self, image: Prepared, heatmaps: HeatmapFolder | None
+    ) -> tuple[Tensor, list[Heatmap]]:
+        """The scores (D,) of one image row by row, and its heatmap."""
+        what = "embedding" if self.columns.output_type == "embedding" else "logits"
+        native: Any = self.preprocessing if isinstance(self.preprocessing, NativeSize) else None
+        stats = StreamStats()
+        with use_backend(self.backend), recording() as calls:
+            result = stream(
+                self.model,
+                image,
+                what if heatmaps is None else "heatmap",
+                preprocessing=native,
+                layout=None if isinstance(image, Source) else "CHW",
+                max_memory=self._memory,
+                target=None if heatmaps is None else heatmaps.target,
+                stats=stats,
+            )
+        self.kernels.update(call.choice.backend for call in calls)
+        if stats.backend == "cpu":
+            self.kernels.add("cpu")
+        scores: Tensor = result if heatmaps is None else result.logits
+        return scores[0].float().cpu(), [] if heatmaps is None else [result]
+
+    def _back_off(self, size: int, shape: tuple[int, ...]) -> bool:
+        """After a batch that did not fit: the next are smaller; True for an image to stream."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        if size == 1 and self._streams:
+            return True
         if size == 1:
             raise MemoryError(
                 f"not enough memory on {self.device} for one image of {shape[1]}x{shape[2]} px: "
@@ -244,12 +326,18 @@ class Predictor:
                 f"px at once: going on with batches of {self._most}, and smaller ones if need be",
                 stacklevel=2,
             )
+        return False
 
-    def rows(self, filenames: Sequence[str], images: Tensor | Sequence[Tensor]) -> list[Row]:
-        """A row for each prepared image (C, H, W), in order."""
+    def rows(
+        self,
+        filenames: Sequence[str],
+        images: Tensor | Sequence[Prepared],
+        heatmaps: HeatmapFolder | None = None,
+    ) -> list[Row]:
+        """A row for each prepared image (C, H, W), in order; its heatmap is on the disk by then."""
         if not filenames:
             return []
-        scores = self.scores(images)
+        scores, drawn = self._answers(images, heatmaps)
         labels = self.labels
         if labels is None:
             # A module that does not say how many classes it has: now it is seen.
@@ -257,27 +345,66 @@ class Predictor:
             if self.columns.topk is not None:
                 least = min(self.columns.topk, len(labels))
                 self.columns = Columns(self.columns.output_type, least)
-        return rows_of(filenames, scores, labels, self.columns)
+        rows = rows_of(filenames, scores, labels, self.columns)
+        if heatmaps is not None:
+            for filename, image, heatmap in zip(filenames, images, drawn, strict=True):
+                heatmaps.write(filename, heatmap, self._picture(image, heatmap))
+        return rows
+
+    def _picture(self, image: Prepared, heatmap: Heatmap) -> Image.Image | None:
+        """What the model saw of an image, in colours; None where it is not known how to show it."""
+        if heatmap.pictures is not None:
+            return Image.fromarray(heatmap.pictures[0])
+        assert not isinstance(image, Source)
+        if not (hasattr(self.preprocessing, "mean") and hasattr(self.preprocessing, "std")):
+            return None
+        prepared: Any = self.preprocessing
+        height, width = heatmap.size
+        seen = Pixels(prepared, torch.float32, "cpu").visible(image[None, :, :height, :width])
+        return Image.fromarray(seen[0].permute(1, 2, 0).expand(-1, -1, 3).numpy())
+
+    def check_heatmaps(self, target: int | None = None) -> None:
+        """Whether there can be heatmaps, of that class.
+
+        Raises:
+            ValueError: the model pools in another way, has no classifier, or no class ``target``,
+                or the answers are embeddings, which are of no class.
+        """
+        if self.columns.output_type == "embedding":
+            raise ValueError("a heatmap is of a class: ask for prob or logit, not for embeddings")
+        check_mean_pooling(self.model)
+        model: Any = self.model
+        check_target(model.head, target)
 
     # Questions
 
     def predict_files(
-        self, paths: Sequence[str | os.PathLike[str]], workers: int = 2
+        self,
+        paths: Sequence[str | os.PathLike[str]],
+        workers: int = 2,
+        heatmaps: HeatmapFolder | None = None,
     ) -> Iterator[Outcome]:
         """Rows and failures of files as they are computed, in order; no file is fatal.
 
         Args:
             workers: threads that read ahead while the model computes; see `image_batches`.
+            heatmaps: gets a class activation map of each image, which is on the disk before the
+                image's row comes out.
+
+        Raises:
+            ValueError: there can be no heatmaps; see `check_heatmaps`.
         """
+        if heatmaps is not None:
+            self.check_heatmaps(heatmaps.target)
         files = [Path(path) for path in paths]
-        batches = image_batches(files, self.preprocessing, self._most, workers)
+        batches = image_batches(files, self._sized(), self._most, workers, reuse=True)
         while True:
             start = time.perf_counter()
             batch = next(batches, None)
             waited = time.perf_counter() - start
             if batch is None:
                 return
-            rows = self.rows([str(path) for path in batch.paths], batch.images)
+            rows = self.rows([str(path) for path in batch.paths], batch.images, heatmaps)
             failures = [Failure(error.path, error.reason) for error in batch.failures]
             yield Outcome(rows, failures, waited)
 
@@ -307,12 +434,18 @@ class Predictor:
             rows += self.rows(names, [self._prepare(p) for p in some])
         return rows
 
-    def _prepare(self, picture: Picture) -> Tensor:
+    def _sized(self) -> Prepare:
+        if not (isinstance(self.preprocessing, NativeSize) and self._streams):
+            return self.preprocessing
+        return _Sized(self.preprocessing, self._is_large)
+
+    def _prepare(self, picture: Picture) -> Prepared:
+        prepare = self._sized()
         if isinstance(picture, (str, os.PathLike)):
-            return load_image(picture, self.preprocessing)
+            return load_image(picture, prepare)
         if isinstance(picture, Image.Image):
-            return self.preprocessing(picture)
-        array = np.asarray(picture)
+            return prepare(picture)
+        array = np.asanyarray(picture)  # a memory map stays one
         if array.dtype != np.uint8 or array.ndim not in (2, 3):
             raise ValueError(
                 f"an image is a uint8 array (H, W, C) or (H, W), got {array.dtype} of shape "
@@ -324,7 +457,10 @@ class Predictor:
             raise ValueError(
                 f"an image has 1, 3 or 4 channels, the last axis of {array.shape} is none"
             )
-        return self.preprocessing(Image.fromarray(np.ascontiguousarray(array)))
+        as_stored = array.shape[2:] == (() if prepare.channels == 1 else (prepare.channels,))
+        if isinstance(prepare, _Sized) and as_stored and self._is_large(*array.shape[:2]):
+            return open_source(array, prepare.channels, "HW" if array.ndim == 2 else "HWC")
+        return prepare(Image.fromarray(np.ascontiguousarray(array)))
 
     def _answer_dict(self, source: Mapping[str, Any]) -> Arrays:
         kept = {name: np.asarray(v) for name, v in source.items() if name != "image"}
@@ -338,6 +474,19 @@ class Predictor:
                 )
             pictures = [str(path) for path in source[key]]
         return {**kept, **self.columns.arrays(self._rows_of(pictures))}
+
+
+class _Sized:
+    """Images at their own size: tensors, and of large ones the bytes, to be streamed."""
+
+    def __init__(self, prepare: NativeSize, is_large: Callable[[int, int], bool]) -> None:
+        self._prepare, self._is_large = prepare, is_large
+        self.channels = prepare.channels
+
+    def __call__(self, image: Image.Image) -> Prepared:
+        if self._is_large(image.height, image.width):
+            return open_source(image, self.channels)
+        return self._prepare(image)
 
 
 def _is_one(source: Any) -> bool:

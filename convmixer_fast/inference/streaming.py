@@ -13,6 +13,7 @@ import os
 import shutil
 import time
 import zipfile
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,9 +31,9 @@ from .heatmap import Heatmap, check_mean_pooling, class_scores
 from .identity import model_digest
 from .images import ImageError
 from .preprocessing import Preprocessing
-from .sources import Source, forget, open_source
+from .sources import Source, StackSource, forget, open_source
 
-OUTPUTS = ("logits", "features", "heatmap")
+OUTPUTS = ("logits", "embedding", "features", "heatmap")
 #: Cells of a heatmap's longer side, at most.
 HEATMAP_CELLS = 128
 #: Pixels of a heatmap's picture along a cell's side.
@@ -211,10 +212,11 @@ def stream(
         model: a `ConvMixer`, or a model with its ``stem``, ``blocks``, ``global_pool`` and ``head``
             that `convmixer_fast.optimize` has been through; in eval mode.
         source: a path (.npy, .zarr, TIFF, JPEG, PNG...), array, memory map, tensor, zarr array, an
-            iterator of bands of rows, or a list of these, images of one size that pass together;
-            see `open_source`. Whole numbers are scaled to 0..1 and normalised; floating-point
-            values go into the model as they are.
-        output: ``"logits"``, ``"features"`` (the map of the last block), or ``"heatmap"``.
+            iterator of bands of rows, or a list of these: images of one size pass together, the
+            sizes one after the other; see `open_source`. Whole numbers are scaled to 0..1 and
+            normalised; floating-point values go into the model as they are.
+        output: ``"logits"``, ``"embedding"`` (the pooled features), ``"features"`` (the map of the
+            last block), or ``"heatmap"``.
         out: for features, a file to write them to as they come, .npy or .zarr; None: memory.
         preprocessing: its mean and std are used; by default those of ``model.pretrained_cfg``.
         layout: how the axes of arrays are ordered: "HW", "HWC", "CHW", "NHWC" or "NCHW".
@@ -231,26 +233,32 @@ def stream(
         cell: patches along the side of a heatmap's cell; by default as many as leave at most
             `HEATMAP_CELLS` cells along the longer side (the width, where the height is not known).
         progress: show a bar.
-        stats: filled in while the stream runs.
+        stats: filled in while the stream runs; with the sums of rows and seconds where a list has
+            several sizes.
 
     Returns:
+        Of a list, images are in its order.
         logits: (N, num_classes), or (N, features) without a classifier, on the model's device.
+        embedding: (N, features), on the model's device.
         features: (N, dim, height // p, width // p): a tensor, or what ``out`` holds as a memory map
-        or zarr array.
-        heatmap: a `Heatmap`, whose mean is the logits.
+        or zarr array; of a list of several sizes, a list with each one's.
+        heatmap: a `Heatmap`, whose mean is the logits; of a list of several sizes, a list likewise.
 
     Raises:
         ImageError: the source cannot be read, ends early, or is smaller than a patch.
         ValueError: an argument makes no sense, ``max_memory`` is too small, the model is in
-            training mode, or the checkpoint is of another run.
+            training mode, the checkpoint is of another run, or there is one, or an ``out``, for
+            images of several sizes.
         TypeError: the model has no blocks that can be streamed.
         OSError: a file cannot be written.
     """
     run = _Run(model, output, preprocessing)
-    opened = open_source(source, run.in_chans, layout, height)
-    try:
+    given = list(source) if isinstance(source, (list, tuple)) and source else [source]
+    opened: list[Source] = []
+
+    def one_pass(of: Source, stats: StreamStats) -> Any:
         return run(
-            opened,
+            of,
             out=None if out is None else Path(out),
             max_memory=max_memory,
             band_rows=band_rows,
@@ -261,11 +269,81 @@ def stream(
             target=target,
             cell=cell,
             progress=progress,
-            stats=stats or StreamStats(),
+            stats=stats,
         )
+
+    stats = stats or StreamStats()
+    try:
+        for one in given:
+            opened.append(open_source(one, run.in_chans, layout, height))
+        groups = _by_size(opened)
+        if len(groups) == 1:
+            return one_pass(StackSource(opened) if len(opened) > 1 else opened[0], stats)
+        for name, path in (("out", out), ("checkpoint", checkpoint)):
+            if path is not None:
+                raise ValueError(
+                    f"{name} {path} is for images of one size, and these have {len(groups)}: "
+                    "stream them one by one"
+                )
+        found: dict[int, Any] = {}
+        rows, seconds = 0, 0.0
+        for members in groups:
+            some = [opened[i] for i in members]
+            result = one_pass(StackSource(some) if len(some) > 1 else some[0], stats)
+            rows, seconds = rows + stats.rows, seconds + stats.seconds
+            begin = 0
+            for i, of in zip(members, some, strict=True):
+                found[i] = _some_of(result, begin, begin + of.images)
+                begin += of.images
+        stats.rows, stats.seconds = rows, seconds
+        answers = [found[i] for i in range(len(opened))]
+        return torch.cat(answers) if output in ("logits", "embedding") else answers
     finally:
-        if opened is not source:
-            opened.close()
+        for one, of in zip(given, opened, strict=False):
+            if of is not one:
+                of.close()
+
+
+def _by_size(sources: Sequence[Source]) -> list[list[int]]:
+    """Which of them can pass together: those of one size, if it is known before the end."""
+    groups: dict[Any, list[int]] = {}
+    for i, source in enumerate(sources):
+        known = source.height is not None
+        groups.setdefault((source.height, source.width) if known else i, []).append(i)
+    return list(groups.values())
+
+
+def _some_of(result: Any, begin: int, end: int) -> Any:
+    """Images [begin, end) of what a pass gave."""
+    if not isinstance(result, Heatmap):
+        return result[begin:end]
+    cut = {f: getattr(result, f)[begin:end] for f in ("scores", "classes", "logits", "pictures")}
+    return result._replace(**cut)
+
+
+@torch.inference_mode()
+def can_stream(model: nn.Module) -> bool:
+    """Whether `stream` gives a model's logits."""
+    parts: Any = model
+    try:
+        run = _Run(model, "logits", None)
+        blocks_of(parts.blocks, parts.stem[0], parts.stem(run.probe()))
+    except (TypeError, ValueError, AttributeError, IndexError):
+        return False
+    return True
+
+
+def whole_image_bytes(model: nn.Module, height: int, width: int) -> int:
+    """What a model that `can_stream` holds of one image, at least, when it takes it as a whole.
+
+    The image as numbers, and three maps: a block's input, its output, and one between its halves.
+    """
+    parts: Any = model
+    conv = parts.stem[0]
+    patch = int(conv.kernel_size[0])
+    values = conv.in_channels * height * width
+    values += 3 * conv.out_channels * (height // patch) * (width // patch)
+    return int(values * conv.weight.element_size())
 
 
 class _Run:
@@ -287,15 +365,20 @@ class _Run:
         conv = parts.stem[0]
         self.patch, self.in_chans = int(conv.kernel_size[0]), int(conv.in_channels)
         self.dtype, self.device = conv.weight.dtype, conv.weight.device
-        if output == "logits" and isinstance(model, ConvMixer):
+        if output in ("logits", "embedding") and isinstance(model, ConvMixer):
             if model.global_pool.is_identity():
                 raise ValueError(
-                    "the model has no pooling, so there are no logits: use output='features'"
+                    f"the model has no pooling, so there are no {output}: use output='features'"
                 )
         elif output == "heatmap":
             check_mean_pooling(model)
         self.preprocessing = preprocessing or default_preprocessing(model)
         self.pixels = Pixels(self.preprocessing, self.dtype, self.device)
+
+    def probe(self) -> Tensor:
+        """An image of more than one patch each way: a map of 1 x 1 says nothing of its layout."""
+        side = 2 * self.patch
+        return torch.zeros(1, self.in_chans, side, side, dtype=self.dtype, device=self.device)
 
     def __call__(
         self,
@@ -337,10 +420,7 @@ class _Run:
                 "pass height="
             )
         stem = self._parts.stem
-        # More than one patch each way: the layout of a map of 1 x 1 says nothing.
-        probe = torch.zeros(
-            1, self.in_chans, 2 * patch, 2 * patch, dtype=self.dtype, device=self.device
-        )
+        probe = self.probe()
         blocks = blocks_of(self._parts.blocks, stem[0], stem(probe))
         if height is not None and hasattr(blocks, "map_pixels"):
             blocks.map_pixels = height * width
@@ -380,6 +460,8 @@ class _Run:
                 result: Any = sinks.finish()
             elif isinstance(sinks, _Reduced):
                 result = self._heatmap(sinks, pool, target)
+            elif self.output == "embedding":
+                result = self._pooled(pool)
             else:
                 result = self._logits(pool)
         except BaseException:
