@@ -95,6 +95,7 @@ class BenchmarkRecorder:
     def __call__(self, suite: str, group: str, rows: list[results.Row]) -> None:
         self.recorder(suite, group, rows)
         rows = [{"suite": suite, "group": group, **row} for row in rows]
-        self.benchmark.extra_info.update(
-            extra_info(self.recorder.machine, self.recorder.software, rows)
-        )
+        info = extra_info(self.recorder.machine, self.recorder.software, rows)
+        # Where a test measures several groups, it keeps the systems of all.
+        info["systems"] = {**self.benchmark.extra_info.get("systems", {}), **info["systems"]}
+        self.benchmark.extra_info.update(info)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -275,6 +276,30 @@ def test_extra_info_says_where_with_what_and_everything_of_each_system():
     found = recording.extra_info(machine, versions, points)
     assert len(found["systems"]) == 4
     assert "threads" not in found
+
+
+def test_the_batch_pipeline_is_a_suite_too_and_loses_no_group(tmp_path, monkeypatch):
+    suite, inference, report = _load("test_pipeline"), _load("inference"), _load("report")
+    monkeypatch.setattr(inference, "MODELS", {"small": (8, 1, 3, 32), "other": (16, 1, 3, 32)})
+    monkeypatch.setattr(inference, "BATCH", 2)
+    benchmark = Benchmark()
+    recorder = recording.Recorder(None, resume=False)
+    preset = dataclasses.replace(presets.preset_of("quick", "cpu"), photographs=9)
+    threads = torch.get_num_threads()
+    try:
+        suite.test_files_to_results(
+            benchmark, preset, recording.BenchmarkRecorder(recorder, benchmark), tmp_path
+        )
+    finally:
+        torch.set_num_threads(threads)
+    systems = benchmark.extra_info["systems"]
+    assert set(systems) == {"small", "other"}
+    assert all(row["images"] == 9 and row["img/s"] > 0 for row in systems.values())
+    assert benchmark.extra_info["versions"]["torch"]
+    told = report.text(recorder.session, report.tables(recorder.session, unmeasured=False))
+    assert "files to results against the model alone" in told
+    assert "at least or <= at most" in told, "the table does not say how it is read"
+    assert "of peak" not in told, "promises of other suites are told"
 
 
 def test_every_limit_stands_in_a_preset_and_names_systems_that_there_are():
