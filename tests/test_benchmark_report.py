@@ -406,6 +406,50 @@ def test_the_readme_has_figures_and_marks_those_of_gpus_as_predictions():
     assert "Predictions, not measurements" in text
 
 
+def test_what_was_missed_is_told_of_every_kind_of_result_file(tmp_path):
+    """Of processors and GPUs, files to results, and streaming."""
+    machines = {"cpu": MACHINE, "inference": MACHINE, "streaming": MACHINE}
+    streamed = {"suite": "times", "group": "m@8x8, 1 threads", "model": "m"}
+    late = {**on_gpu("models", "ours", ms=10.0), "img/s": 1.0}
+    early = {**on_gpu("models", "eager NCHW", ms=7.0), "img/s": 1.4}
+    measured = {
+        "cpu": rows(ours=1000 / 0.5),
+        "inference": [pipeline_row(**{"overhead ms": 7.25, "model": "m"})],
+        "streaming": [
+            {**streamed, "system": s, "s": t} for s, t in (("stream", 3.0), ("whole", 2))
+        ],
+        "gpu": [late, early],
+    }
+    for name, found in measured.items():
+        machine_ = machines.get(name, {**MACHINE, "gpu": "Card"})
+        path = tmp_path / "some-machine" / f"{name}.json"
+        results.save(results.new_report(machine_, RUN, found), path)
+    told = figures.missed(tmp_path)
+    for name, figure in (("cpu", 0.5), ("inference", 7.25), ("streaming", 1.5), ("gpu", 0.7)):
+        assert f"some-machine (`{name}.json`)" in told
+        assert f"| {figure:.2f} |" in told, (name, told)
+    assert figures.missed(tmp_path / "nowhere") == "Every bar was reached."
+
+
+def test_exceptions_of_compiled_kernels_are_told_by_name(tmp_path):
+    row = {"op": "patch_embed", "kernel": "p = 7", "dtype": "bfloat16", "broken_bars": []}
+    row |= {"architecture": 100, "spills": 0, "stack": 0}
+    cuda = {"architecture": 80, "kernel": "tf32-large", "stack": 0, "broken_bars": []}
+    for name, static in (("gpu_static", [row]), ("cuda_static", [cuda])):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"static": static}))
+    assert figures.gpu_exceptions(tmp_path) == "Every kernel meets every bar."
+    spilled = [{**row, "spills": 2, "architecture": arch} for arch in (90, 100)]
+    cuda["broken_bars"] = ["no HMMA"]
+    for name, static in (("gpu_static", [row, *spilled]), ("cuda_static", [cuda])):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"static": static}))
+    told = figures.gpu_exceptions(tmp_path).splitlines()
+    assert len(told) == 4
+    assert told[2] == (
+        "| patch_embed, p = 7 | bfloat16 | sm_90, sm_100 | 2 values spilled (aimed at: 0) |"
+    )
+    assert told[3] == "| tf32-large |  | sm_80 | no HMMA |"
+
+
 def test_a_changed_figure_is_put_right_and_nothing_else_is_touched():
     page = "before 1.5\n<!-- figures: roofline -->\nold\n<!-- end of figures -->\nafter 2.5\n"
     new = figures.filled(page)
