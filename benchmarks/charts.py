@@ -1,4 +1,4 @@
-"""Which pictures do measured rows make? One SVG a suite."""
+"""Which pictures do measured rows make? An SVG a suite, two of whole models."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from results import Report, Row, in_order, select
 
 
-def draw(report: Report, suite: str, path: Path) -> bool:
-    """Draw a suite's chart; returns False, and writes nothing, where there are no rows for it."""
+def draw(report: Report, name: str, path: Path) -> bool:
+    """Draw a chart of `CHARTS`; False, and nothing is written, where there are no rows for it."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -18,26 +18,85 @@ def draw(report: Report, suite: str, path: Path) -> bool:
 
     # Ids made from this and not from chance: the same rows give the same file.
     matplotlib.rcParams["svg.hashsalt"] = "convmixer_fast"
-    rows = [r for r in select(report["rows"], suite=suite) if r.get("system") != "peak"]
-    figure = CHARTS[suite](rows) if rows else None
+    suite, chart = CHARTS[name]
+    rows = [r for r in select(report["rows"], suite=suite) if not _is_limit(r)]
+    figure = chart(rows) if rows else None
     if figure is None:
         return False
-    figure.suptitle(f"{report['machine']['cpu']}, {report['runs'][-1]['date']}, float32")
+    machine = report["machine"]
+    where = machine.get("gpu") or f"{machine['cpu']}, float32"
+    figure.suptitle(f"{where}, {report['runs'][-1]['date']}")
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
     return True
 
 
+def _is_limit(row: Row) -> bool:
+    return str(row.get("system")).startswith(("peak", "limit"))
+
+
+def _share(row: Row) -> float | None:
+    """Of the machine's peak, or of what a GPU's rates allow."""
+    return row.get("of peak", row.get("of limit"))
+
+
+def _setting(row: Row) -> str:
+    return str(row["dtype"]) if "dtype" in row else _threads(row["threads"])
+
+
+def _speed(rows: list[Row]) -> Any:
+    """Bars of img/s: a panel for each model (and dtype), a group for each batch, a bar a system."""
+    rows = [r for r in in_order(rows) if "img/s" in r]
+    most = max((r.get("threads", 0) for r in rows), default=0)
+    rows = [r for r in rows if r.get("threads", most) == most]
+    if not rows:
+        return None
+    from matplotlib import pyplot
+
+    panels = list(dict.fromkeys((r["model"], _setting(r)) for r in rows))
+    systems = list(dict.fromkeys(r["system"] for r in rows))
+    figure, grid = pyplot.subplots(
+        len(panels), figsize=(8.0, 2.3 * len(panels) + 1.0), layout="constrained", squeeze=False
+    )
+    width = 0.85 / len(systems)
+    for (model, setting), axes in zip(panels, grid[:, 0], strict=True):
+        here = [r for r in rows if (r["model"], _setting(r)) == (model, setting)]
+        batches = sorted({r["batch"] for r in here})
+        for i, system in enumerate(systems):
+            found = {r["batch"]: r["img/s"] for r in select(here, system=system)}
+            offset = (i - (len(systems) - 1) / 2) * width
+            places = [g + offset for g, batch in enumerate(batches) if batch in found]
+            heights = [found[batch] for batch in batches if batch in found]
+            bars = axes.bar(places, heights, width, label=system, color=f"C{i}")
+            axes.bar_label(bars, fmt="{:.3g}", fontsize="xx-small", rotation=90, padding=2)
+        axes.margins(y=0.25)
+        axes.set_xticks(range(len(batches)), [f"batch {b}" for b in batches], fontsize="small")
+        axes.set_ylabel("img/s, more is better", fontsize="small")
+        axes.set_title(f"{model}, {setting}", fontsize="medium")
+    named = dict(zip(*reversed(_legend(grid[:, 0])), strict=True))
+    figure.legend(
+        named.values(), named.keys(), loc="outside lower center", ncols=3, fontsize="small"
+    )
+    return figure
+
+
+def _legend(axes: Any) -> tuple[list[Any], list[str]]:
+    """Handles and labels of all panels: not every panel has every system."""
+    pairs = [pair for one in axes for pair in zip(*one.get_legend_handles_labels(), strict=True)]
+    return [handle for handle, _ in pairs], [label for _, label in pairs]
+
+
 def _of_peak(rows: list[Row]) -> Any:
-    """Bars of the share of the machine's peak: a panel for each thread count (and half of a block),
-    a group for each model and batch."""
-    rows = [r for r in rows if "of peak" in r]
+    """Bars of the share of the machine's limit: a panel for each thread count or dtype (and half of
+    a block), a group for each model and batch."""
+    rows = [r for r in rows if _share(r) is not None]
     if not rows:
         return None
     from matplotlib import pyplot
 
     key: Callable[[Row], tuple[Any, Any]] = lambda r: (r["model"], r["batch"])  # noqa: E731
-    panels = list(dict.fromkeys((r["threads"], r.get("part", "")) for r in rows))
+    limit = "peak" if any("of peak" in r for r in rows) else "limit"
+    panels = list(dict.fromkeys((_setting(r), r.get("part", "")) for r in rows))
     names = list(dict.fromkeys(key(r) for r in in_order(rows)))
     systems = list(dict.fromkeys(r["system"] for r in rows))
     size = (3.0 + 0.19 * len(names) * (len(systems) + 1), 3.2 * len(panels))
@@ -45,20 +104,20 @@ def _of_peak(rows: list[Row]) -> Any:
         len(panels), figsize=size, layout="constrained", squeeze=False, sharex=True, sharey=True
     )
     width = 0.85 / len(systems)
-    for (threads, part), axes in zip(panels, grid[:, 0], strict=True):
-        here = [r for r in rows if (r["threads"], r.get("part", "")) == (threads, part)]
+    for (setting, part), axes in zip(panels, grid[:, 0], strict=True):
+        here = [r for r in rows if (_setting(r), r.get("part", "")) == (setting, part)]
         for i, system in enumerate(systems):
-            shares = {key(r): 100 * r["of peak"] for r in here if r["system"] == system}
+            shares = {key(r): 100 * (_share(r) or 0.0) for r in here if r["system"] == system}
             offset = (i - (len(systems) - 1) / 2) * width
             places = [g + offset for g, name in enumerate(names) if name in shares]
             heights = [shares[name] for name in names if name in shares]
             # The colour goes with the system, also in a panel that lacks some.
             axes.bar(places, heights, width, label=system, color=f"C{i}")
         axes.axhline(100, color="black", linewidth=0.8, linestyle="--")
-        axes.set_ylabel("% of peak")
-        axes.set_title(f"{part + ', ' if part else ''}{_threads(threads)}", fontsize="medium")
+        axes.set_ylabel(f"% of {limit}")
+        axes.set_title(f"{part + ', ' if part else ''}{setting}", fontsize="medium")
     # Strassen's algorithm does fewer multiply-adds than are counted: bars may pass 100.
-    axes.set_ylim(0, max(105.0, 105.0 * max(r["of peak"] for r in rows)))
+    axes.set_ylim(0, max(105.0, 105.0 * max(_share(r) or 0.0 for r in rows)))
     axes.set_xticks(
         range(len(names)),
         [f"{m}\nbatch {b}".replace(", ", "\n") for m, b in names],
@@ -127,14 +186,17 @@ def _resolution(rows: list[Row]) -> Any:
     """Time for a patch against the side of one image, and against the batch at the usual side."""
     from matplotlib import pyplot
 
-    usual = {r["model"]: r["side"] for r in rows if r["batch"] > 1}
+    rows = [r for r in rows if "ns / patch" in r]
+    if not rows:
+        return None
     panels: list[tuple[str, str, list[Row]]] = []
-    for model in dict.fromkeys(r["model"] for r in rows):
-        mine = select(rows, model=model)
-        panels.append((f"{model}, batch 1", "side", select(mine, batch=1)))
-        if model in usual:
-            side = usual[model]
-            panels.append((f"{model}, {side} px", "batch", select(mine, side=side)))
+    for model, setting in dict.fromkeys((r["model"], _setting(r)) for r in rows):
+        mine = [r for r in rows if (r["model"], _setting(r)) == (model, setting)]
+        name = f"{model}, {setting}" if "dtype" in mine[0] else model
+        panels.append((f"{name}, batch 1", "side", select(mine, batch=1)))
+        usual = [r["side"] for r in mine if r["batch"] > 1]
+        if usual:
+            panels.append((f"{name}, {usual[-1]} px", "batch", select(mine, side=usual[-1])))
     panels = [panel for panel in panels if panel[2]]
     figure, grid = pyplot.subplots(
         1, len(panels), figsize=(4.6 * len(panels), 3.6), layout="constrained", squeeze=False
@@ -158,11 +220,12 @@ def _threads(count: int) -> str:
     return "1 thread" if count == 1 else f"{count} threads"
 
 
-#: Suite -> how its rows are drawn.
-CHARTS: dict[str, Callable[[list[Row]], Any]] = {
-    "models": _of_peak,
-    "kernels": _of_peak,
-    "steps": _waterfall,
-    "memory": _memory,
-    "resolution": _resolution,
+#: Name of a chart -> its suite, and how those rows are drawn.
+CHARTS: dict[str, tuple[str, Callable[[list[Row]], Any]]] = {
+    "models": ("models", _of_peak),
+    "speed": ("models", _speed),
+    "kernels": ("kernels", _of_peak),
+    "steps": ("steps", _waterfall),
+    "memory": ("memory", _memory),
+    "resolution": ("resolution", _resolution),
 }

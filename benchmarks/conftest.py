@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import places
 import pytest
 import report
 import torch
-from presets import PRESETS, Preset
-from recording import Recorder
+from presets import DEVICES, PRESETS, THREADS, Preset, preset_of
+from recording import BenchmarkRecorder, Recorder
 from systems import SYSTEMS
 
 
@@ -24,14 +26,30 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _systems(text: str) -> tuple[str, ...]:
-    return tuple(SYSTEMS) if text == "all" else _names(text)
+    known = tuple(dict.fromkeys(name for table in SYSTEMS.values() for name in table))
+    names = known if text == "all" else _names(text)
+    if unknown := set(names) - set(known):
+        raise pytest.UsageError(
+            f"unknown system {', '.join(sorted(unknown))}: use {', '.join(known)}"
+        )
+    return names
+
+
+def _devices(text: str) -> tuple[str, ...]:
+    names = _names(text)
+    if unknown := set(names) - set(DEVICES):
+        raise pytest.UsageError(
+            f"unknown device {', '.join(sorted(unknown))}: use {', '.join(DEVICES)}"
+        )
+    return names
 
 
 #: Options that take the place of one of the preset's values: how their text is read.
 _OVERRIDES = {
     "variants": (_names, "models, separated by commas"),
     "batches": (_numbers, "batch sizes of whole models"),
-    "threads": (_numbers, "thread counts"),
+    "threads": (_numbers, "thread counts of a CPU"),
+    "dtypes": (_names, "dtypes of a GPU"),
     "block-batches": (_numbers, "batch sizes of blocks and their halves"),
     "memory-batches": (_numbers, "batch sizes of the memory suite"),
     "large": (_names, "models that get an image of 2048 x 2048 pixels"),
@@ -39,6 +57,8 @@ _OVERRIDES = {
     "sides": (_numbers, "its images' sides, in pixels"),
     "resolution-batches": (_numbers, "its batches of the usual size"),
     "training-batches": (_numbers, "batch sizes of a training step"),
+    "step-batches": (_numbers, "batch sizes of the steps of fusion"),
+    "photographs": (int, "images of the batch pipeline"),
     "systems": (_systems, "peers, or 'all'"),
     "least-rounds": (int, "interleaved rounds of each system, at least"),
     "most-rounds": (int, "and at most"),
@@ -48,6 +68,9 @@ _OVERRIDES = {
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("convmixer_fast")
+    group.addoption(
+        "--devices", type=_devices, help=f"of {', '.join(DEVICES)}; default: all that are there"
+    )
     group.addoption("--preset", choices=sorted(PRESETS), default="quick", help="how much of it all")
     for name, (read, text) in _OVERRIDES.items():
         group.addoption(f"--{name}", type=read, help=f"{text}; default: the preset's")
@@ -59,29 +82,56 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def _preset(config: pytest.Config) -> Preset:
+def _preset(config: pytest.Config, device: str = "cpu") -> Preset:
     given = {name.replace("-", "_"): config.getoption(f"--{name}") for name in _OVERRIDES}
-    preset = PRESETS[config.getoption("--preset")]
-    return dataclasses.replace(preset, **{k: v for k, v in given.items() if v is not None})
+    given = {name: value for name, value in given.items() if value is not None}
+    if device == "cpu":
+        given.pop("dtypes", None)
+    if "systems" in given:
+        given["systems"] = tuple(name for name in given["systems"] if name in SYSTEMS[device])
+    return dataclasses.replace(preset_of(config.getoption("--preset"), device), **given)
+
+
+def _used_devices(config: pytest.Config) -> tuple[str, ...]:
+    """Those that were asked for, else all that are there."""
+    asked: tuple[str, ...] | None = config.getoption("--devices")
+    missing = places.why_no_gpu()
+    if asked and "cuda" in asked and missing:
+        raise pytest.UsageError(f"--devices cuda: {missing}")
+    return asked or tuple(d for d in DEVICES if d == "cpu" or not missing)
+
+
+#: Parameter of a test -> field of the preset.
+_LISTS = {
+    "variant": "variants",
+    "large_variant": "large",
+    "resolution_variant": "resolution",
+    "side": "sides",
+    "resolution_batch": "resolution_batches",
+    "training_batch": "training_batches",
+    "step_batch": "step_batches",
+    "batch": "batches",
+    "block_batch": "block_batches",
+    "memory_batch": "memory_batches",
+    "dtype": "dtypes",
+    "threads": "threads",
+}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    preset = _preset(metafunc.config)
-    lists: dict[str, tuple[Any, ...]] = {
-        "variant": preset.variants,
-        "large_variant": preset.large,
-        "resolution_variant": preset.resolution,
-        "side": preset.sides,
-        "resolution_batch": preset.resolution_batches,
-        "training_batch": preset.training_batches,
-        "batch": preset.batches,
-        "block_batch": preset.block_batches,
-        "memory_batch": preset.memory_batches,
-        "threads": preset.threads,
-    }
-    for name, values in lists.items():
-        if name in metafunc.fixturenames:
-            metafunc.parametrize(name, values)
+    names = [name for name in _LISTS if name in metafunc.fixturenames]
+    where = "device" in metafunc.fixturenames
+    cases = []
+    for device in _used_devices(metafunc.config) if where else ("cpu",):
+        preset = _preset(metafunc.config, device)
+        # Threads are a CPU's.
+        lists = [
+            (0,) if name == "threads" and device != "cpu" else getattr(preset, _LISTS[name])
+            for name in names
+        ]
+        cases += [(device,) * where + values for values in itertools.product(*lists)]
+    if names or where:
+        metafunc.parametrize(("device",) * where + tuple(names), cases)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -89,9 +139,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name == "test_kernels.py")
 
 
-@pytest.fixture(scope="session")
-def preset(pytestconfig: pytest.Config) -> Preset:
-    return _preset(pytestconfig)
+def _parameter(request: pytest.FixtureRequest, name: str, default: Any) -> Any:
+    call = getattr(request.node, "callspec", None)
+    return default if call is None else call.params.get(name, default)
+
+
+@pytest.fixture
+def preset(request: pytest.FixtureRequest) -> Preset:
+    return _preset(request.config, _parameter(request, "device", "cpu"))
+
+
+@pytest.fixture
+def place(request: pytest.FixtureRequest, device: str, dtype: str) -> places.Place:
+    """Where the test runs: on the threads of its own parameter, or on the GPU."""
+    if device == "cpu":
+        return places.Cpu(_parameter(request, "threads", THREADS))
+    return places.gpu(dtype)
 
 
 @pytest.fixture(autouse=True)
@@ -105,12 +168,15 @@ _RECORDER = pytest.StashKey[Recorder]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_RECORDER] = Recorder(config.getoption("--rows"), config.getoption("--resume"))
+    gpu = places.gpu("float32").name() if "cuda" in _used_devices(config) else ""
+    config.stash[_RECORDER] = Recorder(
+        config.getoption("--rows"), config.getoption("--resume"), gpu
+    )
 
 
-@pytest.fixture(scope="session")
-def record(pytestconfig: pytest.Config) -> Recorder:
-    return pytestconfig.stash[_RECORDER]
+@pytest.fixture
+def record(pytestconfig: pytest.Config, benchmark: Any) -> BenchmarkRecorder:
+    return BenchmarkRecorder(pytestconfig.stash[_RECORDER], benchmark)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

@@ -21,13 +21,14 @@ import tempfile
 import time
 from pathlib import Path
 
+import places
 import report
 import results
 from machine import this_machine
-from presets import PRESETS
+from presets import PRESETS, preset_of
 
 HERE = Path(__file__).resolve().parent
-#: The short ones first. True: a process for each model.
+#: The short ones first. True: a process for each model. `gpu.py` runs those of `ON_GPU`.
 SUITES = {
     "overheads": False,
     "kernels": False,
@@ -39,15 +40,19 @@ SUITES = {
     "resolution": True,
     "models": True,
 }
+#: Suites whose tables end the run, "" that of the promises; the file has all of them.
+CLOSING = ("", "models")
+ON_GPU = ("kernels", "steps", "training", "resolution", "models")
 
 
-def main() -> int:
+def main(device: str = "cpu", about: str = __doc__ or "") -> int:
+    known = [suite for suite in SUITES if device == "cpu" or suite in ON_GPU]
     parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0],
+        description=about.splitlines()[0],
         epilog="Any other option goes to pytest, see `pytest benchmarks --help`.",
     )
     parser.add_argument("--preset", choices=sorted(PRESETS), default="quick")
-    parser.add_argument("--suites", default=",".join(SUITES), help="of %(default)s")
+    parser.add_argument("--suites", default=",".join(known), help="of %(default)s")
     parser.add_argument("--variants", help="models, separated by commas; default: the preset's")
     parser.add_argument(
         "--out", type=Path, help="folder to write to; default: benchmarks/results/MACHINE"
@@ -55,14 +60,20 @@ def main() -> int:
     parser.add_argument("--resume", action="store_true", help="measure only what is missing")
     args, others = parser.parse_known_args()
     suites = args.suites.split(",")
-    if unknown := set(suites) - set(SUITES):
-        parser.error(f"unknown suite {', '.join(sorted(unknown))}: use {', '.join(SUITES)}")
-    preset = PRESETS[args.preset]
+    if unknown := set(suites) - set(known):
+        parser.error(f"unknown suite {', '.join(sorted(unknown))}: use {', '.join(known)}")
+    gpu = ""
+    if device != "cpu":
+        if why := places.why_no_gpu():
+            parser.error(f"{why}: python benchmarks/cpu.py measures the processor")
+        gpu = places.gpu("float32").name()
+    preset = preset_of(args.preset, device)
     variants = args.variants.split(",") if args.variants else list(preset.variants)
-    rows = (args.out or HERE / "results" / this_machine()["name"]).resolve() / "cpu.json"
+    folder = args.out or HERE / "results" / this_machine(gpu)["name"]
+    rows = folder.resolve() / f"{'gpu' if gpu else 'cpu'}.json"
 
     pieces = []
-    for suite in [s for s in SUITES if s in suites]:
+    for suite in [s for s in known if s in suites]:
         for variant in variants if SUITES[suite] else [""]:
             chosen = [f"--variants={variant}"] if variant else []
             if suite == "scaling":
@@ -80,7 +91,13 @@ def main() -> int:
             print(f"== {i}/{len(pieces)}: {name}", flush=True)
             command = [sys.executable, "-m", "pytest", str(HERE / f"test_{suite}.py"), "-q"]
             command += ["--benchmark-quiet", "-p", "no:cacheprovider", f"--preset={args.preset}"]
-            command += [f"--rows={rows}", *(["--resume"] if args.resume else []), *chosen, *others]
+            command += [
+                f"--devices={device}",
+                f"--rows={rows}",
+                *(["--resume"] if args.resume else []),
+                *chosen,
+                *others,
+            ]
             start = time.monotonic()
             code = subprocess.run(command, cwd=nowhere, check=False).returncode
             print(f"== {name}: {time.monotonic() - start:.0f} s", flush=True)
@@ -89,7 +106,8 @@ def main() -> int:
                 failed.append(name)
     measured = results.load(rows)
     if measured is not None:
-        print(report.text(measured, report.tables(measured)[:1]))
+        closing = [t for t in report.tables(measured, unmeasured=False) if t.suite in CLOSING]
+        print(report.text(measured, closing))
         print("", rows, *report.write(rows), sep="\n")
         print("figures of the README and docs: python benchmarks/report.py --readme")
     if failed:

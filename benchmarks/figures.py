@@ -130,16 +130,62 @@ def whole_models() -> str:
     return "\n\n".join(parts)
 
 
-def missed() -> str:
-    """The promises that the measurements do not keep, machine by machine."""
+def _promises(path: Path, measured: Report) -> list[report.Line]:
+    """Those that a result file is held against."""
+    if path.name == "streaming.json":
+        # It takes the report's tables, and the report these figures.
+        import streaming
+
+        lines: list[report.Line] = streaming.lines(measured)
+        return lines
+    return report.promises(measured)
+
+
+#: The files that hold promises.
+_HELD = ("cpu.json", "gpu.json", "inference.json", "streaming.json")
+
+
+def missed(folder: Path = RESULTS) -> str:
+    """The promises that the measurements do not keep, file by file, of every machine."""
     parts = []
-    for path, measured in _machines():
-        lines = [line.row() for line in report.summary(measured) if line.met == "no"]
+    for path in sorted(p for name in _HELD for p in folder.glob(f"*/{name}")):
+        measured = results.load(path)
+        assert measured is not None
+        lines = [line.row() for line in _promises(path, measured) if line.met == "no"]
         if lines:
             rows = [(r["what"], r["bar"], r["measured"], r["detail"]) for r in lines]
-            parts.append(f"Not reached on {path.parent.name}:")
+            parts.append(f"Not reached on {path.parent.name} (`{path.name}`):")
             parts.append(table(("what", "aimed at", "measured", "detail"), rows))
     return "\n\n".join(parts) or "Every bar was reached."
+
+
+#: Column of `gpu_static.json` and `cuda_static.json` -> the most that is aimed at, and what it is.
+_STATIC_AIMS = {
+    "spills": (0, "values spilled"),
+    "stack": (0, "bytes of stack"),
+    "unpack_per_load": (1, "conversions a loaded value"),
+}
+
+
+def gpu_exceptions(folder: Path = RESULTS / "gpu-static") -> str:
+    """Compiled GPU kernels that miss a bar, or pass it by an exception that the check names."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for path in (folder / "gpu_static.json", folder / "cuda_static.json"):
+        for row in json.loads(path.read_text())["static"]:
+            told = [
+                f"{row[column]:.3g} {what} (aimed at: {most})"
+                for column, (most, what) in _STATIC_AIMS.items()
+                if row.get(column, 0) > most
+            ]
+            told += row["broken_bars"]
+            if told:
+                name = f"{row['op']}, {row['kernel']}" if "op" in row else row["kernel"]
+                key = (name, row.get("dtype", ""), "; ".join(told))
+                found.setdefault(key, []).append(f"sm_{row['architecture']}")
+    if not found:
+        return "Every kernel meets every bar."
+    rows = [(name, dtype, ", ".join(archs), what) for (name, dtype, what), archs in found.items()]
+    return table(("compiled kernel", "dtype", "architectures", "what"), rows)
 
 
 def halves() -> str:
@@ -354,6 +400,7 @@ def roofline() -> str:
 SNIPPETS: dict[str, Callable[[], str]] = {
     "whole-models": whole_models,
     "missed": missed,
+    "gpu-exceptions": gpu_exceptions,
     "halves": halves,
     "steps": steps,
     "numerics": numerics,

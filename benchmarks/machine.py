@@ -10,6 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import convmixer_fast
 from convmixer_fast import _native
 from convmixer_fast.doctor import cpu_name, usable_cores, version_of
@@ -65,10 +67,13 @@ def _cpuinfo(text: str) -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
-def this_machine() -> dict[str, Any]:
-    """name, cpu, cores, isa, system: what makes figures comparable.
+def this_machine(gpu: str = "") -> dict[str, Any]:
+    """name, cpu, cores, isa, system, and gpu where one is measured: what makes figures comparable.
 
     Where ``CONVMIXER_FAST_ISA`` asks for less than the machine's best, the name says so.
+
+    Args:
+        gpu: what the driver calls the GPU; the machine is named after it then.
     """
     try:
         fields = _cpuinfo(Path("/proc/cpuinfo").read_text(errors="replace"))
@@ -80,6 +85,8 @@ def this_machine() -> dict[str, Any]:
     engine = _native.load()
     if engine is not None and isa != engine.isas()[-1]:
         name += f"-{isa}"
+    if gpu:
+        name = "-".join(re.findall(r"[a-z0-9]+", gpu.lower()))
     if None not in numbers:
         cpu += f" (family {numbers[0]}, model {numbers[1]})"
     return {
@@ -88,21 +95,26 @@ def this_machine() -> dict[str, Any]:
         "cores": cores,
         "isa": isa or "no engine",
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        **({"gpu": gpu} if gpu else {}),
     }
 
 
 _FIELDS = ("cpu family", "model")
+_CPU_PEERS = ("onnxruntime", "openvino")
 
 
-def this_software() -> dict[str, Any]:
+def this_software(gpu: str = "") -> dict[str, Any]:
     """Date, versions, a digest of the compiled engine that tells its builds apart, and what the
-    package's environment variables ask for."""
+    package's environment variables ask for; beside a GPU also what its kernels are made with."""
     engine = _native.load()
     digest = ""
     if engine is not None:
         digest = hashlib.blake2b(Path(engine.__file__).read_bytes(), digest_size=4).hexdigest()
     asked = sorted(f"{k}={v}" for k, v in os.environ.items() if k.startswith("CONVMIXER_FAST_"))
-    versions = {name: version_of(name) for name in ("torch", "onnxruntime", "openvino")}
+    libraries = ("torch", "triton", "torch_tensorrt") if gpu else ("torch", *_CPU_PEERS)
+    versions: dict[str, Any] = {name: version_of(name) for name in libraries}
+    if gpu:
+        versions |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     return {
         "date": datetime.date.today().isoformat(),
         "python": platform.python_version(),

@@ -4,76 +4,99 @@ from __future__ import annotations
 
 import ctypes
 import math
-import resource
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from places import Place
 from presets import Preset
+from work import Limits, Work
 
-from convmixer_fast import _native
 from convmixer_fast.timing import interleaved_times, spread
 
 #: A turn lasts at least that many seconds: shorter calls are repeated within it.
 TURN_SECONDS = 0.1
-#: Rest before a turn, in seconds. The workers of ONNX Runtime and of OpenMP spin for some
-#: milliseconds after their last work, at the cost of whoever comes next.
-PAUSE_SECONDS = 0.03
-#: How long the loop of multiply-adds runs at its turn, in seconds.
-PEAK_SECONDS = 0.1
-
-
-@dataclass
-class Meter:
-    """A run that counts what its calls use: cores kept busy, and pages of memory first touched."""
-
-    run: Callable[[], Any]
-    wall: float = 0.0
-    cpu: float = 0.0
-    faults: list[int] = field(default_factory=list)
-
-    def __call__(self) -> None:
-        before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
-        self.run()
-        self.wall += time.perf_counter() - start
-        after = resource.getrusage(resource.RUSAGE_SELF)
-        self.cpu += after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        self.faults.append(after.ru_minflt - before.ru_minflt)
-
-    def reset(self) -> None:
-        self.wall, self.cpu, self.faults = 0.0, 0.0, []
 
 
 @dataclass(frozen=True)
 class Measured:
-    """``columns`` by system; ``peak`` by thread count, in multiply-adds a second."""
+    """``columns`` by system; ``limits`` by thread count, those of a GPU under None."""
 
+    place: Place
     columns: dict[str, dict[str, Any]]
-    peak: dict[int, float]
+    limits: dict[int | None, Limits]
 
-    def row(self, system: str, threads: int, images: int, macs: int) -> dict[str, Any]:
-        """The columns of one system's row; ``macs`` are the multiply-adds of a call."""
+    def row(self, system: str, work: Work, threads: int | None = None) -> dict[str, Any]:
+        """The columns of one system's row; ``work`` is that of a call.
+
+        Args:
+            threads: where they are not the place's own.
+        """
         columns = dict(self.columns[system])
         seconds = columns["ms"] / 1e3
-        rates: dict[str, Any] = {"img/s": images / seconds, "GMAC/s": macs / seconds / 1e9}
-        if threads in self.peak:
-            rates["of peak"] = macs / seconds / self.peak[threads]
-        return {"threads": threads, "system": system, **rates, **columns}
+        place = dict(self.place.columns)
+        if threads is not None:
+            place["threads"] = threads
+        rates: dict[str, Any] = {"img/s": work.images / seconds}
+        rates["GMAC/s"] = work.macs / seconds / 1e9
+        if work.bytes:
+            rates["GB/s"] = work.bytes / seconds / 1e9
+        limits = self.limits.get(place.get("threads"))
+        if limits is not None and limits.bandwidth is None and limits.multiply_add is not None:
+            rates["of peak"] = work.macs / seconds / limits.multiply_add
+        elif limits is not None and work.bytes:
+            rates["of limit"] = work.least_seconds(limits) / seconds
+        return {**place, "system": system, **rates, **columns}
+
+    def limit_rows(self) -> list[dict[str, Any]]:
+        """The machine's limits as rows of their own."""
+        rows: list[dict[str, Any]] = []
+        for threads, limits in self.limits.items():
+            if threads is not None:
+                rate = (limits.multiply_add or 0.0) / 1e9
+                rows.append({"threads": threads, "system": "peak", "GMAC/s": rate, "of peak": 1.0})
+                continue
+            for system, column, rate in (
+                ("limit, multiply-adds", "GMAC/s", limits.multiply_add),
+                ("limit, matrix products", "GMAC/s", limits.matrix),
+                ("limit, bandwidth", "GB/s", limits.bandwidth),
+            ):
+                if rate is not None:
+                    rows.append({**self.place.columns, "system": system, column: rate / 1e9})
+        return rows
 
 
 def measure(
-    runs: Mapping[str, Callable[[], Any]], threads: Sequence[int], preset: Preset, benchmark: Any
+    runs: Mapping[str, Callable[[], Any]],
+    place: Place,
+    preset: Preset,
+    benchmark: Any,
+    threads: Sequence[int] | None = None,
 ) -> Measured:
-    """Time ``runs`` in interleaved rounds, beside the peak of each of those thread counts.
+    """Time ``runs`` in interleaved rounds, beside the limits of the place.
 
     Each run was called once already, by the check of its output. The columns are: ms (median of the
-    rounds), p20 ms, p80 ms, rounds, cores (CPU seconds a second: what a thread count comes to) and
-    faults (page faults a call, median).
+    rounds), p20 ms, p80 ms, rounds, peak MiB (of the process, or of the GPU's allocator, while the
+    system ran with everything else loaded), and on a CPU cores (CPU seconds a second: what a thread
+    count comes to) and faults (page faults a call, median).
+
+    Args:
+        threads: of a CPU, those whose limit is wanted; None: the place's own.
     """
-    meters = {name: Meter(run) for name, run in runs.items()}
-    first = interleaved_times(meters, rounds=1, warmup=0, pause=PAUSE_SECONDS)
+    if threads is None:
+        threads = [place.columns["threads"]] if "threads" in place.columns else []
+    meters = {name: place.meter(run) for name, run in runs.items()}
+    for meter in meters.values():
+        for _ in range(place.warmup):
+            meter()
+    first = interleaved_times(
+        {name: meter.first_call for name, meter in meters.items()},
+        rounds=1,
+        warmup=0,
+        pause=place.pause,
+        clock=place.clock,
+    )
+    limit_runs, limits_of = place.limits(threads)
     seconds = {name: times[0] for name, times in first.items()}
     repeats = {name: max(1, math.ceil(TURN_SECONDS / s)) for name, s in seconds.items()}
     round_seconds = sum(s * (repeats[name] + (repeats[name] > 1)) for name, s in seconds.items())
@@ -84,18 +107,11 @@ def measure(
         first = {name: [] for name in first}
         for meter in meters.values():
             meter.reset()
-    turns: dict[str, Callable[[], Any]] = dict(meters)
-    rates: dict[int, list[float]] = {}
-    engine = _native.load()
-    if engine is not None:
-        rate_of = engine.multiply_add_rate
-        for count in threads:
-            rates[count] = []
-            turns[f"peak, {count}"] = lambda n=count: rates[n].append(rate_of(n, PEAK_SECONDS))
+    repeats |= dict.fromkeys(limit_runs, place.limit_repeats)
     times = benchmark.pedantic(
         interleaved_times,
-        args=(turns, rounds - counts),
-        kwargs={"warmup": 0, "repeats": repeats, "pause": PAUSE_SECONDS},
+        args=({**meters, **limit_runs}, rounds - counts),
+        kwargs={"warmup": 0, "repeats": repeats, "pause": place.pause, "clock": place.clock},
         rounds=1,
     )
     columns = {}
@@ -106,20 +122,9 @@ def measure(
             "p20 ms": 1e3 * measured["p20"],
             "p80 ms": 1e3 * measured["p80"],
             "rounds": rounds,
-            "cores": round(meter.cpu / meter.wall, 2),
-            "faults": round(statistics.median(meter.faults)),
+            **meter.found(),
         }
-    medians = {count: statistics.median(found) for count, found in rates.items()}
-    benchmark.extra_info.update({name: c["ms"] for name, c in columns.items()})
-    return Measured(columns, medians)
-
-
-def peak_rows(measured: Measured) -> list[dict[str, Any]]:
-    """The machine's limit as rows of its own."""
-    return [
-        {"threads": threads, "system": "peak", "GMAC/s": rate / 1e9, "of peak": 1.0}
-        for threads, rate in measured.peak.items()
-    ]
+    return Measured(place, columns, limits_of(times))
 
 
 def keep_freed_memory(keep: bool = True) -> bool:

@@ -1,11 +1,20 @@
-"""What is measured, and for how long? Every shape and every limit of the suites stands here."""
+"""What is measured, where, and for how long? Every shape and every limit of the suites stands here.
+
+`PRESETS` is what a CPU is given, `GPU_PRESETS` what a GPU is given where torch sees one.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 #: Batch size and thread count at which a model is held against its bars.
 BATCH, THREADS = 4, 2
+#: Batch size that keeps a GPU busy.
+GPU_BATCH = 64
+
+#: Where the suites run, as far as it is there.
+DEVICES = ("cpu", "cuda")
 
 #: Every model, from the quickest to the longest; 256/8 at its 32 pixels, the others at 224.
 VARIANTS = ("256/8", "1024/20", "768/32", "1536/20")
@@ -42,11 +51,12 @@ LARGE_SIDE = 2048
 class Preset:
     """How much of everything.
 
-    ``systems`` are names in `systems.SYSTEMS`; ``large`` are the variants that get an image of
-    `LARGE_SIDE`; ``resolution`` those that get one image of each of ``sides`` pixels, and
-    ``resolution_batches`` images of the usual size. A group of systems that take turns is given as
-    many rounds as fit into ``budget`` seconds, but at least ``least_rounds`` and at most
-    ``most_rounds``.
+    ``systems`` are names in `systems.SYSTEMS`; ``threads`` are a CPU's, ``dtypes`` a GPU's (a CPU's
+    models are float32); ``large`` are the variants that get an image of `LARGE_SIDE`;
+    ``resolution`` those that get one image of each of ``sides`` pixels, and ``resolution_batches``
+    images of the usual size; ``photographs`` go through the batch pipeline. A group of systems that
+    take turns is given as many rounds as fit into ``budget`` seconds, but at least ``least_rounds``
+    and at most ``most_rounds``.
     """
 
     variants: tuple[str, ...]
@@ -59,10 +69,13 @@ class Preset:
     sides: tuple[int, ...]
     resolution_batches: tuple[int, ...]
     training_batches: tuple[int, ...]
+    step_batches: tuple[int, ...]
+    photographs: int
     systems: tuple[str, ...]
     least_rounds: int
     most_rounds: int
     budget: float
+    dtypes: tuple[str, ...] = ("float32",)
 
 
 PRESETS = {
@@ -78,6 +91,8 @@ PRESETS = {
         sides=(64, 128, 256, 512),
         resolution_batches=(1, 2, 4, 8),
         training_batches=(4,),
+        step_batches=(BATCH,),
+        photographs=200,
         systems=("eager NCHW", "eager channels-last", "ONNX Runtime", "OpenVINO"),
         least_rounds=3,
         most_rounds=9,
@@ -95,10 +110,13 @@ PRESETS = {
         sides=(64, 128, 256, 512, 1024, 2048, 4096),
         resolution_batches=(1, 2, 4, 8, 16, 32, 64),
         training_batches=(4,),
+        step_batches=(BATCH,),
+        photographs=2000,
         systems=(
             "eager NCHW",
             "eager channels-last",
             "torch.compile",
+            "torch.compile + layout_optimization=False",
             "torch.compile + freezing",
             "ONNX Runtime",
             "OpenVINO",
@@ -108,3 +126,43 @@ PRESETS = {
         budget=300.0,
     ),
 }
+
+#: Everything that stock PyTorch offers on a GPU: which of these is best differs by model and card.
+_GPU_SYSTEMS = (
+    "ours + CUDA graph",
+    "eager NCHW",
+    "eager NCHW + cudnn.benchmark",
+    "eager channels-last",
+    "eager channels-last + cudnn.benchmark",
+    "torch.compile",
+    "torch.compile + layout_optimization=False",
+    "TensorRT",
+)
+
+GPU_PRESETS = {
+    "quick": dataclasses.replace(
+        PRESETS["quick"],
+        batches=(1, GPU_BATCH),
+        block_batches=(GPU_BATCH,),
+        resolution_batches=(1, 16, GPU_BATCH),
+        training_batches=(GPU_BATCH,),
+        step_batches=(GPU_BATCH,),
+        systems=tuple(s for s in _GPU_SYSTEMS if s.startswith(("ours", "eager"))),
+        dtypes=("bfloat16",),
+    ),
+    "full": dataclasses.replace(
+        PRESETS["full"],
+        batches=(1, GPU_BATCH, 256),
+        block_batches=(1, GPU_BATCH),
+        resolution_batches=(1, 2, 4, 8, 16, 32, 64, 128, 256),
+        training_batches=(GPU_BATCH,),
+        step_batches=(GPU_BATCH,),
+        systems=_GPU_SYSTEMS,
+        budget=30.0,
+        dtypes=("bfloat16", "float16", "float32"),
+    ),
+}
+
+
+def preset_of(name: str, device: str) -> Preset:
+    return (PRESETS if device == "cpu" else GPU_PRESETS)[name]

@@ -12,6 +12,7 @@ puts the figures of all results into README.md and docs/ again.
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ import results
 from presets import BATCH, THREADS
 from results import Report, Row, in_order, select
 
-#: Of the machine's peak, (at least, aim).
+#: Of a CPU's measured peak, (at least, aim).
 OF_PEAK = {"1536/20": (0.90, 1.00), "768/32": (0.88, 0.95), "1024/20": (0.85, 0.92)}
 #: Times faster than the best of all peers in the same group.
 SPEED_UP = {"1536/20": (1.3, 1.45), "768/32": (1.3, 1.45), "1024/20": (1.45, 1.6)}
@@ -39,6 +40,9 @@ LARGE = 1.1
 MEMORY = 1.0
 #: At most: error against float64 as a multiple of eager PyTorch's.
 ERROR = 2.0
+
+#: On a GPU, times faster than the best of what stock PyTorch and TensorRT offer: never slower.
+GPU_SPEED_UP = 1.0
 
 #: Images a second of files to results, as a share of the model alone.
 OF_MODEL = 0.95
@@ -98,9 +102,25 @@ def _ratio(a: float | None, b: float | None) -> float | None:
     return None if a is None or not b else a / b
 
 
+def is_peer(row: Row) -> bool:
+    """Whether a row is a measured one of another system than ours: neither limits nor notes are."""
+    return "ms" in row and not row["system"].startswith(("ours", "peak", "limit"))
+
+
 def best_peer(rows: list[Row]) -> Row | None:
-    peers = [r for r in rows if "ms" in r and r["system"] not in ("ours", "peak")]
-    return min(peers, key=lambda row: row["ms"], default=None)
+    return min(filter(is_peer, rows), key=lambda row: row["ms"], default=None)
+
+
+def _against_peers(what: str, group: list[Row], *bars: float) -> Line:
+    """Ours against the fastest other system of a group."""
+    best = best_peer(group)
+    detail = ""
+    if best is not None:
+        missing = [r["system"] for r in group if "note" in r]
+        detail = f"best of {len(list(filter(is_peer, group)))}: {best['system']}"
+        detail += f"; not timed: {', '.join(missing)}" if missing else ""
+    speed_up = _ratio(best["ms"] if best else None, _value(group, "ms", system="ours"))
+    return Line(what, speed_up, *bars, detail=detail)
 
 
 def summary(report: Report) -> list[Line]:
@@ -113,18 +133,8 @@ def summary(report: Report) -> list[Line]:
         for model, bars in OF_PEAK.items()
     ]
     for model, bars in SPEED_UP.items():
-        group = select(whole, model=model)
-        best, ours = best_peer(group), _value(group, "ms", system="ours")
-        detail = ""
-        if best is not None:
-            timed = len([r for r in group if "ms" in r and r["system"] not in ("ours", "peak")])
-            missing = [r["system"] for r in group if "note" in r]
-            detail = f"best of {timed}: {best['system']}"
-            detail += f"; not timed: {', '.join(missing)}" if missing else ""
-        speed_up = _ratio(best["ms"] if best else None, ours)
-        lines.append(
-            Line(f"{model}, speed against the best peer, {at}", speed_up, *bars, detail=detail)
-        )
+        what = f"{model}, speed against the best peer, {at}"
+        lines.append(_against_peers(what, select(whole, model=model), *bars))
 
     scaling = select(rows, suite="scaling", system="ours")
     for model in OF_PEAK:
@@ -198,6 +208,17 @@ def summary(report: Report) -> list[Line]:
     return lines
 
 
+def gpu_summary(report: Report) -> list[Line]:
+    """The same of whole models on a GPU."""
+    rows = [row for row in select(report["rows"], suite="models") if "device" in row]
+    lines = []
+    for group in dict.fromkeys(row["group"] for row in rows):
+        here = select(rows, group=group)
+        what = f"{group}, speed against the best peer"
+        lines.append(_against_peers(what, here, GPU_SPEED_UP))
+    return lines
+
+
 def inference_summary(report: Report) -> list[Line]:
     """The same of files to results."""
     rows = report["rows"]
@@ -248,12 +269,16 @@ def column_names(text: str) -> tuple[str, ...]:
 _SUITES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "models": (
         "Whole models",
-        "Medians of interleaved rounds in one process, every output checked first. `cores`: CPU "
-        "seconds a second, which is what the thread count came to; `error / eager's`: the largest "
-        "error against float64.",
+        "Medians of interleaved rounds in one process, every output checked first. `ours is "
+        "faster`: so many times than that system; `of peak`: all multiply-adds against a loop of "
+        "them on registers; `of limit`: on a GPU, the time that its measured rates of arithmetic "
+        "and memory allow by the time it took; `GB/s`: of bytes that must be moved once for each "
+        "half of a block; `cores`: CPU seconds a second, which is what the thread count came to; "
+        "`peak MiB`: memory of the whole process, on a GPU of its allocator, while the system ran; "
+        "`error / eager's`: the largest error against float64.",
         column_names(
-            "model, batch, threads, system, img/s, GMAC/s, of peak, ours is faster, ms, p20 ms, "
-            "p80 ms, rounds, cores, error / eager's, note"
+            "device, dtype, model, batch, threads, system, img/s, ours is faster, GMAC/s, GB/s, "
+            "of peak, of limit, ms, p20 ms, p80 ms, rounds, cores, peak MiB, error / eager's, note"
         ),
     ),
     "kernels": (
@@ -261,38 +286,43 @@ _SUITES: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "The C library keeps freed memory, so that fresh outputs are not new pages, on all sides; "
         "`faults`: page faults a call.",
         column_names(
-            "model, batch, threads, part, system, GMAC/s, of peak, ours is faster, ms, p20 ms, "
-            "p80 ms, rounds, cores, faults, note"
+            "device, dtype, model, batch, threads, part, system, ours is faster, GMAC/s, GB/s, "
+            "of peak, of limit, ms, p20 ms, p80 ms, rounds, cores, peak MiB, faults, note"
         ),
     ),
     "scaling": (
         "Ours against itself",
         "Each model's lines were measured in the same rounds. A patch is one position of the grid.",
         column_names(
-            "model, side, batch, threads, system, img/s, of peak, GMAC/s, ns / patch, ms, p20 ms, "
-            "p80 ms, rounds, cores"
+            "model, side, batch, threads, system, img/s, of peak, GMAC/s, GB/s, ns / patch, ms, "
+            "p20 ms, p80 ms, rounds, cores, peak MiB"
         ),
     ),
     "steps": (
         "Step by step",
         "Each line is the one before it with one thing changed, in the same rounds; the last is "
         "the model as it is used.",
-        column_names("model, batch, threads, system, ms, of peak, img/s, p20 ms, p80 ms, rounds"),
+        column_names(
+            "device, dtype, model, batch, threads, system, ms, of peak, of limit, GMAC/s, GB/s, "
+            "img/s, p20 ms, p80 ms, rounds, peak MiB"
+        ),
     ),
     "training": (
         "A training step",
         "Forward, backward and SGD. While BatchNorm gathers batch statistics our modules run their "
-        "children one by one: equal speed is what to expect.",
+        "children one by one: equal speed is what to expect. `GMAC/s` counts the forward pass and "
+        "both gradients.",
         column_names(
-            "model, batch, threads, system, img/s, ours is faster, ms, p20 ms, p80 ms, rounds"
+            "device, dtype, model, batch, threads, system, img/s, ours is faster, GMAC/s, GB/s, "
+            "of peak, ms, p20 ms, p80 ms, rounds, peak MiB"
         ),
     ),
     "resolution": (
         "Larger images and batches",
         "A patch is one position of the grid: equal cost for each is what to expect.",
         column_names(
-            "model, side, batch, threads, system, img/s, of peak, ours is faster, ns / patch, ms, "
-            "p20 ms, p80 ms, rounds"
+            "device, dtype, model, side, batch, threads, system, img/s, ours is faster, GMAC/s, "
+            "GB/s, of peak, of limit, ns / patch, ms, p20 ms, p80 ms, rounds, peak MiB, note"
         ),
     ),
     "memory": (
@@ -356,13 +386,36 @@ def _with_speed_up(rows: list[Row]) -> list[Row]:
     out = []
     for row in rows:
         mine = ours.get((row["group"], row.get("part")))
-        compared = mine is not None and "ms" in row and row["system"] not in ("ours", "peak")
+        compared = mine is not None and is_peer(row)
         out.append({**row, "ours is faster": row["ms"] / mine} if compared else row)
     return out
 
 
+#: Suites of `inference.py`, whose promises are others.
+_INFERENCE = {"pipeline", "kills", "ray"}
+#: What the first table says of itself.
+_HOW_TO_READ = (
+    "One promise a line: `measured` is held against `bar`, >= at least or <= at most, and `met` "
+    "says how that ended; `aim` is what was hoped for beyond it. Ratios, 1.00 being equal, where "
+    "no unit stands."
+)
+
+
+def promises(report: Report, unmeasured: bool = True) -> list[Line]:
+    """Those of every suite that the report has rows of; with ``unmeasured`` also those of a CPU's
+    whole models that no row tells of."""
+    suites = {row["suite"] for row in report["rows"]}
+    lines = gpu_summary(report) + (inference_summary(report) if suites & _INFERENCE else [])
+    if suites - _INFERENCE or not suites:
+        on_cpu = [line for line in summary(report) if unmeasured or line.measured is not None]
+        # A GPU's own file says nothing of the processor beside it.
+        if any("device" not in r for r in report["rows"]) or not suites:
+            lines = on_cpu + lines
+    return [line for line in lines if unmeasured or line.measured is not None]
+
+
 def tables(report: Report, unmeasured: bool = True) -> list[Table]:
-    """The summary, with or without the promises no row tells of, and a table for each suite."""
+    """The promises, with or without those no row tells of, and a table for each suite."""
     found = []
     for suite, (title, about, columns) in _SUITES.items():
         rows = select(report["rows"], suite=suite)
@@ -371,20 +424,17 @@ def tables(report: Report, unmeasured: bool = True) -> list[Table]:
         if rows:
             shown = tuple(c for c in columns if any(c in row for row in rows))
             found.append(Table(title, about, shown, rows, suite))
-    inference = {row["suite"] for row in report["rows"]} & {"pipeline", "kills", "ray"}
-    if inference:
-        lines = [line.row() for line in inference_summary(report)]
-        first = Table("What it shows", "", ("what", "bar", "measured", "met", "detail"), lines)
-        return [first, *found]
-    lines = [line.row() for line in summary(report) if unmeasured or line.measured is not None]
-    about = (
-        f"float32, batch {BATCH} and {THREADS} threads unless a line says otherwise. Of peak: all "
-        "multiply-adds of the model against a loop of them on registers alone, in the same rounds."
-    )
-    first = Table(
-        "What it shows", about, ("what", "bar", "aim", "measured", "met", "detail"), lines
-    )
-    return [first, *found] if lines else found
+    lines = [line.row() for line in promises(report, unmeasured)]
+    about = _HOW_TO_READ
+    if {row["suite"] for row in report["rows"]} - _INFERENCE:
+        about += (
+            f" On a CPU float32, batch {BATCH} and {THREADS} threads unless a line says otherwise; "
+            "of peak: all multiply-adds of the model against a loop of them on registers alone, in "
+            "the same rounds."
+        )
+    columns = column_names("what, bar, aim, measured, met, detail")
+    shown = tuple(c for c in columns if any(row.get(c) for row in lines))
+    return [Table("What it shows", about, shown, lines), *found] if lines else found
 
 
 def cell(value: Any) -> str:
@@ -422,7 +472,8 @@ def text(report: Report, shown: Iterable[Table]) -> str:
             "  ".join(part.ljust(width) for part, width in zip(line, widths, strict=True)).rstrip()
             for line in lines
         ]
-        parts.append("\n".join([table.title, *body]))
+        about = textwrap.wrap(table.about.replace("`", ""), width=100)
+        parts.append("\n".join([table.title, *about, *body]))
     return "\n\n".join(parts)
 
 
@@ -435,15 +486,16 @@ def grid(table: Table) -> list[str]:
     return lines
 
 
-def markdown(report: Report, charts: Sequence[str] = ()) -> str:
+def markdown(report: Report, drawn: Sequence[str] = ()) -> str:
     """Everything as Markdown, with links to the charts."""
     lines = ["# " + report["machine"]["name"], ""]
     lines += ["\n\n".join(heading(report))]
     for table in tables(report):
         lines += ["", f"## {table.title}", ""]
         lines += [table.about, ""] if table.about else []
-        for name in charts:
-            if name.endswith(f"-{table.suite}.svg"):
+        for name in drawn:
+            chart = name.removesuffix(".svg").rpartition("-")[2]
+            if charts.CHARTS[chart][0] == table.suite:
                 lines += [f"![{name}]({name})", ""]
         lines += grid(table)
     return "\n".join(lines) + "\n"
@@ -458,9 +510,11 @@ def write(path: Path) -> list[Path]:
     report = results.load(path)
     if report is None:
         raise ValueError(f"there is no {path}")
-    drawn = [path.with_name(f"{path.stem}-{suite}.svg") for suite in charts.CHARTS]
     drawn = [
-        c for c, suite in zip(drawn, charts.CHARTS, strict=True) if charts.draw(report, suite, c)
+        chart
+        for name in charts.CHARTS
+        for chart in [path.with_name(f"{path.stem}-{name}.svg")]
+        if charts.draw(report, name, chart)
     ]
     table = path.with_suffix(".md")
     table.write_text(markdown(report, [c.name for c in drawn]))

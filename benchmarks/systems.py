@@ -1,21 +1,25 @@
-"""What else runs a ConvMixer on a CPU? Each with the same weights, or why it is not here.
+"""What else runs a ConvMixer on a CPU or a GPU? Each with the same weights, or why it is not here.
 
-Each is built for ``torch.get_num_threads()`` threads, all of them at work on one batch, and keeps
-its own defaults otherwise: torch sets its OpenMP team at each call, Inductor writes the number into
-the code it compiles, ONNX Runtime and OpenVINO make a pool of that size. Both pools stay within the
-cores that the process may use; OpenVINO ties its workers to single ones of them.
+Each gets the model where it is to run, and `places.Inputs`, whose copies its calls take in turn.
+
+On a CPU each is built for ``torch.get_num_threads()`` threads, all of them at work on one batch,
+and keeps its own defaults otherwise: torch sets its OpenMP team at each call, Inductor writes the
+number into the code it compiles, ONNX Runtime and OpenVINO make a pool of that size. Both pools
+stay within the cores that the process may use; OpenVINO ties its workers to single ones of them.
 """
 
 from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
+from places import Inputs
 from torch import Tensor, nn
 
+from convmixer_fast import graphs, optimize
 from convmixer_fast.testing import ERROR_RATIO, ErrorReport, error_report
 
 Run = Callable[[], Tensor]
@@ -29,12 +33,12 @@ class Unavailable(Exception):
 
 
 def check_peer(output: Tensor, eager_output: Tensor, oracle: Tensor) -> ErrorReport:
-    """Does a peer compute the same model in float32?
+    """Does a peer compute the same model in the same dtype?
 
-    A peer is not held to our numerics rule (twice PyTorch's error): an honest float32 product that
-    sums in another order can be a little worse, and is timed. Its largest and its root-mean-square
-    error against float64 may be `PEER_ERROR_RATIO` times eager PyTorch's, plus the rule's floor.
-    bfloat16 or float16 inside would be thousands of times, another model millions.
+    A peer is not held to our numerics rule (twice PyTorch's error): an honest product that sums in
+    another order can be a little worse, and is timed. Its largest and its root-mean-square error
+    against float64 may be `PEER_ERROR_RATIO` times eager PyTorch's, plus the rule's floor.
+    bfloat16 inside a float32 model would be thousands of times, another model millions.
 
     Raises:
         Unavailable: it is worse than that.
@@ -46,37 +50,61 @@ def check_peer(output: Tensor, eager_output: Tensor, oracle: Tensor) -> ErrorRep
         and report.rms_error <= report.rms_bar + extra * report.torch_rms_error
     )
     if not ok:
-        raise Unavailable(f"not timed, it does not compute this model in float32: {report}")
+        raise Unavailable(f"not timed, it does not compute this model in this dtype: {report}")
     return report
 
 
-def eager(model: nn.Module, x: Tensor) -> Run:
-    return lambda: model(x)
+def eager(model: nn.Module, inputs: Inputs) -> Run:
+    return lambda: model(inputs())
 
 
-def eager_channels_last(model: nn.Module, x: Tensor) -> Run:
+def eager_channels_last(model: nn.Module, inputs: Inputs) -> Run:
     twin = copy.deepcopy(model).to(memory_format=torch.channels_last)
-    last = x.contiguous(memory_format=torch.channels_last)
-    return lambda: twin(last)
+    return eager(twin, inputs.channels_last())
 
 
-def _compiled(model: nn.Module, x: Tensor, **options: bool) -> Run:
+def _searching(build: Callable[[nn.Module, Inputs], Run]) -> Callable[[nn.Module, Inputs], Run]:
+    """The system while cuDNN tries all it has at the first call of a shape, and keeps the best."""
+
+    def searching(model: nn.Module, inputs: Inputs) -> Run:
+        run = build(model, inputs)
+
+        def call() -> Tensor:
+            before = torch.backends.cudnn.benchmark
+            torch.backends.cudnn.benchmark = True
+            try:
+                return run()
+            finally:
+                torch.backends.cudnn.benchmark = before
+
+        return call
+
+    return searching
+
+
+def _compiled(model: nn.Module, inputs: Inputs, **options: bool) -> Run:
     # The thread count is a constant of the generated code: as an option it is part of the key under
     # which Inductor finds code of earlier runs.
     threads = {"cpp.threads": torch.get_num_threads()}
     graph = torch.compile(copy.deepcopy(model), options={**threads, **options})
-    return lambda: graph(x)
+    return lambda: graph(inputs())
 
 
-def compiled(model: nn.Module, x: Tensor) -> Run:
-    return _compiled(model, x)
+def compiled(model: nn.Module, inputs: Inputs) -> Run:
+    return _compiled(model, inputs)
 
 
-def compiled_freezing(model: nn.Module, x: Tensor) -> Run:
-    return _compiled(model, x, freezing=True)
+def compiled_layout_kept(model: nn.Module, inputs: Inputs) -> Run:
+    """Inductor makes convolutions channels-last unless it is told not to."""
+    return _compiled(model, inputs, layout_optimization=False)
 
 
-def onnx_runtime(model: nn.Module, x: Tensor) -> Run:
+def compiled_freezing(model: nn.Module, inputs: Inputs) -> Run:
+    return _compiled(model, inputs, freezing=True)
+
+
+def onnx_runtime(model: nn.Module, inputs: Inputs) -> Run:
+    x = inputs.first
     try:
         import onnxruntime
         import onnxscript  # noqa: F401  torch's exporter needs it
@@ -93,7 +121,8 @@ def onnx_runtime(model: nn.Module, x: Tensor) -> Run:
     return lambda: torch.from_numpy(session.run(None, feed)[0])
 
 
-def openvino(model: nn.Module, x: Tensor) -> Run:
+def openvino(model: nn.Module, inputs: Inputs) -> Run:
+    x = inputs.first
     try:
         import openvino as ov
     except ImportError as error:
@@ -112,13 +141,74 @@ def openvino(model: nn.Module, x: Tensor) -> Run:
     return lambda: torch.from_numpy(infer(array)[0])
 
 
+def tensorrt(model: nn.Module, inputs: Inputs) -> Run:
+    try:
+        import torch_tensorrt
+    except ImportError as error:
+        raise Unavailable(f"{error.name} is missing: pip install torch-tensorrt") from None
+    x = inputs.first
+    engine = torch_tensorrt.compile(
+        copy.deepcopy(model), ir="dynamo", inputs=[x], enabled_precisions={x.dtype}
+    )
+    return lambda: engine(inputs())
+
+
+def ours_as_graph(model: nn.Module, inputs: Inputs) -> Run:
+    """Ours with `optimize(cuda_graph=True)`, for batches that it takes graphs of."""
+    if len(inputs.first) > graphs.MAX_BATCH:
+        raise Unavailable(f"CUDA graphs are for at most {graphs.MAX_BATCH} images")
+    return eager(optimize(model, inplace=False, cuda_graph=True), inputs)
+
+
 EAGER = "eager NCHW"
 
-SYSTEMS: dict[str, Callable[[nn.Module, Tensor], Run]] = {
-    EAGER: eager,
-    "eager channels-last": eager_channels_last,
-    "torch.compile": compiled,
-    "torch.compile + freezing": compiled_freezing,
-    "ONNX Runtime": onnx_runtime,
-    "OpenVINO": openvino,
+#: Device -> name -> how it is built.
+SYSTEMS: dict[str, Mapping[str, Callable[[nn.Module, Inputs], Run]]] = {
+    "cpu": {
+        EAGER: eager,
+        "eager channels-last": eager_channels_last,
+        "torch.compile": compiled,
+        "torch.compile + layout_optimization=False": compiled_layout_kept,
+        "torch.compile + freezing": compiled_freezing,
+        "ONNX Runtime": onnx_runtime,
+        "OpenVINO": openvino,
+    },
+    "cuda": {
+        "ours + CUDA graph": ours_as_graph,
+        EAGER: eager,
+        "eager NCHW + cudnn.benchmark": _searching(eager),
+        "eager channels-last": eager_channels_last,
+        "eager channels-last + cudnn.benchmark": _searching(eager_channels_last),
+        "torch.compile": compiled,
+        "torch.compile + layout_optimization=False": compiled_layout_kept,
+        "TensorRT": tensorrt,
+    },
 }
+
+
+def build(
+    names: Iterable[str],
+    kind: str,
+    model: nn.Module,
+    inputs: Inputs,
+    check: Callable[[Tensor], ErrorReport],
+) -> tuple[dict[str, Run], dict[str, ErrorReport], dict[str, str]]:
+    """The systems of these names that are there and right, their errors, and why others are not.
+
+    Args:
+        kind: the device's, a key of `SYSTEMS`.
+        check: what holds a system's first output against float64; raises `Unavailable`.
+    """
+    runs: dict[str, Run] = {}
+    errors: dict[str, ErrorReport] = {}
+    notes: dict[str, str] = {}
+    for name in names:
+        try:
+            run = SYSTEMS[kind][name](model, inputs)
+            errors[name] = check(run())
+            runs[name] = run
+        except Unavailable as reason:
+            notes[name] = str(reason)
+        except Exception as error:  # whatever keeps a peer from running is the finding
+            notes[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return runs, errors, notes

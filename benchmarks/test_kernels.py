@@ -1,4 +1,4 @@
-"""One block and its two halves alone, float32: ours beside eager PyTorch's, in both layouts.
+"""One block and its two halves alone: ours beside PyTorch's, in both layouts.
 
     depthwise half: x + BN(act(depthwise_conv(x)))
     channel half:   BN(act(pointwise_conv(x)))
@@ -8,23 +8,29 @@ Calls are repeated within a turn, so that each finds the caches as its own last 
 the C library keeps freed memory: no side's fresh output is made of new pages (`faults` is the
 number of page faults a call; see `measuring.keep_freed_memory`). PyTorch's operators get a tensor
 of the layout they are measured in, ours NCHW.
+
+On a GPU the input is another one at each call, so that none is found in the L2 cache, ours and
+eager channels-last get it channels-last, and torch.compile is there too, with and without the
+layout that it prefers.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import places
 import pytest
 import torch
-from measuring import keep_freed_memory, measure, peak_rows
+from measuring import keep_freed_memory, measure
+from places import Place
 from presets import BLOCK_SHAPES, BlockShape, Preset
-from recording import Recorder
-from systems import check_peer
+from recording import BenchmarkRecorder
+from systems import EAGER, build, check_peer, eager
 from torch import Tensor, nn
+from work import channel_half, depthwise_half, of_blocks
 
-from convmixer_fast import _native
+from convmixer_fast import _native, optimize
 from convmixer_fast.arch import ACTIVATIONS
 from convmixer_fast.ops.packing import batch_norm_affine
 from convmixer_fast.reference import reference_block
@@ -57,57 +63,91 @@ def _ours(block: nn.Sequential, x: Tensor, shape: BlockShape) -> dict[str, Run |
     }
 
 
+#: Beside ours, on each device, as far as the preset's systems have them.
+PEERS = {
+    "cpu": (EAGER, "eager channels-last"),
+    "cuda": (
+        EAGER,
+        "eager NCHW + cudnn.benchmark",
+        "eager channels-last",
+        "eager channels-last + cudnn.benchmark",
+        "torch.compile",
+        "torch.compile + layout_optimization=False",
+    ),
+}
+
+
 @pytest.mark.parametrize("shape", BLOCK_SHAPES, ids=str)
 def test_block_and_its_halves(
     shape: BlockShape,
     block_batch: int,
     threads: int,
+    place: Place,
     benchmark: Any,
     preset: Preset,
-    record: Recorder,
+    record: BenchmarkRecorder,
 ) -> None:
-    if _native.load() is None:
+    on_cpu = place.kind == "cpu"
+    if on_cpu and _native.load() is None:
         pytest.skip(_native.why_unavailable())
-    group = f"{shape}, batch {block_batch}, threads {threads}"
+    group = f"{shape}, batch {block_batch}, {place.label}"
     record.wanted("kernels", group)
-    torch.set_num_threads(threads)
+    place.enter()
+    torch._dynamo.reset()
     c, k, side = shape.channels, shape.kernel_size, shape.side
     block = reference_block(c, k, ACTIVATIONS[shape.act])
     trained_like_(block, (1, c, side, side))
+    block = place.model(block)
     x = torch.randn(block_batch, c, side, side, generator=torch.Generator().manual_seed(1))
-    last = x.contiguous(memory_format=torch.channels_last)
-    twin = copy.deepcopy(block).to(memory_format=torch.channels_last)
+    inputs, checked = place.inputs(x), place.checked(block_batch)
+    some = inputs.first[:checked]
     plain = {"depthwise half": block[:1], "channel half": block[1:], "block": block}
-    plain_last = {"depthwise half": twin[:1], "channel half": twin[1:], "block": twin}
-
+    # The name of a run -> its half, its system.
+    systems: dict[str, tuple[str, str]] = {}
     runs: dict[str, Run] = {}
-    notes = {}
+    notes: dict[tuple[str, str], str] = {}
     with torch.no_grad():
-        ours = _ours(block, x, shape)
+        if on_cpu:
+            ours = _ours(block, inputs.first, shape)
+        else:
+            last = inputs.channels_last()
+            ours = {half: eager(optimize(plain[half], inplace=False), last) for half in HALVES}
         for half in HALVES:
-            same, exact = plain[half](x), copy.deepcopy(plain[half]).double()(x.double())
+            same = plain[half](inputs.first)[:checked]
+            exact = places.oracle(plain[half], some)
             run = ours[half]
             if isinstance(run, str):
-                notes[half] = run
+                notes[half, "ours"] = run
+                others = {}
             else:
-                assert_numerics(run(), same, exact)
-                runs[f"{half}, ours"] = run
-            check_peer(plain_last[half](last), same, exact)
-            runs[f"{half}, eager NCHW"] = lambda half=half: plain[half](x)
-            runs[f"{half}, eager channels-last"] = lambda half=half: plain_last[half](last)
-        measured = measure(runs, [threads], preset, benchmark)
-    pixels = block_batch * side * side
-    macs = {"depthwise half": pixels * c * k * k, "channel half": pixels * c * c}
-    macs["block"] = sum(macs.values())
-    place = {"model": str(shape), "batch": block_batch}
+                assert_numerics(run()[:checked], same, exact)
+                others = {"ours": run}
+            found, _, missing = build(
+                [name for name in PEERS[place.kind] if name in preset.systems],
+                place.kind,
+                plain[half],
+                inputs,
+                lambda y, same=same, exact=exact: check_peer(y[:checked], same, exact),
+            )
+            notes |= {(half, name): why for name, why in missing.items()}
+            for name, one in {**others, **found}.items():
+                systems[f"{half}, {name}"] = (half, name)
+                runs[f"{half}, {name}"] = one
+        measured = measure(runs, place, preset, benchmark)
+    pixels, size = side * side, place.dtype.itemsize
+    halves = {
+        "depthwise half": (depthwise_half(block_batch, c, k, pixels, size),),
+        "channel half": (channel_half(block_batch, c, pixels, size),),
+    }
+    halves["block"] = halves["depthwise half"] + halves["channel half"]
+    at = {"model": str(shape), "batch": block_batch}
     rows = []
-    for name in runs:
-        half, system = name.split(", ", 1)
-        row = measured.row(name, threads, block_batch, macs[half])
-        rows.append({**place, "part": half, **row, "system": system})
+    for name, (half, system) in systems.items():
+        row = measured.row(name, of_blocks(block_batch, halves[half]))
+        rows.append({**at, "part": half, **row, "system": system})
     rows += [
-        {**place, "part": half, "threads": threads, "system": "ours", "note": note}
-        for half, note in notes.items()
+        {**at, "part": half, **place.columns, "system": name, "note": note}
+        for (half, name), note in notes.items()
     ]
-    rows += [{**place, **row} for row in peak_rows(measured)]
+    rows += [{**at, **row} for row in measured.limit_rows()]
     record("kernels", group, rows)

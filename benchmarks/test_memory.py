@@ -9,7 +9,7 @@ from typing import Any
 import fresh_python
 import pytest
 from presets import THREADS
-from recording import Recorder
+from recording import BenchmarkRecorder
 
 # Both systems import the same modules: the difference is the model's. The peak is that of the whole
 # process, so what building and the first forward need for a moment counts.
@@ -42,7 +42,7 @@ SYSTEMS = {"ours": "ours", "eager NCHW": "eager"}
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_of_a_whole_process(
-    variant: str, memory_batch: int, benchmark: Any, record: Recorder
+    variant: str, memory_batch: int, benchmark: Any, record: BenchmarkRecorder
 ) -> None:
     group = f"{variant}, batch {memory_batch}"
     record.wanted("memory", group)

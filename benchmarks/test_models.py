@@ -1,13 +1,15 @@
-"""Whole models in float32: ours beside everything else that runs them.
+"""Whole models: ours beside everything else that runs them, on the CPU and on a GPU.
 
     pytest benchmarks/test_models.py
     pytest benchmarks/test_models.py --preset full --variants 768/32
 
-A group is a model, a batch size and a thread count. Its systems take turns in one process, on the
-same images. Each output is checked first, every image of the batch: ours by the numerics rule
-(`convmixer_fast.testing.assert_numerics`), a peer's by `systems.check_peer`; one that fails is not
-timed. The limit is the machine's own: multiply-adds of a loop on registers alone, measured in the
-same rounds. "of peak" counts all multiply-adds of the model, the depthwise ones included.
+A group is a model, a batch size and a thread count (on a GPU, a dtype). Its systems take turns in
+one process, on the same images. Each output is checked first, on a CPU every image of the batch:
+ours by the numerics rule (`convmixer_fast.testing.assert_numerics`), a peer's by
+`systems.check_peer`; one that fails is not timed. The limit is the machine's own, measured in the
+same rounds. On a CPU it is multiply-adds of a loop on registers alone; "of peak" counts all
+multiply-adds of the model, the depthwise ones included. On a GPU it is three loops (`places.Gpu`);
+"of limit" is the time that `work.Work` needs at those rates, by the time that was measured.
 
 The allocator is left as it is: that large outputs are fresh pages is part of what a model costs.
 """
@@ -16,55 +18,64 @@ from __future__ import annotations
 
 from typing import Any
 
+import places
 import torch
 from cases import case, oracle
-from measuring import measure, peak_rows
+from measuring import measure
+from places import Place
 from presets import Preset
-from recording import Recorder
-from systems import SYSTEMS, Run, Unavailable, check_peer
+from recording import BenchmarkRecorder
+from systems import build, check_peer, eager
+from work import of_model
 
-from convmixer_fast.testing import ErrorReport, assert_numerics
+from convmixer_fast.testing import assert_numerics
 
 
 def test_model(
-    variant: str, batch: int, threads: int, benchmark: Any, preset: Preset, record: Recorder
+    variant: str,
+    batch: int,
+    threads: int,
+    place: Place,
+    benchmark: Any,
+    preset: Preset,
+    record: BenchmarkRecorder,
 ) -> None:
-    group = f"{variant}, batch {batch}, threads {threads}"
+    group = f"{variant}, batch {batch}, {place.label}"
     record.wanted("models", group)
     model = case(variant)
-    x = model.images(batch)
-    exact = oracle(variant, max(preset.batches))[:batch]
-    torch.set_num_threads(threads)
+    place.enter()
     torch._dynamo.reset()
-    runs: dict[str, Run] = {"ours": lambda: model.ours(x)}
-    errors: dict[str, ErrorReport] = {}
-    notes: dict[str, str] = {}
+    plain, ours = place.model(model.plain), place.model(model.ours)
+    inputs = place.inputs(model.images(batch))
+    checked = place.checked(batch)
+    if place.kind == "cpu":
+        exact = oracle(variant, max(preset.batches))[:batch]
+    else:
+        exact = places.oracle(plain, inputs.first[:checked])
     with torch.no_grad():
-        same = model.plain(x)
-        errors["ours"] = assert_numerics(runs["ours"](), same, exact)
-        for name in preset.systems:
-            try:
-                run = SYSTEMS[name](model.plain, x)
-                errors[name] = check_peer(run(), same, exact)
-                runs[name] = run
-            except Unavailable as reason:
-                notes[name] = str(reason)
-            except Exception as error:  # whatever keeps a peer from running is the finding
-                notes[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        measured = measure(runs, [threads], preset, benchmark)
-    macs = batch * model.arch.macs(model.side).total
-    place = {"model": variant, "batch": batch}
+        same = plain(inputs.first)[:checked]
+        mine = eager(ours, inputs)
+        errors = {"ours": assert_numerics(mine()[:checked], same, exact)}
+        others, found, notes = build(
+            preset.systems,
+            place.kind,
+            plain,
+            inputs,
+            lambda out: check_peer(out[:checked], same, exact),
+        )
+        errors |= found
+        measured = measure({"ours": mine, **others}, place, preset, benchmark)
+    work = of_model(model.arch, model.side, batch, place.dtype.itemsize)
+    at = {"model": variant, "batch": batch}
     rows = [
         {
-            **place,
-            **measured.row(name, threads, batch, macs),
+            **at,
+            **measured.row(name, work),
             "max error": errors[name].max_error,
             "error / eager's": errors[name].max_error / errors[name].torch_max_error,
         }
-        for name in runs
+        for name in ("ours", *others)
     ]
-    rows += [{**place, **row} for row in peak_rows(measured)]
-    rows += [
-        {**place, "threads": threads, "system": name, "note": note} for name, note in notes.items()
-    ]
+    rows += [{**at, **row} for row in measured.limit_rows()]
+    rows += [{**at, **place.columns, "system": name, "note": note} for name, note in notes.items()]
     record("models", group, rows)

@@ -11,7 +11,7 @@ from typing import Any
 
 import fresh_python
 from presets import BATCH
-from recording import Recorder
+from recording import BenchmarkRecorder
 from report import PRODUCTS
 
 SCRIPT = """
@@ -35,7 +35,7 @@ print(json.dumps({**dataclasses.asdict(report), "ok": report.ok, "digest": diges
 """
 
 
-def test_error_of_whole_models(variant: str, benchmark: Any, record: Recorder) -> None:
+def test_error_of_whole_models(variant: str, benchmark: Any, record: BenchmarkRecorder) -> None:
     record.wanted("numerics", variant)
 
     def errors(strassen: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import fresh_python
 import pytest
 import torch
 from gpu_double import installed
-from recording import Recorder
+from recording import BenchmarkRecorder
 
 from convmixer_fast import MixerBlock, MixerStack, create_model
 from convmixer_fast.ops import gpu
@@ -20,7 +20,7 @@ def _process(code: str) -> None:
     fresh_python.run("-c", code, check=True)
 
 
-def test_import(benchmark: Any, record: Recorder) -> None:
+def test_import(benchmark: Any, record: BenchmarkRecorder) -> None:
     record.wanted("overheads", "import")
     runs = {
         "import torch": lambda: _process("import torch"),
@@ -42,7 +42,7 @@ _COLUMNS = {"ms": "median", "p20 ms": "p20", "p80 ms": "p80"}
 
 
 @pytest.mark.parametrize(("name", "size"), [("1024/20", 224), ("256/8", 32)])
-def test_cache_check(name: str, size: int, benchmark: Any, record: Recorder) -> None:
+def test_cache_check(name: str, size: int, benchmark: Any, record: BenchmarkRecorder) -> None:
     group = f"look at packed copies, {name}"
     record.wanted("overheads", group)
     model = create_model(name).eval()
@@ -74,7 +74,7 @@ def _does_nothing(*args: Any, out: Any = None, **kwargs: Any) -> Any:
 
 
 def test_host_time_of_fused_halves(
-    benchmark: Any, record: Recorder, monkeypatch: pytest.MonkeyPatch
+    benchmark: Any, record: BenchmarkRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of everything but the kernels, which do nothing: what a GPU waits for at small batches."""
     group = "host time per fused half"

@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from cases import Case, case
-from measuring import measure, peak_rows
+from measuring import measure
+from places import Cpu
 from presets import BATCH, LARGE_SIDE, THREADS, Preset
-from recording import Recorder
+from recording import BenchmarkRecorder
 from torch import Tensor
+from work import of_model
 
 from convmixer_fast.testing import assert_numerics
 
@@ -25,7 +27,7 @@ def _check(model: Case, x: Tensor, images: int) -> None:
 
 
 def test_batches_and_threads(
-    variant: str, benchmark: Any, preset: Preset, record: Recorder
+    variant: str, benchmark: Any, preset: Preset, record: BenchmarkRecorder
 ) -> None:
     record.wanted("scaling", variant)
     model = case(variant)
@@ -40,21 +42,23 @@ def test_batches_and_threads(
         _check(model, inputs[batch], 1)
     runs = {f"{b}, {t}": (lambda b=b, t=t: run(b, t)) for b, t in POINTS}
     with torch.no_grad():
-        measured = measure(runs, sorted({t for _, t in POINTS}), preset, benchmark)
-    macs = model.arch.macs(model.side).total
+        counts = sorted({t for _, t in POINTS})
+        measured = measure(runs, Cpu(THREADS), preset, benchmark, counts)
     rows = [
         {
             "model": variant,
             "batch": batch,
-            **measured.row(f"{batch}, {threads}", threads, batch, batch * macs),
+            **measured.row(f"{batch}, {threads}", of_model(model.arch, model.side, batch), threads),
             "system": "ours",
         }
         for batch, threads in POINTS
     ]
-    record("scaling", variant, [*rows, *({"model": variant, **r} for r in peak_rows(measured))])
+    record("scaling", variant, [*rows, *({"model": variant, **r} for r in measured.limit_rows())])
 
 
-def test_large_image(large_variant: str, benchmark: Any, preset: Preset, record: Recorder) -> None:
+def test_large_image(
+    large_variant: str, benchmark: Any, preset: Preset, record: BenchmarkRecorder
+) -> None:
     """One large image beside as many of the usual size as hold about the same work.
 
     Work is counted on the grid of patches that the model computes: of 2048 pixels and patches of
@@ -76,11 +80,11 @@ def test_large_image(large_variant: str, benchmark: Any, preset: Preset, record:
         _check(model, x, min(len(x), 4))
     runs = {str(side): (lambda x=x: model.ours(x)) for side, x in inputs.items()}
     with torch.no_grad():
-        measured = measure(runs, [THREADS], preset, benchmark)
+        measured = measure(runs, Cpu(THREADS), preset, benchmark)
     rows = []
     for side, batch in batches.items():
-        row = measured.row(str(side), THREADS, batch, batch * model.arch.macs(side).total)
+        row = measured.row(str(side), of_model(model.arch, side, batch))
         row |= {"system": "ours", "ns / patch": 1e6 * row["ms"] / (batch * patches(side))}
         rows.append({"model": large_variant, "batch": batch, "side": side, **row})
-    rows += [{"model": large_variant, **row} for row in peak_rows(measured)]
+    rows += [{"model": large_variant, **row} for row in measured.limit_rows()]
     record("scaling", group, rows)

@@ -1,24 +1,31 @@
 """What does each step of fusion buy? One model, from PyTorch's operators to ours, step by step.
 
 Each system is the one before it with one thing changed, in the same rounds, and each keeps the
-numerics rule. The last is the model as it is used.
+numerics rule. The last is the model as it is used; on a GPU a CUDA graph comes after it, where the
+batch is small enough for one.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import os
 from collections.abc import Callable
 from typing import Any
 
+import places
 import pytest
 import torch
 from cases import Case, case, oracle
-from measuring import measure, peak_rows
-from presets import BATCH, THREADS, Preset
-from recording import Recorder
-from torch import Tensor
+from measuring import measure
+from places import Inputs, Place
+from presets import Preset
+from recording import BenchmarkRecorder
+from systems import Unavailable, eager, eager_channels_last, ours_as_graph
+from torch import Tensor, nn
+from work import of_model
 
-from convmixer_fast import _native
+from convmixer_fast import _native, optimize
 from convmixer_fast.ops.packing import batch_norm_affine
 from convmixer_fast.testing import assert_numerics
 
@@ -77,26 +84,56 @@ def _steps(model: Case, x: Tensor) -> dict[str, Run]:
     }
 
 
+def _gpu_steps(plain: nn.Module, ours: nn.Module, inputs: Inputs) -> dict[str, Run]:
+    depthwise, both = copy.deepcopy(plain), copy.deepcopy(plain)
+    for block in depthwise.blocks:
+        block[0] = optimize(block[0])
+    for i, block in enumerate(both.blocks):
+        both.blocks[i] = optimize(block)
+    steps = {
+        "eager NCHW": eager(plain, inputs),
+        "eager channels-last": eager_channels_last(plain, inputs),
+        "depthwise half in one kernel": eager_channels_last(depthwise, inputs),
+        "channel half in one kernel": eager_channels_last(both, inputs),
+        "stem in one kernel": eager(ours, inputs),
+    }
+    with contextlib.suppress(Unavailable):
+        steps["one CUDA graph"] = ours_as_graph(ours, inputs)
+    return steps
+
+
 def test_steps(
-    variant: str, benchmark: Any, preset: Preset, record: Recorder, monkeypatch: pytest.MonkeyPatch
+    variant: str,
+    step_batch: int,
+    place: Place,
+    benchmark: Any,
+    preset: Preset,
+    record: BenchmarkRecorder,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if _native.load() is None:
+    on_cpu = place.kind == "cpu"
+    if on_cpu and _native.load() is None:
         pytest.skip(_native.why_unavailable())
-    group = f"{variant}, batch {BATCH}, threads {THREADS}"
+    group = f"{variant}, batch {step_batch}, {place.label}"
     record.wanted("steps", group)
     # The steps set it; the fixture puts back what was there.
     monkeypatch.setenv(STRASSEN, "1")
     model = case(variant)
-    x = model.images(BATCH)
-    exact = oracle(variant, BATCH)
-    torch.set_num_threads(THREADS)
+    place.enter()
+    inputs, checked = place.inputs(model.images(step_batch)), place.checked(step_batch)
+    plain = place.model(model.plain)
+    some = inputs.first[:checked]
+    exact = oracle(variant, step_batch) if on_cpu else places.oracle(plain, some)
     with torch.no_grad():
-        runs = _steps(model, x)
-        same = model.plain(x)
+        if on_cpu:
+            runs = _steps(model, inputs.first)
+        else:
+            runs = _gpu_steps(plain, place.model(model.ours), inputs)
+        same = plain(inputs.first)[:checked]
         for run in runs.values():
-            assert_numerics(run(), same, exact)
-        measured = measure(runs, [THREADS], preset, benchmark)
-    macs = BATCH * model.arch.macs(model.side).total
-    place = {"model": variant, "batch": BATCH}
-    rows = [{**place, **measured.row(name, THREADS, BATCH, macs)} for name in runs]
-    record("steps", group, [*rows, *({**place, **row} for row in peak_rows(measured))])
+            assert_numerics(run()[:checked], same, exact)
+        measured = measure(runs, place, preset, benchmark)
+    work = of_model(model.arch, model.side, step_batch, place.dtype.itemsize)
+    at = {"model": variant, "batch": step_batch}
+    rows = [{**at, **measured.row(name, work)} for name in runs]
+    record("steps", group, [*rows, *({**at, **row} for row in measured.limit_rows())])

@@ -1,21 +1,27 @@
 """A training step, forward, backward and SGD: our modules beside the plain ones.
 
 While BatchNorm gathers batch statistics the children of our modules run one by one: PyTorch's own
-speed is what to expect. Logits and the gradient that comes last, that of the stem, are held against
-float64 first.
+speed is what to expect. On a GPU weights are float32, and a lower dtype is that of autocast. Logits
+and the gradient that comes last, that of the stem, are held against float64 first.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from cases import case
 from measuring import measure
-from presets import THREADS, Preset
-from recording import Recorder
+from places import Place
+from presets import Preset
+from recording import BenchmarkRecorder
+from systems import EAGER, check_peer
 from torch import Tensor, nn
+from work import of_training_step
 
 from convmixer_fast.testing import assert_numerics
 
@@ -23,46 +29,70 @@ from convmixer_fast.testing import assert_numerics
 LEARNING_RATE = 1e-9
 
 
-def _forward_and_backward(model: nn.Module, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits, and the gradient of the stem's weight."""
+def _forward_and_backward(
+    model: nn.Module, x: Tensor, target: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Logits, and the gradient of the stem's weight; ``dtype`` is that of autocast, if lower."""
     model.zero_grad()
-    logits = model(x)
-    nn.functional.cross_entropy(logits, target).backward()
-    return logits.detach(), model.stem[0].weight.grad.clone()
+    low = dtype != torch.float32
+    with torch.autocast(x.device.type, dtype) if low else contextlib.nullcontext():
+        logits = model(x)
+        loss = nn.functional.cross_entropy(logits, target)
+    loss.backward()
+    return logits.detach().to(x.dtype), model.stem[0].weight.grad.clone()
 
 
 def test_step(
-    variant: str, training_batch: int, benchmark: Any, preset: Preset, record: Recorder
+    variant: str,
+    training_batch: int,
+    place: Place,
+    benchmark: Any,
+    preset: Preset,
+    record: BenchmarkRecorder,
 ) -> None:
-    group = f"{variant}, batch {training_batch}, threads {THREADS}"
+    if place.dtype == torch.float16:
+        pytest.skip("float16 trains with a loss scaler, which is not what is measured here")
+    group = f"{variant}, batch {training_batch}, {place.label}"
     record.wanted("training", group)
     it = case(variant)
-    x = it.images(training_batch)
-    target = torch.arange(training_batch) % it.arch.num_classes
-    torch.set_num_threads(THREADS)
+    place.enter()
+    # Weights and images stay float32: autocast makes of them what it wants.
+    dtype, wide = place.dtype, torch.float32
+    inputs = place.inputs(it.images(training_batch), wide)
+    x = inputs.first
+    target = torch.arange(training_batch, device=x.device) % it.arch.num_classes
     models = {
-        "ours": copy.deepcopy(it.ours).train(),
-        "eager NCHW": copy.deepcopy(it.plain).train(),
+        "ours": copy.deepcopy(place.model(it.ours, wide)).train(),
+        EAGER: copy.deepcopy(place.model(it.plain, wide)).train(),
     }
-    exact = _forward_and_backward(copy.deepcopy(models["eager NCHW"]).double(), x.double(), target)
-    found = {name: _forward_and_backward(model, x, target) for name, model in models.items()}
-    for mine, same, oracle in zip(found["ours"], found["eager NCHW"], exact, strict=True):
-        assert_numerics(mine, same, oracle)
+    given = dict.fromkeys(models, inputs)
+    if place.kind != "cpu":
+        twin = copy.deepcopy(models[EAGER]).to(memory_format=torch.channels_last)
+        models["eager channels-last"] = twin
+        given["eager channels-last"] = inputs.channels_last()
+    exact = _forward_and_backward(copy.deepcopy(models[EAGER]).double(), x.double(), target, wide)
+    found = {
+        name: _forward_and_backward(model, given[name].first, target, dtype)
+        for name, model in models.items()
+    }
+    for name, answers in found.items():
+        check = assert_numerics if name == "ours" else check_peer
+        for mine, same, oracle in zip(answers, found[EAGER], exact, strict=True):
+            check(mine, same, oracle)
 
-    def step(model: nn.Module) -> Any:
+    def step(name: str) -> Callable[[], None]:
+        model, xs = models[name], given[name]
         optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9)
 
         def run() -> None:
-            _forward_and_backward(model, x, target)
+            _forward_and_backward(model, xs(), target, dtype)
             optimizer.step()
 
         return run
 
-    runs = {name: step(model) for name, model in models.items()}
-    measured = measure(runs, [], preset, benchmark)
-    rows = []
-    for name in runs:
-        row = measured.row(name, THREADS, training_batch, 0)
-        del row["GMAC/s"]  # of a forward pass only we know the multiply-adds
-        rows.append({"model": variant, "batch": training_batch, **row})
+    measured = measure({name: step(name) for name in models}, place, preset, benchmark)
+    work = of_training_step(it.arch, it.side, training_batch)
+    at = {"model": variant, "batch": training_batch}
+    rows = [{**at, **measured.row(name, work)} for name in models]
+    rows += [{**at, **row} for row in measured.limit_rows()]
     record("training", group, rows)

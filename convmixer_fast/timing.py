@@ -10,6 +10,14 @@ from types import MappingProxyType
 from typing import Any
 
 
+def wall_seconds(run: Callable[[], Any], calls: int) -> float:
+    """Seconds of ``calls`` calls of ``run``, one after the other."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return time.perf_counter() - start
+
+
 def interleaved_times(
     runs: Mapping[str, Callable[[], Any]],
     rounds: int,
@@ -17,6 +25,7 @@ def interleaved_times(
     *,
     repeats: Mapping[str, int] = MappingProxyType({}),
     pause: float = 0.0,
+    clock: Callable[[Callable[[], Any], int], float] = wall_seconds,
 ) -> dict[str, list[float]]:
     """Seconds of every call, ``rounds`` for each callable, the callables taking turns.
 
@@ -29,6 +38,8 @@ def interleaved_times(
             caches and not that of the others.
         pause: seconds of rest before each turn, for the threads of the one before: several
             libraries let them spin for a while in the hope of more work.
+        clock: what a turn's calls took, in seconds; a device that is still at work when a call
+            returns has a clock of its own (`event_clock`).
     """
     for _ in range(warmup):
         for run in runs.values():
@@ -41,11 +52,35 @@ def interleaved_times(
                 time.sleep(pause)
             if calls > 1:
                 run()
-            start = time.perf_counter()
-            for _ in range(calls):
-                run()
-            times[name].append((time.perf_counter() - start) / calls)
+            times[name].append(clock(run, calls) / calls)
     return times
+
+
+def event_clock(cuda: Any = None) -> Callable[[Callable[[], Any], int], float]:
+    """A clock for `interleaved_times` that reads the GPU's own time.
+
+    An event before the first call and one after the last, both on the current stream: what the
+    calls launched is timed, from the start of the first kernel to the end of the last, waits for
+    the host in between included. Work of earlier turns is waited for first.
+
+    Args:
+        cuda: what has ``Event`` and ``synchronize``; None: `torch.cuda`.
+    """
+    if cuda is None:
+        from torch import cuda
+
+    def seconds(run: Callable[[], Any], calls: int) -> float:
+        start, end = (cuda.Event(enable_timing=True) for _ in range(2))
+        cuda.synchronize()
+        start.record()
+        for _ in range(calls):
+            run()
+        end.record()
+        cuda.synchronize()
+        milliseconds: float = start.elapsed_time(end)
+        return milliseconds / 1e3
+
+    return seconds
 
 
 def timestamps(

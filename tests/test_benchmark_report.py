@@ -246,13 +246,17 @@ def test_tables_and_charts_are_written_beside_the_rows(tmp_path):
     path = tmp_path / "cpu.json"
     results.save(made_of(measured), path)
     written = report.write(path)
-    assert [p.name for p in written] == ["cpu.md", "cpu-models.svg"]
+    assert [p.name for p in written] == ["cpu.md", "cpu-models.svg", "cpu-speed.svg"]
     text = written[0].read_text()
     table = [r for r in text.splitlines() if r.startswith("|")]
     assert "| what | bar | aim | measured | met | detail |" in table
     assert any(r.startswith("| 1536/20 | 4 | 2 | ours |") and "| 1.25 |" in r for r in table)
     assert any("a / b" in r for r in table)
     assert "![cpu-models.svg](cpu-models.svg)" in text
+    speed = written[2].read_text()
+    assert "![cpu-speed.svg](cpu-speed.svg)" in text
+    # Every bar has its figure: 4 images in 0.8 s, and in 2.
+    assert all(f"<!-- {label} -->" in speed for label in ("ours", "5", "2", "batch 4"))
     # 125 % of peak: the axis goes past the tallest bar.
     assert "<!-- 120 -->" in written[1].read_text()
 
@@ -292,6 +296,42 @@ def test_every_suite_with_a_chart_gets_one_and_its_table(tmp_path):
     assert "| 256/8 | 4 | 2 | eager NCHW | 1.5 |" in text
     # The side itself, not a power of two.
     assert "<!-- 4096 -->" in (tmp_path / "cpu-resolution.svg").read_text()
+
+
+def on_gpu(suite: str, system: str, **columns: Any) -> dict[str, Any]:
+    row = timed(suite, system, model="768/32", batch=64, device="Card", dtype="bfloat16", **columns)
+    del row["threads"]
+    return row
+
+
+def test_rows_of_a_gpu_get_promises_tables_and_charts_of_their_own(tmp_path):
+    pytest.importorskip("matplotlib")
+    limit = {"GMAC/s": 1.0}
+    measured = [
+        on_gpu("models", "ours", ms=10.0, **{"img/s": 6400.0, "of limit": 0.8}),
+        on_gpu("models", "ours + CUDA graph", ms=9.0, **{"img/s": 7111.0, "of limit": 0.9}),
+        on_gpu("models", "eager NCHW", ms=12.0, **{"img/s": 5333.0, "of limit": 0.6}),
+        on_gpu("models", "TensorRT", note="torch_tensorrt is missing"),
+        on_gpu("models", "limit, matrix products", **limit),
+    ]
+    for side, batch in ((64, 1), (224, 1), (224, 64)):
+        row = on_gpu("resolution", "ours", side=side, ms=1.0, **{"ns / patch": 5.0})
+        measured.append({**row, "batch": batch})
+    measured.append(on_gpu("resolution", "eager NCHW", side=4096, note="out of memory"))
+    machine_ = {**MACHINE, "gpu": "Card"}
+    made = results.new_report(machine_, RUN, measured)
+    (promise,) = report.promises(made)
+    assert promise.measured == pytest.approx(1.2), "our own graph is no peer"
+    assert promise.detail == "best of 1: eager NCHW; not timed: TensorRT"
+    path = tmp_path / "gpu.json"
+    results.save(made, path)
+    names = [p.name for p in report.write(path)]
+    assert names == ["gpu.md", "gpu-models.svg", "gpu-speed.svg", "gpu-resolution.svg"]
+    text = (tmp_path / "gpu.md").read_text()
+    assert "| Card | bfloat16 |" in text
+    assert "| of limit |" in text
+    assert "not measured" not in text, "promises of a processor are told"
+    assert "<!-- % of limit -->" in (tmp_path / "gpu-models.svg").read_text()
 
 
 def test_the_same_rows_draw_the_same_file(tmp_path):
@@ -364,6 +404,50 @@ def test_the_readme_has_figures_and_marks_those_of_gpus_as_predictions():
     for name in ("whole-models", "missed", "gpu-predicted"):
         assert f"<!-- figures: {name} -->\n" in text
     assert "Predictions, not measurements" in text
+
+
+def test_what_was_missed_is_told_of_every_kind_of_result_file(tmp_path):
+    """Of processors and GPUs, files to results, and streaming."""
+    machines = {"cpu": MACHINE, "inference": MACHINE, "streaming": MACHINE}
+    streamed = {"suite": "times", "group": "m@8x8, 1 threads", "model": "m"}
+    late = {**on_gpu("models", "ours", ms=10.0), "img/s": 1.0}
+    early = {**on_gpu("models", "eager NCHW", ms=7.0), "img/s": 1.4}
+    measured = {
+        "cpu": rows(ours=1000 / 0.5),
+        "inference": [pipeline_row(**{"overhead ms": 7.25, "model": "m"})],
+        "streaming": [
+            {**streamed, "system": s, "s": t} for s, t in (("stream", 3.0), ("whole", 2))
+        ],
+        "gpu": [late, early],
+    }
+    for name, found in measured.items():
+        machine_ = machines.get(name, {**MACHINE, "gpu": "Card"})
+        path = tmp_path / "some-machine" / f"{name}.json"
+        results.save(results.new_report(machine_, RUN, found), path)
+    told = figures.missed(tmp_path)
+    for name, figure in (("cpu", 0.5), ("inference", 7.25), ("streaming", 1.5), ("gpu", 0.7)):
+        assert f"some-machine (`{name}.json`)" in told
+        assert f"| {figure:.2f} |" in told, (name, told)
+    assert figures.missed(tmp_path / "nowhere") == "Every bar was reached."
+
+
+def test_exceptions_of_compiled_kernels_are_told_by_name(tmp_path):
+    row = {"op": "patch_embed", "kernel": "p = 7", "dtype": "bfloat16", "broken_bars": []}
+    row |= {"architecture": 100, "spills": 0, "stack": 0}
+    cuda = {"architecture": 80, "kernel": "tf32-large", "stack": 0, "broken_bars": []}
+    for name, static in (("gpu_static", [row]), ("cuda_static", [cuda])):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"static": static}))
+    assert figures.gpu_exceptions(tmp_path) == "Every kernel meets every bar."
+    spilled = [{**row, "spills": 2, "architecture": arch} for arch in (90, 100)]
+    cuda["broken_bars"] = ["no HMMA"]
+    for name, static in (("gpu_static", [row, *spilled]), ("cuda_static", [cuda])):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"static": static}))
+    told = figures.gpu_exceptions(tmp_path).splitlines()
+    assert len(told) == 4
+    assert told[2] == (
+        "| patch_embed, p = 7 | bfloat16 | sm_90, sm_100 | 2 values spilled (aimed at: 0) |"
+    )
+    assert told[3] == "| tf32-large |  | sm_80 | no HMMA |"
 
 
 def test_a_changed_figure_is_put_right_and_nothing_else_is_touched():
