@@ -109,21 +109,22 @@ CMF_DEVICE void copy_row(const Shared (&to)[C::kCopies], uint32_t offset, const 
   }
 }
 
-// A float32 for multiply_add, which takes the upper 19 bits for a TF32 number and cuts the rest off. Alone
-// that is wrong by up to 1 of the last place kept (ulp), and always towards zero. With c = ln(2) / 2 ulp at
-// a fraction of 1 added before, just below 2 c at a fraction just below 2, it is wrong by less than
-// 2 c = 0.694 ulp (rounding to the nearest: 0.5), and on average by nothing where logarithms spread evenly.
-// TF32 numbers stay as they are, for less than 1 ulp is added; so do signs, infinity and NaN, also
-// 0x7fffffff, of which an integer's addition of half an ulp makes -0. Finite numbers past the largest of
-// TF32 become infinity from 0.31 of its ulp on (rounding: 0.5). Below the normal range the error is below
-// 1 ulp, 2^-136. One instruction a word, where rounding takes two.
+// A float32 for multiply_add, which takes the upper 19 bits for a TF32 number and cuts the rest off. (PTX
+// does not say so, but nvcc relies on it: its rounding clears those bits, unless the result is multiplied.)
+// Alone that is wrong by up to 1 unit of the last place kept (ulp), and always towards zero. If c ulp are
+// added before to a number whose fraction is 1, and so nearly 2 c to one of nearly 2, with c = ln(2) / 2,
+// it is wrong by less than 2 c = 0.694 ulp (rounding to the nearest: 0.5), and on average by nothing where
+// logarithms spread evenly. TF32 numbers stay as they are, for less than 1 ulp is added; so do signs and
+// infinity, and NaN stays NaN, also 0x7fffffff, of which adding half an ulp as an integer makes -0. Finite
+// numbers become infinity from 0.31 ulp above the largest TF32 number on (rounding: 0.5). Below the normal
+// range the error is below 1 ulp, 2^-136. One instruction a word, where rounding takes two.
 CMF_DEVICE uint32_t prepared_for_tf32(uint32_t bits, const Operands& p) {
   return multiplied_in_place(bits, 1.0f + 0.34657359f / 1024, p.n > 0);
 }
 
 // Two warps, whose numbers differ in one bit, hold sums of the same outputs over different parts of k: each
 // gets the whole sums of one half, by rows or columns of blocks, and gives what it has of the other. `room`
-// holds a half of each warp's sums and is nobody's any more.
+// has place for a half of each warp's sums, and nobody uses it any more.
 template <int kI, int kJ, int kHalfI, int kHalfJ>
 CMF_DEVICE void add_by_halves(const float (&sums)[kI][kJ][4], float (&half)[kHalfI][kHalfJ][4],
                               Shared room, int bit, int warp, int lane) {
@@ -135,13 +136,13 @@ CMF_DEVICE void add_by_halves(const float (&sums)[kI][kJ][4], float (&half)[kHal
   for (int i = 0; i < kHalfI; ++i) {
 #pragma unroll
     for (int j = 0; j < kHalfJ; ++j) {
-      const float(&near)[4] = sums[i][j];
-      const float(&far)[4] = sums[kI - kHalfI + i][kJ - kHalfJ + j];
+      const float(&low)[4] = sums[i][j];
+      const float(&high)[4] = sums[kI - kHalfI + i][kJ - kHalfJ + j];
       uint32_t given[4];
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        given[e] = bits_of(either(second, near[e], far[e]));
-        half[i][j][e] = either(second, far[e], near[e]);
+        given[e] = bits_of(either(second, low[e], high[e]));
+        half[i][j][e] = either(second, high[e], low[e]);
       }
       store_shared_128(mine + (i * kHalfJ + j) * kBlockBytes, given);
     }
