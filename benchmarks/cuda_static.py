@@ -51,6 +51,58 @@ def nvcc_version(ptxsim: ModuleType) -> str:
     return found.group(2) if found else text
 
 
+def _what_is_reached(result: dict[str, Any]) -> list[str]:
+    """A row for kernels that share their loop: of each bar the ideal, what is reached, the rest."""
+    least, most = cuda_pointwise.LEAST_MMA_PER_LOAD, cuda_pointwise.MOST_PER_MMA
+    out = [
+        f"Bars: no spills; {least:g} mma a fragment load; {most:g} instructions of the loop for an",
+        f"mma; {cuda_pointwise.MOST_TRAFFIC:g} times the ideal bytes asked of global memory. Where",
+        "one is not met, brackets have the bar and what the kernels are held to instead. The ideal",
+        "loop has mma, fragment loads, copies and the preparation of TF32 alone; the ideal of a",
+        "fragment load is 4 mma, by 64 x 64 outputs a warp. Half: bfloat16 and float16.",
+        "",
+        "| kernels | mma a load | instructions an mma: ideal | sm_80 to sm_90 | sm_120 "
+        "| bytes over ideal | what is left |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    shared = (
+        "Addresses, the buffers' numbers, waits, barriers and the branch; on sm_120 instructions "
+        "that do nothing between two mma. Bytes: bias, scale and shift, for every warp."
+    )
+    of = {str(kernel): kernel for kernel in KERNELS}
+    groups: dict[tuple[bool, str], list[dict[str, Any]]] = {}
+    for row in result["static"]:
+        kernel = of[row["kernel"]]
+        groups.setdefault((kernel.type != "tf32", kernel.way), []).append(row)
+    for (half, way), rows in groups.items():
+        kernel = of[rows[0]["kernel"]]
+        traffic = max(
+            r["bytes_over_ideal"]
+            for r in result["traffic"]
+            if (of[r["kernel"]].type != "tf32", of[r["kernel"]].way) == (half, way)
+        )
+        cells = []
+        for late in (False, True):
+            found = [r for r in rows if (r["architecture"] >= 120) == late]
+            limit = cuda_pointwise.most_per_mma(kernel, 120 if late else 80)
+            reached = max((r["per_mma"] for r in found), default=0.0)
+            cells.append(_held(reached, limit, most) if found else "")
+        cells.append(
+            _held(traffic, cuda_pointwise.most_traffic(kernel), cuda_pointwise.MOST_TRAFFIC)
+        )
+        excepted = cuda_pointwise.exception(kernel)
+        out.append(
+            f"| {'half' if half else 'TF32'} {way} | {min(r['mma_per_ldsm'] for r in rows):.1f} "
+            f"| {cuda_pointwise.ideal_per_mma(kernel):.2f} | {' | '.join(cells)} "
+            f"| {excepted.reason if excepted else shared} |"
+        )
+    return out
+
+
+def _held(reached: float, limit: float, bar: float) -> str:
+    return f"{reached:.2f}" + (f" (not {bar:g}; {limit:g})" if reached > bar else "")
+
+
 def markdown(result: dict[str, Any]) -> str:
     out = ["# The CUDA 1x1 convolution before it runs", ""]
     out += ["**Nothing here was timed: no GPU has run these kernels.**", ""]
@@ -59,20 +111,16 @@ def markdown(result: dict[str, Any]) -> str:
     out += [
         f"{len(result['static'])} kernels, {broken} of them with a bar that is not met.",
         "",
-        "`large` and `small`: tiles of 128 x 128 and 64 x 64; `by_4`, `by_2`: 64 x 64, for rows",
-        "that begin at multiples of 4 bytes or of an element only. `blocks`: how many share a",
-        "multiprocessor, by registers and shared memory. Of the loop, which is one step of 64",
-        "bytes along the sum: instructions, of them mma (`HMMA`), fragment loads (`LDSM`) and",
-        "copies (`LDGSTS`); `a mma` is instructions over mma. Ideal are mma, loads and copies",
-        "alone: 1.38 in large tiles, 1.75 in small ones. The rest are addresses, the buffer's",
-        "number, the group's end, the barrier and the branch, in TF32 two a loaded word for",
-        "rounding; for sm_120 nvcc puts an instruction that does nothing between two mma.",
-        "`special`: special-function instructions an output in the epilogue.",
+        *_what_is_reached(result),
         "",
-        "At least 3 mma a load and at most 3 instructions a mma are bars of large tiles of 16-bit",
-        "types. The others have wider ones, and do not meet these: TF32 in large tiles 5",
-        "instructions; small tiles 2 mma a load and 4 instructions, 8 in TF32; narrow copies 2 mma",
-        "a load and any number of instructions.",
+        "Every kernel:",
+        "",
+        "`large` and `small`: tiles of 128 x 128 and 64 x 64 outputs; `by_4`, `by_2`: 64 x 64, for",
+        "rows that begin at multiples of 4 bytes or of an element only. `blocks`: how many share a",
+        "multiprocessor, by registers and shared memory. Of the loop, which fills and multiplies",
+        "both sets of a warp's registers: instructions, and what they are, of them mma (`HMMA`),",
+        "fragment loads (`LDSM`) and copies (`LDGSTS`); `a mma` is instructions over mma.",
+        "`special`: special-function instructions an output in the epilogue.",
         "",
         "| arch | kernel | registers | stack | shared | stages | blocks | loop | of it "
         "| mma a LDSM | a mma | special | store bits | bars |",
@@ -90,9 +138,6 @@ def markdown(result: dict[str, Any]) -> str:
     out += ["", "## Bytes asked of global memory in the simulator, one tile, 256 channels in", ""]
     out += [
         "The ideal: the tile's rows of both operands, bias, scale, shift and the outputs, once.",
-        "What is above it in `large` and `small` are bias, scale and shift, which every warp asks",
-        "for anew. Narrow copies ask for each sector of 32 bytes again with every word; the L1",
-        "cache answers all but the first.",
         "",
         "| kernel | bytes | ideal | ratio |",
         "|---|---|---|---|",

@@ -66,9 +66,9 @@ POINTWISE_CASES = (
 #: and enough tiles for the large ones.
 CUDA_CASES = (
     *POINTWISE_CASES,
-    MatrixCase("many_steps", 1, 200, 10, 13, 136),
-    MatrixCase("many_steps_by_2", 1, 198, 5, 13, 70, act="silu"),
-    MatrixCase("many_steps_odd", 1, 197, 5, 13, 71, act="relu"),
+    MatrixCase("many_steps", 1, 360, 10, 13, 136),
+    MatrixCase("many_steps_by_2", 1, 358, 5, 13, 70, act="silu"),
+    MatrixCase("many_steps_odd", 1, 357, 5, 13, 71, act="relu"),
     MatrixCase("many_tiles", 1, 24, 82, 100, 136),
 )
 

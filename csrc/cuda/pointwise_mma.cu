@@ -109,10 +109,10 @@ std::string refusal(const Pointwise& p, int capability) {
   if (p.n > kInt - 256 || p.k > kInt - 256) return "more than 2^31 - 257 channels";
   if (a_stride(p) < 0) return "rows of a lie backwards";
   const Variant v = variant(p.type, p.act, way_for(p));
-  // A tile's rows are found by 32 bits, counted in copies.
-  const int64_t apart = a_stride(p) > p.k ? a_stride(p) : p.k;
-  if (apart * size_of(p.type) / v.copy_bytes > std::numeric_limits<uint32_t>::max() / v.tile_m) {
-    return "the rows of a tile span more than 2^32 copies of " + std::to_string(v.copy_bytes) + " bytes";
+  // Passed to the kernel in 32 bits, counted in copies.
+  const int64_t apart = a_stride(p) / (v.copy_bytes / size_of(p.type));
+  if (apart > std::numeric_limits<uint32_t>::max()) {
+    return "rows of a lie 2^32 copies of " + std::to_string(v.copy_bytes) + " bytes apart or more";
   }
   if (tiles(p, v.tile_m, v.tile_n) > kInt) return "more than 2^31 - 1 tiles";
   return "";

@@ -47,10 +47,28 @@ CMF_DEVICE void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kNewest) : "memory");
 }
 
+CMF_DEVICE void store_shared_32(Shared to, uint32_t word) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(word) : "memory");
+}
 CMF_DEVICE void store_shared_128(Shared to, const uint32_t (&word)[4]) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(word[0]), "r"(word[1]),
                "r"(word[2]), "r"(word[3])
                : "memory");
+}
+CMF_DEVICE void load_shared_128(uint32_t (&word)[4], Shared from) {
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
+               : "r"(from)
+               : "memory");
+}
+
+// x * factor, of and as bits. `always` is true: an instruction under a predicate cannot but leave its result
+// where x was, while one without moves, and with it the registers of whole fragments.
+CMF_DEVICE uint32_t multiplied_in_place(uint32_t x, float factor, bool always) {
+  asm("{ .reg .pred q; setp.ne.b32 q, %2, 0; @q mul.rn.f32 %0, %0, %1; }"
+      : "+r"(x)
+      : "f"(factor), "r"(static_cast<int>(always)));
+  return x;
 }
 
 // Four 8 x 8 matrices of 16-bit values (8 x 4 of 32 bits): lane l passes the address of row l % 8 of
@@ -81,14 +99,6 @@ CMF_DEVICE void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t w
 }
 #undef CMF_MMA
 
-// To the nearest of 10 bits of fraction: multiply_add would cut the rest off, twice the error and all
-// of it towards zero.
-CMF_DEVICE uint32_t round_to_tf32(uint32_t bits) {
-  uint32_t rounded;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(__uint_as_float(bits)));
-  return rounded;
-}
-
 // 2^x and 1 / x to 2 units in the last place; results below the normal range are 0.
 CMF_DEVICE float exp2_approximate(float x) {
   float y;
@@ -114,8 +124,16 @@ CMF_DEVICE uint32_t pack(float low, float high) {
 }
 
 CMF_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
+CMF_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 
 // One instruction each, with a predicate: a condition in C++ may become a branch.
+CMF_DEVICE float either(bool first, float x, float y) {
+  float z;
+  asm("{ .reg .pred q; setp.ne.b32 q, %3, 0; selp.f32 %0, %1, %2, q; }"
+      : "=f"(z)
+      : "f"(x), "f"(y), "r"(static_cast<int>(first)));
+  return z;
+}
 CMF_DEVICE float load_or_zero(const float* from, bool inside) {
   float x;
   asm("{ .reg .pred q; setp.ne.b32 q, %2, 0; mov.f32 %0, 0f00000000; @q ld.global.nc.f32 %0, [%1]; }"

@@ -21,7 +21,7 @@ FILES = ("ptx.cuh", "epilogue.cuh", "pointwise_mma.cuh")
 #: What a line with a barrier, a wait, the end of a group of copies, or a bound holds.
 GUARDS = re.compile(
     r"__syncthreads\(|copy_wait<|copy_commit\(\);|\bmin\(|< left\b|< p\.[mnk]\b|nullptr"
-    r"|inside \?|@q |< kGroupM|== kStages"
+    r"|inside \?|@q (ld|st)|< kGroupM|== kStages"
 )
 
 pytestmark = compiler
@@ -60,22 +60,20 @@ MUTANTS = (
     Mutant(
         "groups of full height", "left < kGroupM ? left : kGroupM", "kGroupM", case="many_steps"
     ),
-    Mutant("even elements past k", "2 * i < left", "true", BY_2, "odd_channels"),
-    Mutant("odd elements past k", "2 * i + 1 < left", "true", BY_2, "odd_channels"),
-    Mutant("words past k", "at / kSize < left", "true", BY_4, "even_channels"),
+    Mutant("even elements past k", "16 * i < left", "true", BY_2, "odd_channels"),
+    Mutant("odd elements past k", "16 * i + 1 < left", "true", BY_2, "odd_channels"),
+    Mutant("words past k", "32 * i / C::kSize < left", "true", BY_4, "even_channels"),
+    Mutant("no barrier before halves are read", "__syncthreads();", "", order="random"),
     Mutant("rows of a past m", "min(here, p.m - 1)", "here"),
-    Mutant(
-        "rows of w past n",
-        "min(here, p.n - 1)",
-        "here",
-    ),
+    Mutant("rows of w past n", "min(here, p.n - 1)", "here"),
     Mutant("groups of copies never end", "copy_commit();", ""),
-    Mutant("buffers never come round", "kStages * C::kStageBytes", "0u", case="many_steps"),
     Mutant("no wait for the first step", "copy_wait<kStages - 2>();", "", case="many_steps"),
     Mutant("no barrier before the first step", "__syncthreads();", "", order="random"),
     Mutant("no wait for the next step", "copy_wait<kStages - 2>();", "", case="many_steps"),
     Mutant("no barrier between steps", "__syncthreads();", "", case="many_steps", order="random"),
+    Mutant("buffers never come round", "kStages * C::kStageBytes", "0u", case="many_steps"),
     Mutant("no wait before the end", "copy_wait<0>();", ""),
+    Mutant("no barrier before halves are stored", "__syncthreads();", "", order="random"),
 )
 
 

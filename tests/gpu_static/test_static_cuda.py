@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -20,8 +21,8 @@ cuda_pointwise = __import__("cuda_pointwise")
 
 SOME = {
     80: ("bf16-gelu-large", "tf32-gelu-large", "fp16-relu-small", "bf16-silu-by_4"),
-    89: ("fp16-silu-large", "bf16-gelu-by_2"),
-    120: ("bf16-gelu-large", "tf32-hardswish-by_4"),
+    89: ("fp16-silu-large", "bf16-gelu-by_2", "tf32-silu-small"),
+    120: ("bf16-gelu-large", "fp16-gelu-small", "tf32-hardswish-by_4"),
 }
 
 pytestmark = compiler
@@ -48,6 +49,14 @@ def test_some_kernels_meet_the_bars(simulator: ModuleType, architecture: int) ->
     assert broken(cuda_pointwise.build(simulator, architecture, kernels)) == {}
 
 
+def test_no_exception_is_idle() -> None:
+    # What meets a bar is no exception to it.
+    bar, traffic = cuda_pointwise.MOST_PER_MMA, cuda_pointwise.MOST_TRAFFIC
+    table = cuda_pointwise.EXCEPTIONS
+    assert all(max(e.per_mma) > bar or e.traffic > traffic for e in table), table
+    assert len({(e.half, e.way) for e in table}) == len(table)
+
+
 @pytest.mark.parametrize("architecture", cuda_pointwise.ARCHITECTURES)
 def test_stages_are_those_of_the_source(architecture: int) -> None:
     text = (cuda_pointwise.SOURCES / "pointwise_mma.cuh").read_text()
@@ -70,6 +79,41 @@ def test_a_kernel_that_spills_is_an_error(
     monkeypatch.setattr(cuda_pointwise, "SOURCES", sources)
     with pytest.raises(cuda_pointwise.CompileError, match="spilled"):
         cuda_pointwise.build(simulator, 80, [cuda_pointwise.named("bf16-identity-small")])
+
+
+ROUNDED = """
+__device__ unsigned rounded(float x) {
+  unsigned bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return bits;
+}
+__global__ void kept(unsigned* to, const float* x) { *to = rounded(*x); }
+__global__ void multiplied(float* to, const float* x) {
+  float s[4] = {};
+  unsigned r = rounded(*x);
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %4, %4, %4},"
+      " {%4, %4}, {%0, %1, %2, %3};" : "+f"(s[0]), "+f"(s[1]), "+f"(s[2]), "+f"(s[3]) : "r"(r));
+  *to = s[0] + s[1] + s[2] + s[3];
+}
+"""
+
+
+@pytest.mark.parametrize("architecture", cuda_pointwise.ARCHITECTURES)
+def test_nvcc_relies_on_it_that_the_machine_cuts_tf32_off(
+    simulator: ModuleType, tmp_path: Path, architecture: int
+) -> None:
+    # As prepared_for_tf32 does. Its own rounding clears the bits cut off, but not before an mma.
+    source, cubin = tmp_path / "rounded.cu", tmp_path / "rounded.cubin"
+    source.write_text(ROUNDED)
+    command = [simulator.cuda.nvcc(), "-O3", f"-arch=sm_{architecture}", "-cubin"]
+    subprocess.run([*command, str(source), "-o", str(cubin)], check=True)
+    cleared = {
+        name: any(s.base == "LOP3" for s in report.sass)
+        for report in simulator.sass.analyse(cubin)
+        for name in ("kept", "multiplied")
+        if name in report.name
+    }
+    assert cleared == {"kept": True, "multiplied": False}
 
 
 @pytest.mark.gpu_static_full

@@ -32,7 +32,9 @@ void copy_wait() {
   emu::cp_wait(kNewest);
 }
 
+inline void store_shared_32(Shared to, uint32_t word) { memcpy(to, &word, 4); }
 inline void store_shared_128(Shared to, const uint32_t (&word)[4]) { memcpy(to, word, 16); }
+inline void load_shared_128(uint32_t (&word)[4], Shared from) { memcpy(word, from, 16); }
 inline void load_matrices(uint32_t (&r)[4], Shared row) { emu::ldmatrix(r, 4, row); }
 
 inline uint32_t bits_of(float x) {
@@ -62,6 +64,10 @@ inline uint16_t float_to_half(float x) {
   // nearbyint rounds to even; a carry into the exponent gives the right bits.
   const int units = static_cast<int>(std::nearbyint(std::ldexp(size, 10 - exponent)));
   return static_cast<uint16_t>(sign | (units + (exponent + 14) * 1024));
+}
+
+inline uint32_t multiplied_in_place(uint32_t x, float factor, bool) {
+  return bits_of(float_of(x) * factor);
 }
 
 // The mathematical product: each lane computes its four sums from what all lanes hold.
@@ -98,11 +104,6 @@ void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t w0, uint32_t
   emu::warp_sync("mma", 32);
 }
 
-inline uint32_t round_to_tf32(uint32_t bits) {
-  const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
-  return finite ? (bits + 0x1000u) & 0xffffe000u : bits;
-}
-
 inline float exp2_approximate(float x) { return std::exp2(x); }
 inline float reciprocal_approximate(float x) { return 1.0f / x; }
 
@@ -114,6 +115,7 @@ uint32_t pack(float low, float high) {
   return half(low) | half(high) << 16;
 }
 
+inline float either(bool first, float x, float y) { return first ? x : y; }
 inline float load_or_zero(const float* from, bool inside) { return inside ? *from : 0.0f; }
 inline uint32_t load_or_zero_16(const uint16_t* from, bool inside) { return inside ? *from : 0; }
 inline void store_128(void* to, const uint32_t (&word)[4], bool inside) {
