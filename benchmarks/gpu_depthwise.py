@@ -21,6 +21,9 @@ LEAST_SHARE = {9: (0.70, 0.85), 7: (0.67, 0.85)}
 #: Multiply-adds a loaded value.
 LEAST_REUSE = {9: 4.0, 7: 3.5}
 MOST_REGISTERS = 128
+#: Under masks, in float32: three programs a multiprocessor instead of four.
+MOST_REGISTERS_MASKED = 138
+WHY_MASKED = "images narrower than a tile, in float32: masks take registers, and nothing spills"
 #: Conversions a loaded value: one; more only for the reason given.
 MOST_UNPACK, MOST_COUNTED = 1.0, 1.06
 WHY_COUNTED = "one shift of an address is among those counted as conversions"
@@ -139,7 +142,9 @@ def facts(built: Any, config: DepthwiseConfig, k: int) -> dict[str, Any]:
     }
 
 
-def rows_of_tiles_bars(built: Any, config: DepthwiseConfig, k: int) -> Bars:
+def rows_of_tiles_bars(
+    built: Any, config: DepthwiseConfig, dtype: torch.dtype, k: int, edges: str = "many"
+) -> Bars:
     """The static bars of every row of tiles, also where images are one or two tiles wide."""
     f, found = facts(built, config, k), Bars()
     few = config.channels == FEW and f["spills"] <= MOST_SPILLS_OF_FEW and f["spills_in_loops"] == 0
@@ -148,7 +153,12 @@ def rows_of_tiles_bars(built: Any, config: DepthwiseConfig, k: int) -> Bars:
         f"{f['spills']} spills, {f['stack']} bytes of stack",
         WHY_SPILLS if few else "",
     )
-    found.bar(f["registers"] <= MOST_REGISTERS, f"{f['registers']} registers")
+    masked = edges == "any" and dtype == torch.float32
+    found.bar(
+        f["registers"] <= MOST_REGISTERS,
+        f"{f['registers']} registers",
+        WHY_MASKED if masked and f["registers"] <= MOST_REGISTERS_MASKED else "",
+    )
     found.bar(f["shared"] <= 48 * 1024, f"{f['shared']} bytes of shared memory")
     found.bar(f["narrow"] == 0, f"{f['narrow']} accesses of 16 bits")
     return found
@@ -156,7 +166,7 @@ def rows_of_tiles_bars(built: Any, config: DepthwiseConfig, k: int) -> Bars:
 
 def bars(built: Any, config: DepthwiseConfig, dtype: torch.dtype, k: int) -> Bars:
     """The static bars of a build with aligned channels."""
-    f, found = facts(built, config, k), rows_of_tiles_bars(built, config, k)
+    f, found = facts(built, config, k), rows_of_tiles_bars(built, config, dtype, k)
     bar = found.bar
     if k in LEAST_SHARE:
         least = LEAST_SHARE[k][dtype == torch.float32]

@@ -137,15 +137,18 @@ def facts(built: Any, config: PointwiseConfig) -> dict[str, Any]:
 
 
 def _calls_at_the_end(report: Any) -> int:
-    """Calls between the last matrix instruction and the last store.
+    """Calls of subroutines between the last matrix instruction and the last store.
 
-    Others there may be: one that divides integers, for the tile's place, and traps behind the last
-    store.
+    Subroutines stand behind the last store: a "call" of what comes before it is the loop's exit.
+    Others there may be: one that divides integers, for the tile's place, and traps at the very end.
     """
-    of = [i.base for i in report.sass]
-    product = max((n for n, base in enumerate(of) if base in MATRIX), default=len(of))
-    store = max((n for n, base in enumerate(of) if base in ("STG", "UTMASTG")), default=0)
-    return of[product:store].count("CALL")
+    product = max((n for n, s in enumerate(report.sass) if s.base in MATRIX), default=-1)
+    stores = [n for n, s in enumerate(report.sass) if s.base in ("STG", "UTMASTG")]
+    if product < 0 or not stores:
+        return 0
+    behind = report.sass[stores[-1]].address
+    calls = [s for s in report.sass[product : stores[-1]] if s.base == "CALL"]
+    return sum(int(s.operands.split()[0], 16) > behind for s in calls)
 
 
 def bars(built: Any, config: PointwiseConfig, dtype: torch.dtype, tf32: bool = False) -> Bars:

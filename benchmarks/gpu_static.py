@@ -223,6 +223,8 @@ def predicted(ptxsim: ModuleType, arch: Arch, grid: int, counts: dict[str, Any])
 
 #: Of the L2 line, which counts every request as if L1 never hit, over the binding one.
 MOST_L2 = 1.2
+#: Vendors' figures.
+L1_KIB = {"A100": 192, "RTX 4090": 128, "H100": 256}
 MMA_SYNC = (80, 86, 89, 120)
 
 
@@ -326,8 +328,14 @@ def _bars(result: dict[str, Any]) -> list[tuple[str, str, str]]:
         bar("calls in the tile's end", "0", lambda r: r["calls"], op)
     asked = "HMMA.16816.F32 (HGMMA on sm_90, UTCHMMA on sm_100), LDSM.x4, LDGSTS.128, no branch in "
     asked += "the tile's end"
-    without = sum(bool(r["broken_bars"]) for r in rows)
-    found.append(("pointwise_mix: instructions", asked, f"of {len(rows)} builds {without} without"))
+    products = [r["broken_bars"] for r in rows if r["op"] == pw]
+    found.append(
+        (
+            "pointwise_mix: instructions",
+            asked,
+            f"{products.count([])} of {len(products)} builds",
+        )
+    )
     slowest = max(result["seconds_to_compile"], key=result["seconds_to_compile"].__getitem__)
     found.append(
         (
@@ -350,6 +358,11 @@ def _exceptions(result: dict[str, Any]) -> list[str]:
     for reason, texts in by_reason.items():
         shown = "; ".join(texts[:4]) + (f"; and {len(texts) - 4} more" if len(texts) > 4 else "")
         out.append(f"* **{reason[0].upper()}{reason[1:]}.** {shown}.")
+    why = gpu_depthwise.WHY_MASKED
+    out.append(
+        f"* **{why[0].upper()}{why[1:]}.** depthwise_mix, not in the table: up to "
+        f"{gpu_depthwise.MOST_REGISTERS_MASKED} registers, {gpu_depthwise.MOST_REGISTERS} wanted."
+    )
     for name, r in result["simulated"].items():
         for gpu, ratio in r["l2_over_binding"].items():
             if ratio > MOST_L2:
@@ -358,10 +371,11 @@ def _exceptions(result: dict[str, Any]) -> list[str]:
                     "* **The line of L2 counts every request, as if L1 never hit.** "
                     f"{name}, {gpu}: {ratio:.2f} of the binding line ({r['binding'][gpu]}), "
                     f"{MOST_L2} wanted. A program's window and taps are {r['program_kib']:.0f} "
-                    "KiB, of which those of four programs fit the 256 KiB of L1; with each byte of "
-                    f"them from L2 once, it is {left:.2f}."
+                    f"KiB, of which those of {L1_KIB[gpu] // r['program_kib']:.0f} programs fit "
+                    f"the {L1_KIB[gpu]} KiB of L1; with each byte of them from L2 once, it is "
+                    f"{left:.2f}."
                 )
-    return out or ["None."]
+    return out
 
 
 def markdown(result: dict[str, Any]) -> str:
