@@ -13,6 +13,27 @@ SHARED_ALL = {80: 164 * 1024, 86: 100 * 1024, 90: 228 * 1024, 100: 228 * 1024, 1
 WARPS_ALL = {80: 64, 86: 48, 90: 64, 100: 64, 120: 48}
 
 
+class Bars:
+    """The static bars of one build: those it does not meet, by whether there is a reason for that.
+
+    broken: what is not met, in words; excused: the same with the reason, for what ships all the
+    same.
+    """
+
+    def __init__(self) -> None:
+        self.broken: list[str] = []
+        self.excused: list[tuple[str, str]] = []
+
+    def bar(self, holds: bool, text: str, reason: str = "") -> None:
+        """Note ``text`` unless the bar holds; with a ``reason``, as an exception."""
+        if holds:
+            return
+        if reason:
+            self.excused.append((text, reason))
+        else:
+            self.broken.append(text)
+
+
 def build_hip(
     kernel: Any,
     signature: dict[str, str],

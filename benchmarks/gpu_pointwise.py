@@ -11,15 +11,20 @@ from typing import Any
 
 import gpu_build
 import torch
-from gpu_build import REGISTERS_ALL, SHARED_ALL, TRITON_TYPES, WARPS_ALL
+from gpu_build import REGISTERS_ALL, SHARED_ALL, TRITON_TYPES, WARPS_ALL, Bars
 
 from convmixer_fast.kernels.configs import PointwiseConfig, family, lookup_pointwise
 
 #: Shared memory of one program, bytes, by family.
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
-#: Tiles that may have fewer mma than 3 a load from shared memory, and the reason: where outputs are
-#: few, more tiles are worth more; with 64 channels out there is nothing to widen the tile with.
-LEAST_MMA_PER_LOAD = {(64, 64): 2, (128, 64): 2.6}
+#: Matrix instructions.
+MATRIX = ("HMMA", "HGMMA", "UTCHMMA")
+#: mma a load from shared memory, and the tiles that may have fewer, down to this, and why.
+LEAST_MMA_PER_LOAD = 3
+FEWER_MMA_PER_LOAD = {
+    (64, 64): (2, "for few outputs, where more tiles are worth more than wide ones"),
+    (128, 64): (2.6, "for few channels out: there is nothing to widen the tile with"),
+}
 
 
 def source(
@@ -125,22 +130,31 @@ def facts(built: Any, config: PointwiseConfig) -> dict[str, Any]:
         "load_bits": dict(report.widths("LDG")),
         "store_bits": dict(report.widths("STG")),
         # Four of a thread's divide integers, for the tile's place.
+        "calls": _calls_at_the_end(report),
         "special_per_output": max(0, report.histogram["MUFU"] - 4) / outputs,
         "instructions": len(report.sass),
     }
 
 
-def broken_bars(
-    built: Any, config: PointwiseConfig, dtype: torch.dtype, tf32: bool = False
-) -> list[str]:
-    """The static bars that a build with aligned channels does not meet, in words."""
-    f, report, group = facts(built, config), built.report, family(built.arch)
-    broken = []
+def _calls_at_the_end(report: Any) -> int:
+    """Calls of subroutines between the last matrix instruction and the last store.
 
-    def bar(holds: bool, text: str) -> None:
-        if not holds:
-            broken.append(text)
+    Subroutines stand behind the last store: a "call" of what comes before it is the loop's exit.
+    Others there may be: one that divides integers, for the tile's place, and traps at the very end.
+    """
+    product = max((n for n, s in enumerate(report.sass) if s.base in MATRIX), default=-1)
+    stores = [n for n, s in enumerate(report.sass) if s.base in ("STG", "UTMASTG")]
+    if product < 0 or not stores:
+        return 0
+    behind = report.sass[stores[-1]].address
+    calls = [s for s in report.sass[product : stores[-1]] if s.base == "CALL"]
+    return sum(int(s.operands.split()[0], 16) > behind for s in calls)
 
+
+def bars(built: Any, config: PointwiseConfig, dtype: torch.dtype, tf32: bool = False) -> Bars:
+    """The static bars of a build with aligned channels."""
+    f, report, group, found = facts(built, config), built.report, family(built.arch), Bars()
+    bar = found.bar
     bar(f["shared"] <= SHARED_LIMIT[group], f"{f['shared']} bytes of shared memory")
     bar(f["special_per_output"] <= 2, f"{f['special_per_output']:.2f} special functions an output")
     if config.descriptors:
@@ -150,9 +164,10 @@ def broken_bars(
         bar(set(f["store_bits"]) == {128}, f"stores of {f['store_bits']} bits")
         bar(set(f["copy_bits"]) == {128}, f"copies of {f['copy_bits']} bits")
     bar(f["spills"] == 0 and f["stack"] == 0, f"{f['spills']} spills, {f['stack']} bytes of stack")
+    bar(f["calls"] == 0, f"{f['calls']} calls in the tile's end")
     if dtype == torch.float32 and not tf32:
         bar(f["fma_share"] >= 0.8, f"FFMA is {f['fma_share']:.0%} of the loop")
-        return broken
+        return found
     if group in (90, 100):
         wanted = "HGMMA" if group == 90 else "UTCHMMA"
         bar(wanted in f["features"], f"no {wanted} in {f['features']}")
@@ -160,15 +175,25 @@ def broken_bars(
         wanted = "HMMA.1688.F32.TF32" if tf32 else "HMMA.16816.F32"
         bar(report.has(wanted), f"no {wanted}")
         bar(report.has("LDSM.16.M88.4", "LDSM.16.MT88.4"), "no LDSM.x4")
-        least = LEAST_MMA_PER_LOAD.get((config.block_m, config.block_n), 3)
         ratio = f["mma"] / max(1, f["ldsm"])
-        bar(ratio >= least, f"{ratio:.2f} HMMA a LDSM, {least} wanted")
+        fewer, reason = FEWER_MMA_PER_LOAD.get((config.block_m, config.block_n), (0, ""))
+        bar(
+            ratio >= LEAST_MMA_PER_LOAD,
+            f"{ratio:.2f} HMMA a LDSM, {LEAST_MMA_PER_LOAD} wanted",
+            reason if ratio >= fewer else "",
+        )
         last = max(i for i, s in enumerate(report.sass) if s.base == "HMMA")
-        ends = [s for s in report.sass[last:] if s.base in ("BRA", "CALL")]
         # The loop's own branch, and a jump over what serves an empty sum.
-        turns = [s.opcode for s in ends if s.predicate or s.base == "CALL"]
-        bar(len(turns) <= 1 and "CALL" not in f["features"], f"{turns} after the last HMMA")
-    return broken
+        turns = [s.opcode for s in report.sass[last:] if s.base == "BRA" and s.predicate]
+        bar(len(turns) <= 1, f"{turns} after the last HMMA")
+    return found
+
+
+def odd_channels_bars(built: Any) -> Bars:
+    """The static bars of a build with channels that no more than one can be moved of at once."""
+    found = Bars()
+    found.bar(built.report.spills == 0, f"{built.report.spills} spills")
+    return found
 
 
 #: GPUs of `ptxsim.model` by the architecture that a kernel for them is compiled for.

@@ -15,7 +15,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,11 +31,19 @@ import torch
 from convmixer_fast.arch import VARIANTS as PUBLISHED
 from convmixer_fast.arch import Arch
 from convmixer_fast.kernels import support
-from convmixer_fast.kernels.configs import lookup_depthwise, lookup_pointwise, lookup_stem
+from convmixer_fast.kernels.configs import (
+    POINTWISE,
+    lookup_depthwise,
+    lookup_pointwise,
+    lookup_stem,
+    pointwise_candidates,
+)
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SIZES = (3, 5, 7, 9)
+#: The tile that serves odd channel counts only.
+ODD_CHANNELS = next(row.config for row in POINTWISE if row.narrower_than)
 #: dtype, and whether float32 is multiplied as TF32.
 ARITHMETICS = (*((dtype, False) for dtype in DTYPES), (torch.float32, True))
 
@@ -48,36 +59,81 @@ DRAM_SHARE, FMA_SHARE = gpu_pointwise.REACHED["dram"], 0.9
 SIMULATED_CHANNELS = 128
 
 
+#: A width for each of the depthwise tiles that serve these sizes.
+WIDTHS = (1536, 32)
+#: Of the large tiles in bfloat16, these are compiled anew, to see how long that takes.
+TIMED_SIZE = 9
+
+
 def static_rows(ptxsim: ModuleType, architectures: list[int]) -> list[dict[str, Any]]:
+    """Every shipped tile for every architecture and dtype, and what it is excused from."""
     rows: list[dict[str, Any]] = []
 
-    def add(op: str, dtype: torch.dtype, tf32: bool = False, **rest: Any) -> None:
+    def add(
+        op: str, dtype: torch.dtype, kernel: str, facts: Any, bars: Any, tf32: bool = False
+    ) -> None:
         name = "tf32" if tf32 else str(dtype).removeprefix("torch.")
-        rows.append({"op": op, "dtype": name, **rest})
+        found = {"broken_bars": bars.broken, "exceptions": bars.excused}
+        rows.append({"op": op, "dtype": name, "kernel": kernel, **facts, **found})
         print(rows[-1], file=sys.stderr)
 
     for architecture in architectures:
-        for dtype in DTYPES:
-            for k in SIZES:
-                config = lookup_depthwise(dtype, k, 1536)
-                built = gpu_depthwise.build(ptxsim, config, architecture, dtype, k)
-                broken = gpu_depthwise.broken_bars(built, config, dtype, k)
-                facts = gpu_depthwise.facts(built, config, k)
-                add("depthwise_mix", dtype, kernel=f"k = {k}", **facts, broken_bars=broken)
+        for channels, dtype, k in product(WIDTHS, DTYPES, SIZES):
+            config = lookup_depthwise(dtype, k, channels)
+            built = gpu_depthwise.build(ptxsim, config, architecture, dtype, k, channels=channels)
+            kernel = f"k = {k}, {config.columns} x {config.rows} x {config.channels}"
+            facts = gpu_depthwise.facts(built, config, k) | {"k": k}
+            add("depthwise_mix", dtype, kernel, facts, gpu_depthwise.bars(built, config, dtype, k))
         for dtype, tf32 in ARITHMETICS:
-            tile = lookup_pointwise(architecture, dtype, rows=2**16, columns=1536, tf32=tf32)
-            built = gpu_pointwise.build(ptxsim, tile, architecture, dtype, tf32=tf32)
-            broken = gpu_pointwise.broken_bars(built, tile, dtype, tf32)
-            kernel = f"{tile.block_m} x {tile.block_n} x {tile.block_k}, {tile.num_stages} stages"
-            kernel += ", copy engine" if tile.descriptors else ""
-            facts = gpu_pointwise.facts(built, tile)
-            add("pointwise_mix", dtype, tf32, kernel=kernel, **facts, broken_bars=broken)
-        for dtype, tf32 in ARITHMETICS:
-            built = gpu_stem.build(ptxsim, architecture, dtype, tf32=tf32)
-            broken = gpu_stem.broken_bars(built, dtype, tf32)
+            for tile in pointwise_candidates(architecture, dtype, tf32):
+                odd = tile == ODD_CHANNELS
+                of: dict[str, Any] = {"tf32": tf32, "channels": 1537 if odd else 1536}
+                built = gpu_pointwise.build(ptxsim, tile, architecture, dtype, **of)
+                kernel = f"{tile.block_m} x {tile.block_n} x {tile.block_k}"
+                kernel += f", {tile.num_stages} stages" + ", copy engine" * tile.descriptors
+                if odd:
+                    bars = gpu_pointwise.odd_channels_bars(built)
+                else:
+                    bars = gpu_pointwise.bars(built, tile, dtype, tf32)
+                facts = gpu_pointwise.facts(built, tile)
+                op = "pointwise_mix, odd channels" if odd else "pointwise_mix"
+                add(op, dtype, kernel, facts, bars, tf32)
+        for uint8, (dtype, tf32) in product((False, True), ARITHMETICS):
+            built = gpu_stem.build(ptxsim, architecture, dtype, tf32=tf32, uint8=uint8)
             facts = gpu_pointwise.facts(built, lookup_stem(dtype))
-            add("patch_embed", dtype, tf32, kernel="p = 7", **facts, broken_bars=broken)
+            kernel = "p = 7, from uint8" if uint8 else "p = 7"
+            add("patch_embed", dtype, kernel, facts, gpu_stem.bars(built, dtype, tf32, uint8), tf32)
     return rows
+
+
+def seconds_to_compile(ptxsim: ModuleType, architectures: list[int]) -> dict[str, float]:
+    """Processor seconds, children's too, of the large tiles in bfloat16, without any cache."""
+    from triton import knobs
+
+    dtype, seconds = torch.bfloat16, {}
+
+    def spent() -> float:
+        return sum(os.times()[:4])
+
+    with knobs.compilation.scope():
+        knobs.compilation.always_compile = True
+        for a in architectures:
+            depthwise = lookup_depthwise(dtype, TIMED_SIZE, 1536)
+            pointwise = lookup_pointwise(a, dtype, rows=2**16, columns=1536)
+            builds = {
+                f"depthwise_mix, k = {TIMED_SIZE}": lambda a=a, tile=depthwise: gpu_depthwise.build(
+                    ptxsim, tile, a, dtype, TIMED_SIZE
+                ),
+                "pointwise_mix": lambda a=a, tile=pointwise: gpu_pointwise.build(
+                    ptxsim, tile, a, dtype
+                ),
+                "patch_embed": lambda a=a: gpu_stem.build(ptxsim, a, dtype),
+            }
+            for name, build in builds.items():
+                before = spent()
+                build()
+                seconds[f"sm_{a} {name}"] = spent() - before
+    return seconds
 
 
 def simulated(ptxsim: ModuleType, arch: Arch, grid: int) -> dict[str, Any]:
@@ -98,7 +154,13 @@ def simulated(ptxsim: ModuleType, arch: Arch, grid: int) -> dict[str, Any]:
     stats, outputs = log[0], x.numel()
     counters = stats.counters
     bounds = {name: ptxsim.model.bound(stats, name) for name in GPUS}
+    config = lookup_depthwise(x.dtype, k, c)
+    # What one program reads, each byte once: its window and its taps. And what it writes.
+    window = 2 * (config.columns + k - 1) * (config.rows + k - 1) + 4 * k * k
+    own = window / (config.columns * config.rows) + 2
     return {
+        "k": k,
+        "grid": grid,
         "warp_instructions_per_output": 32 * stats.warp_instructions / outputs,
         "fma_per_output": stats.thread["fma.rn.f32"] / outputs,
         "requested_bytes_per_output": 32
@@ -107,6 +169,11 @@ def simulated(ptxsim: ModuleType, arch: Arch, grid: int) -> dict[str, Any]:
         "footprint_bytes_per_output": 32
         * (counters["footprint_ld_sectors"] + counters["footprint_st_sectors"])
         / outputs,
+        "footprint_over_ideal": 32
+        * counters["footprint_ld_sectors"]
+        / (2 * outputs + 4 * c * k * k),
+        "program_bytes_per_output": own,
+        "program_kib": window * config.channels / 1024,
         "binding": {name: b.limit for name, b in bounds.items()},
         "l2_over_binding": {name: b.times["l2"] / b.seconds for name, b in bounds.items()},
     }
@@ -132,7 +199,8 @@ def predicted(ptxsim: ModuleType, arch: Arch, grid: int, counts: dict[str, Any])
             ptxsim, gpu, arch.dim, grid * grid, act=arch.act or "gelu"
         )
         stem = gpu_stem.predict(ptxsim, gpu, arch.dim, arch.patch_size, grid * arch.patch_size)
-        block = max(real.values()) + 1e6 * pointwise["expected"]
+        depthwise_us, pointwise_us = max(real.values()), 1e6 * pointwise["expected"]
+        block = depthwise_us + pointwise_us
         at_peak = max(us["fma"], us["dram"]) + 1e6 * pointwise["bound"]
         rows[gpu] = {
             "depthwise_us": us,
@@ -145,62 +213,243 @@ def predicted(ptxsim: ModuleType, arch: Arch, grid: int, counts: dict[str, Any])
                 "stem": stem["limit"],
             },
             "us_per_block": block,
+            "sum": f"{arch.depth} ({depthwise_us:.2f} + {pointwise_us:.2f}) "
+            f"+ {1e6 * stem['expected']:.2f}",
             "img_per_s": 1e6 / (arch.depth * block + 1e6 * stem["expected"]),
             "img_per_s_at_peak": 1e6 / (arch.depth * at_peak + 1e6 * stem["bound"]),
         }
     return rows
 
 
+#: Of the L2 line, which counts every request as if L1 never hit, over the binding one.
+MOST_L2 = 1.2
+#: Vendors' figures.
+L1_KIB = {"A100": 192, "RTX 4090": 128, "H100": 256}
+MMA_SYNC = (80, 86, 89, 120)
+
+
+def _dtypes(*names: str) -> Callable[[dict[str, Any]], bool]:
+    return lambda r: r["dtype"] in names
+
+
+def _bars(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(bar, what is asked, the worst that was found and where) for every static bar."""
+    rows = result["static"]
+    half, single = _dtypes("bfloat16", "float16"), _dtypes("float32")
+    found: list[tuple[str, str, str]] = []
+
+    def bar(
+        text: str,
+        asked: str,
+        value: Callable[[dict[str, Any]], float],
+        op: str,
+        when: Callable[[dict[str, Any]], bool] = lambda r: True,
+        least: bool = False,
+        digits: int = 0,
+    ) -> None:
+        here = [r for r in rows if r["op"] == op and when(r)]
+        if not here:
+            return
+        r = (min if least else max)(here, key=value)
+        where = f"sm_{r['architecture']}, {r['dtype']}, {r['kernel']}"
+        found.append((f"{op}: {text}", asked, f"{value(r):.{digits}f} ({where})"))
+
+    def narrowest(key: str) -> Callable[[dict[str, Any]], float]:
+        return lambda r: min(map(int, r[key]))
+
+    dw, pw, stem = "depthwise_mix", "pointwise_mix", "patch_embed"
+    bar("local loads and stores", "0", lambda r: r["spills"], dw)
+    bar("bytes of stack", "0", lambda r: r["stack"], dw)
+    bar("registers", "<= 128", lambda r: r["registers"], dw)
+    bar("bytes of shared memory", "<= 49152", lambda r: r["shared"], dw)
+    for k, least, goal in ((9, "0.70", "0.77"), (7, "0.67", "0.77")):
+        bar(
+            f"FMA in the hot loop, k = {k}, 16 bits",
+            f">= {least} (goal {goal})",
+            lambda r: r["fma_share"],
+            dw,
+            lambda r, k=k: r["k"] == k and half(r),
+            least=True,
+            digits=3,
+        )
+    bar(
+        "FMA in the hot loop, k = 7 and 9, float32",
+        ">= 0.85 (goal 0.90)",
+        lambda r: r["fma_share"],
+        dw,
+        lambda r: r["k"] >= 7 and single(r),
+        least=True,
+        digits=3,
+    )
+    for k, reuse in ((9, "4.0"), (7, "3.5")):
+        bar(
+            f"FMA a loaded value, k = {k}",
+            f">= {reuse}",
+            lambda r: r["fma_per_load"],
+            dw,
+            lambda r, k=k: r["k"] == k,
+            least=True,
+            digits=2,
+        )
+    bar("conversions a loaded value", "<= 1", lambda r: r["unpack_per_load"], dw, digits=3)
+    bar("16-bit accesses", "0", lambda r: r["narrow"], dw)
+    bar("bits a load", ">= 64", narrowest("load_bits"), dw, least=True)
+    bar("bits a store", "64 to 128", narrowest("store_bits"), dw, least=True)
+    bar("predicated loads in the hot loop", "0", lambda r: r["predicated"], dw)
+    bar("divisions and modulos in the hot loop", "0", lambda r: r["division"], dw)
+    for op in (pw, stem):
+        bar("local loads and stores", "0", lambda r: r["spills"], op)
+        bar(
+            "HMMA a LDSM, where wgmma and tcgen05 are not",
+            ">= 3",
+            lambda r: r["mma"] / max(1, r["ldsm"]),
+            op,
+            lambda r: r["architecture"] in MMA_SYNC and r["dtype"] != "float32",
+            least=True,
+            digits=2,
+        )
+        for limit, architectures in ((163, (80,)), (99, (86, 89, 120)), (227, (90, 100))):
+            bar(
+                f"KiB of shared memory, {', '.join(f'sm_{a}' for a in architectures)}",
+                f"<= {limit}",
+                lambda r: r["shared"] / 1024,
+                op,
+                lambda r, of=architectures: r["architecture"] in of,
+                digits=1,
+            )
+        bar(
+            "bits a store, without the copy engine",
+            "128",
+            lambda r: min(map(int, r["store_bits"]), default=128),
+            op,
+            least=True,
+        )
+        bar("special functions an output", "<= 2", lambda r: r["special_per_output"], op, digits=2)
+        bar("calls in the tile's end", "0", lambda r: r["calls"], op)
+    asked = "HMMA.16816.F32 (HGMMA on sm_90, UTCHMMA on sm_100), LDSM.x4, LDGSTS.128, no branch in "
+    asked += "the tile's end"
+    products = [r["broken_bars"] for r in rows if r["op"] == pw]
+    found.append(
+        (
+            "pointwise_mix: instructions",
+            asked,
+            f"{products.count([])} of {len(products)} builds",
+        )
+    )
+    slowest = max(result["seconds_to_compile"], key=result["seconds_to_compile"].__getitem__)
+    found.append(
+        (
+            "seconds to compile, of the large tiles in bfloat16",
+            "< 30",
+            f"{result['seconds_to_compile'][slowest]:.1f} ({slowest})",
+        )
+    )
+    return found
+
+
+def _exceptions(result: dict[str, Any]) -> list[str]:
+    """Every bar that a shipped kernel does not meet, by the reason."""
+    by_reason: dict[str, list[str]] = {}
+    for r in result["static"]:
+        where = f"{r['op']} sm_{r['architecture']} {r['dtype']} {r['kernel']}"
+        for text, reason in r["exceptions"]:
+            by_reason.setdefault(reason, []).append(f"{where}: {text}")
+    out = []
+    for reason, texts in by_reason.items():
+        shown = "; ".join(texts[:4]) + (f"; and {len(texts) - 4} more" if len(texts) > 4 else "")
+        out.append(f"* **{reason[0].upper()}{reason[1:]}.** {shown}.")
+    why = gpu_depthwise.WHY_MASKED
+    out.append(
+        f"* **{why[0].upper()}{why[1:]}.** depthwise_mix, not in the table: up to "
+        f"{gpu_depthwise.MOST_REGISTERS_MASKED} registers, {gpu_depthwise.MOST_REGISTERS} wanted."
+    )
+    for name, r in result["simulated"].items():
+        for gpu, ratio in r["l2_over_binding"].items():
+            if ratio > MOST_L2:
+                left = ratio * r["program_bytes_per_output"] / r["requested_bytes_per_output"]
+                out.append(
+                    "* **The line of L2 counts every request, as if L1 never hit.** "
+                    f"{name}, {gpu}: {ratio:.2f} of the binding line ({r['binding'][gpu]}), "
+                    f"{MOST_L2} wanted. A program's window and taps are {r['program_kib']:.0f} "
+                    f"KiB, of which those of {L1_KIB[gpu] // r['program_kib']:.0f} programs fit "
+                    f"the {L1_KIB[gpu]} KiB of L1; with each byte of them from L2 once, it is "
+                    f"{left:.2f}."
+                )
+    return out
+
+
 def markdown(result: dict[str, Any]) -> str:
     out = ["# GPU kernels before they run", ""]
     out += ["**Predicted. Nothing here was timed: no GPU has run these kernels.**", ""]
-    out += [f"## Machine code, by Triton {result['triton']}", ""]
+    out += ["## Static bars", ""]
+    out += [f"Of {len(result['static'])} builds by Triton {result['triton']}, the worst:", ""]
+    out += ["| bar | asked | found |", "|---|---|---|"]
+    out += [f"| {' | '.join(row)} |" for row in _bars(result)]
+    broken = sum(bool(r["broken_bars"]) for r in result["static"])
+    out += ["", f"Not met and not excused: {broken} builds. Exceptions, and why:", ""]
+    out += _exceptions(result)
+    out += ["", f"## Machine code, by Triton {result['triton']}", ""]
     out += [
         "`programs`: how many of a kernel's programs share a multiprocessor; `loop`: the share of",
         "float32 multiply-adds among the hot loop's instructions (sm_100 does two in one), or its",
-        "matrix instructions.",
+        "matrix instructions; `bars`: what is not met, (with brackets) for a reason given above.",
+        "Tiles: columns x rows x channels, or pixels x channels x terms.",
         "",
     ]
     out += ["| arch | kernel | dtype | | registers | stack | shared | programs | loop | bars |"]
     out += ["|---|---|---|---|---|---|---|---|---|---|"]
     for r in result["static"]:
         loop = _matrix_instruction(r) or f"{r['fma_share']:.3f}"
+        bars = [*r["broken_bars"], *(f"({text})" for text, _ in r["exceptions"])]
         out.append(
             f"| sm_{r['architecture']} | {r['op']} | {r['dtype']} | {r['kernel']} "
             f"| {r['registers']} | {r['stack']} | {r['shared']} | {r['programs']} | {loop} "
-            f"| {'; '.join(r['broken_bars']) or 'met'} |"
+            f"| {'; '.join(bars) or 'met'} |"
         )
     out += ["", "## The depthwise half in the simulator, bfloat16, for one output", ""]
-    out += ["| variant | instructions | FMA | bytes asked | bytes once | binding |"]
-    out += ["|---|---|---|---|---|---|"]
+    out += [
+        "Of one image and two blocks of 64 channels: all blocks of 64 are alike, so that the width",
+        "changes nothing. `once`: bytes read and written if every sector moves once; `/ ideal`:",
+        "what of that is read, over input and taps (at most 1.05); `L2 / binding`: the time of all",
+        f"requests through L2, as if L1 never hit, over the binding line's (at most {MOST_L2}).",
+        "",
+    ]
+    gpus = list(GPUS)
+    out += ["| variant | k | grid | instructions | FMA | bytes asked | once | / ideal | binding |"]
+    out[-1] += f" L2 / binding: {', '.join(gpus)} |"
+    out += ["|---|---|---|---|---|---|---|---|---|---|"]
     for name, r in result["simulated"].items():
+        ratios = ", ".join(f"{r['l2_over_binding'][g]:.2f}" for g in gpus)
         out.append(
-            f"| {name} | {r['warp_instructions_per_output']:.0f} | {r['fma_per_output']:.1f} "
+            f"| {name} | {r['k']} | {r['grid']} x {r['grid']} "
+            f"| {r['warp_instructions_per_output']:.0f} | {r['fma_per_output']:.1f} "
             f"| {r['requested_bytes_per_output']:.1f} | {r['footprint_bytes_per_output']:.2f} "
-            f"| {', '.join(f'{g} {b}' for g, b in r['binding'].items())} |"
+            f"| {r['footprint_over_ideal']:.3f} "
+            f"| {', '.join(f'{g} {b}' for g, b in r['binding'].items())} "
+            f"| {ratios} |"
         )
     shares = gpu_pointwise.REACHED
     out += ["", "## Predicted images a second, bfloat16, large batches, without the head", ""]
     out += [
-        "1e6 / (depth * (depthwise + pointwise) + stem), each the longest of its lines in",
+        "1e6 / (depth (depthwise + pointwise) + stem), each the longest of its lines in",
         f"microseconds an image, at {shares['tensor']:.0%} of the tensor rate, {DRAM_SHARE:.0%} of "
         f"bandwidth, {FMA_SHARE:.0%} of the",
         "multipliers and every issue slot; in brackets without the depthwise half's issue line, at",
-        "100 % of the others.",
+        "100 % of the others. Lines at 100 %, in microseconds:",
         "",
     ]
     out += ["| variant | GPU | depthwise: FMA / issue / DRAM | pointwise: tensor / DRAM | stem |"]
     out[-1] += " bound by | img/s |"
     out += ["|---|---|---|---|---|---|---|"]
-    for name, gpus in result["predicted"].items():
-        for gpu, r in gpus.items():
+    for name, cards in result["predicted"].items():
+        for gpu, r in cards.items():
             depthwise = " / ".join(f"{v:.2f}" for v in r["depthwise_us"].values())
             pointwise = " / ".join(f"{r['pointwise_us'][line]:.2f}" for line in ("tensor", "dram"))
             stem = r["stem_us"][r["bound_by"]["stem"]]
             out.append(
                 f"| {name} | {gpu} | {depthwise} | {pointwise} | {stem:.2f} "
-                f"| {', '.join(r['bound_by'].values())} "
-                f"| {r['img_per_s']:.0f} ({r['img_per_s_at_peak']:.0f}) |"
+                f"| {', '.join(r['bound_by'].values())} | 1e6 / ({r['sum']}) = "
+                f"{r['img_per_s']:.0f} ({r['img_per_s_at_peak']:.0f}) |"
             )
     return "\n".join(out) + "\n"
 
@@ -226,6 +475,7 @@ def main() -> None:
         "measured": False,
         "triton": support.triton_version(),
         "static": static,
+        "seconds_to_compile": seconds_to_compile(ptxsim, options.architectures),
         "simulated": {},
         "predicted": {},
     }

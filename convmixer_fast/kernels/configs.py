@@ -379,9 +379,9 @@ def pointwise_candidates(
     return tuple(dict.fromkeys(found))
 
 
-#: The stem multiplies 0.6 % of the network's terms (C p p = 147 or 588 for an RGB image): one tile
-#: everywhere. Its left operand is gathered through registers, an address and an element each, and
-#: 64 x 16 of those over 128 threads fit beside 64 sums in 168 registers: three programs a
+#: The stem multiplies 0.5 to 2.6 % of the network's terms (C p p = 147 or 588 for an RGB image):
+#: one tile everywhere. Its left operand is gathered through registers, an address and an element
+#: each, and 64 x 16 of those over 128 threads fit beside 64 sums in 168 registers: three programs a
 #: multiprocessor hide what no asynchronous copy does here.
 STEM = PointwiseConfig(64, 128, 16)
 #: float32: the operands take twice the room.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from eyes import assert_bars, compiler
+from eyes import assert_bars, compiler, rocm_compiler, skip_code_without_loops
 from simulator import ptxsim
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -29,7 +29,8 @@ def meets_the_bars(
     config: DepthwiseConfig, architecture: int, dtype: torch.dtype, k: int, **of: object
 ) -> None:
     built = gpu_depthwise.build(ptxsim(), config, architecture, dtype, k, **of)
-    assert_bars(gpu_depthwise.broken_bars(built, config, dtype, k))
+    skip_code_without_loops(built.report)
+    assert_bars(gpu_depthwise.bars(built, config, dtype, k).broken)
 
 
 @pytest.mark.parametrize(
@@ -54,9 +55,7 @@ def test_the_published_variants_meet_the_bars(
 def test_rows_of_few_tiles_do_not_spill(edges: str) -> None:
     config = lookup_depthwise(BF16, 9, 1536)
     built = gpu_depthwise.build(ptxsim(), config, 90, BF16, 9, edges=edges)
-    f = gpu_depthwise.facts(built, config, 9)
-    assert (f["spills"], f["stack"], f["narrow"]) == (0, 0, 0)
-    assert f["registers"] <= 128
+    assert_bars(gpu_depthwise.rows_of_tiles_bars(built, config, BF16, 9, edges).broken)
 
 
 def test_odd_channels_compile_without_spilling() -> None:
@@ -69,39 +68,38 @@ def test_odd_channels_compile_without_spilling() -> None:
 def test_kernels_of_31_taps_fit_the_registers() -> None:
     config = lookup_depthwise(BF16, 31, 256)
     built = gpu_depthwise.build(ptxsim(), config, 80, BF16, 31, channels=256, edges="one")
-    f = gpu_depthwise.facts(built, config, 31)
-    assert (f["spills"], f["stack"]) == (0, 0)
-    assert f["registers"] <= 128
+    assert_bars(gpu_depthwise.rows_of_tiles_bars(built, config, BF16, 31).broken)
 
 
 def test_the_tile_compiles_for_gfx942() -> None:
     config = lookup_depthwise(BF16, 9, 1536)
-    built = gpu_depthwise.build_hip(config, "gfx942", BF16, 9)
+    with rocm_compiler():
+        built = gpu_depthwise.build_hip(config, "gfx942", BF16, 9)
     assert "v_fma" in built.asm["amdgcn"] or "v_pk_fma_f32" in built.asm["amdgcn"]
     assert built.metadata.shared == 0
 
 
+# The first parameter varies fastest: a run that is cut short has seen every architecture and dtype.
 @pytest.mark.gpu_static_full
-@pytest.mark.parametrize("k", SIZES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("channels", [256, 768, 1024, 1536])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", SIZES[::-1])
+@pytest.mark.parametrize("channels", [1536, 32])
 def test_every_shipped_tile(architecture: int, dtype: torch.dtype, k: int, channels: int) -> None:
     config = lookup_depthwise(dtype, k, channels)
     meets_the_bars(config, architecture, dtype, k, channels=channels)
 
 
 @pytest.mark.gpu_static_full
-@pytest.mark.parametrize("k", SIZES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("edges", ["one", "two", "any"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("k", SIZES[::-1])
 def test_every_row_of_tiles(architecture: int, dtype: torch.dtype, k: int, edges: str) -> None:
     config = lookup_depthwise(dtype, k, 1536)
     built = gpu_depthwise.build(ptxsim(), config, architecture, dtype, k, edges=edges)
-    f = gpu_depthwise.facts(built, config, k)
-    assert (f["spills"], f["stack"], f["narrow"]) == (0, 0, 0)
-    assert f["registers"] <= 128
+    skip_code_without_loops(built.report)
+    assert_bars(gpu_depthwise.rows_of_tiles_bars(built, config, dtype, k, edges).broken)
 
 
 @pytest.mark.gpu_static_full
@@ -111,7 +109,8 @@ def test_every_tile_compiles_for_gfx942(dtype: torch.dtype, k: int) -> None:
     for row in DEPTHWISE:
         if k in row.kernel_sizes:
             channels = 1536 if 1536 in row.channels else 32
-            gpu_depthwise.build_hip(row.config, "gfx942", dtype, k, channels=channels)
+            with rocm_compiler():
+                gpu_depthwise.build_hip(row.config, "gfx942", dtype, k, channels=channels)
 
 
 def test_every_row_has_a_reason_and_can_be_reached() -> None:

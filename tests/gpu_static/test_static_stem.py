@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from eyes import assert_bars, compiler
+from eyes import assert_bars, compiler, skip_code_without_loops
 from simulator import ptxsim
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -29,7 +29,8 @@ def meets_the_bars(
     **of: object,
 ) -> None:
     built = gpu_stem.build(ptxsim(), architecture, dtype, tf32=tf32, uint8=uint8, **of)
-    assert_bars(gpu_stem.broken_bars(built, dtype, tf32, uint8))
+    skip_code_without_loops(built.report)
+    assert_bars(gpu_stem.bars(built, dtype, tf32, uint8).broken)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -48,7 +49,7 @@ def test_float32_meets_the_bars_on_80() -> None:
 
 @pytest.mark.gpu_static_full
 @pytest.mark.parametrize("uint8", [False, True], ids=["float", "uint8"])
-@pytest.mark.parametrize(("dim", "patch"), [(1536, 7), (768, 7), (1024, 14)])
+@pytest.mark.parametrize(("dim", "patch"), [(1536, 7), (1024, 14)])
 @pytest.mark.parametrize(
     ("dtype", "tf32"), [(BF16, False), (FP16, False), (FP32, True), (FP32, False)]
 )
