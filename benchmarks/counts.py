@@ -126,14 +126,19 @@ def count_cpu() -> Counts:
         if len(parts) != len(CPU_CASES):
             raise RuntimeError(f"valgrind saw {len(parts)} calls, not {len(CPU_CASES)}")
         return {
-            name: inclusive(part.read_text(), _FUNCTIONS[case["op"]].rstrip("*"))
+            name: inclusive(part.read_text(), _FUNCTIONS[case["op"]])
             for (name, case), part in zip(CPU_CASES.items(), parts, strict=True)
         }
 
 
-#: What a case calls, as callgrind spells it.
+#: What a case calls, as callgrind spells it: whole, since a function's lambdas begin like it.
 _FUNCTIONS = {
-    name: f"convmixer_fast::{name}(*" for name in ("depthwise_mix", "channel_mix", "mixer_stack")
+    name: f"convmixer_fast::{name}({parameters})"
+    for name, parameters in {
+        "depthwise_mix": "convmixer_fast::DepthwiseMix const&, convmixer_fast::Layout, int",
+        "channel_mix": "convmixer_fast::ChannelMix const&, int",
+        "mixer_stack": "convmixer_fast::MixerStack const&, long, long, int",
+    }.items()
 }
 
 
@@ -147,9 +152,7 @@ def inclusive(profile: str, function: str) -> int:
     names = dict(re.findall(r"^c?fn=(\(\d+\)) (.+)$", profile, re.MULTILINE))
     found = re.findall(r"^cfn=(\(\d+\)).*\ncalls=(\d+) ?.*\n\S+ (\d+)$", profile, re.MULTILINE)
     calls = [
-        (int(calls), int(cost))
-        for number, calls, cost in found
-        if names.get(number, "").startswith(function)
+        (int(calls), int(cost)) for number, calls, cost in found if names.get(number) == function
     ]
     if [count for count, _ in calls] != [1]:
         raise ValueError(f"the profile has {calls} as calls of {function}, not one")

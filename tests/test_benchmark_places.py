@@ -281,6 +281,7 @@ def test_extra_info_says_where_with_what_and_everything_of_each_system():
 def test_the_batch_pipeline_is_a_suite_too_and_loses_no_group(tmp_path, monkeypatch):
     suite, inference, report = _load("test_pipeline"), _load("inference"), _load("report")
     monkeypatch.setattr(inference, "MODELS", {"small": (8, 1, 3, 32), "other": (16, 1, 3, 32)})
+    monkeypatch.setattr(inference, "SHARES", {"small": 1, "other": 1})
     monkeypatch.setattr(inference, "BATCH", 2)
     benchmark = Benchmark()
     recorder = recording.Recorder(None, resume=False)

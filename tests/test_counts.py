@@ -126,12 +126,12 @@ calls=1 0
 
 
 def test_a_count_is_that_of_one_call_with_all_it_calls():
-    function = "convmixer_fast::channel_mix("
+    function = "convmixer_fast::channel_mix(convmixer_fast::ChannelMix const&, int)"
     assert counts.inclusive(PROFILE, function) == 4400
     with pytest.raises(ValueError, match="not one"):
         counts.inclusive(PROFILE + "cfn=(1)\ncalls=1 0\n0 4400\n", function)
     with pytest.raises(ValueError, match="not one"):
-        counts.inclusive(PROFILE, "convmixer_fast::mixer_stack(")
+        counts.inclusive(PROFILE, "convmixer_fast::mixer_stack(int)")
 
 
 def test_stored_counts_are_of_the_cases_that_are_counted():

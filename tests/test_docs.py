@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from convmixer_fast import ConvMixer, cli, save_checkpoint
+from convmixer_fast.inference.predictor import MAX_MEMORY
 
 ROOT = Path(__file__).parents[1]
 # At the end of the path: the benchmarks' names must not hide those of the tests.
@@ -186,7 +187,11 @@ FIGURE = re.compile(
     r"|times (?:faster|slower|the)|seconds|minutes|hours)"
 )
 #: Settings, and what says so.
-SETTINGS = {"3 %": counts.TOLERANCE == 0.03}
+SETTINGS = {
+    "3 %": counts.TOLERANCE == 0.03,
+    "1 GiB": MAX_MEMORY["cpu"] == 2**30,
+    "8 GiB": MAX_MEMORY["cuda"] == 2**33,
+}
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda p: p.stem)

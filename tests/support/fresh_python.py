@@ -60,8 +60,10 @@ def surroundings(env: Mapping[str, str] | None = None) -> dict[str, Any]:
     Also for what starts Pythons by itself, as Ray does: it hands its folder on to its workers.
     """
     variables = {**os.environ, **(env or {})}
-    # Options for this run of pytest are not for one inside it, whose coverage would be its own.
-    variables.pop("PYTEST_ADDOPTS", None)
+    # Options for this run of pytest are not for one inside it, whose coverage would be its own,
+    # and whose benchmarks are not switched off by workers beside it.
+    for name in [n for n in variables if n == "PYTEST_ADDOPTS" or n.startswith("PYTEST_XDIST_")]:
+        del variables[name]
     if not _is_found_anywhere():
         paths = [str(HOME), *filter(None, [variables.get("PYTHONPATH")])]
         variables["PYTHONPATH"] = os.pathsep.join(paths)
