@@ -827,6 +827,18 @@ def test_batches_of_several_shapes_keep_every_image(images):
         assert torch.equal(got, load_image(path, prepare))
 
 
+def test_batches_take_images_that_numpy_cannot_see(images):
+    class Half(Preprocessing):
+        def __call__(self, image: Image.Image) -> torch.Tensor:
+            return super().__call__(image).bfloat16()
+
+    paths = sorted(images.rglob("*.*g"))
+    [batch] = image_batches(paths, Half((3, 16, 16)), 8, 1)
+    assert not batch.failures
+    for path, got in zip(paths, batch.images, strict=True):
+        assert torch.equal(got, load_image(path, Preprocessing((3, 16, 16))).bfloat16())
+
+
 def test_batches_refuse_what_makes_no_sense(images):
     with pytest.raises(ValueError, match="batch_size"):
         next(image_batches([images / "a1.png"], Preprocessing(), 0))

@@ -67,7 +67,10 @@ class _Slots:
         self._lock = Lock()
 
     def put(self, i: int, image: Tensor) -> Tensor:
-        """The image at its place; as it is, if the first one had another shape."""
+        """The image at its place; as it is, if the first one had another shape, and if NumPy cannot
+        see it: on a device, in bfloat16, with a gradient."""
+        if image.device.type != "cpu" or image.dtype == torch.bfloat16 or image.requires_grad:
+            return image
         with self._lock:
             if self.room is None:
                 self.room = torch.empty(self._count, *image.shape, dtype=image.dtype)
