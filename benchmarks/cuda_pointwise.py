@@ -95,7 +95,7 @@ EXCEPTIONS = (
         (8.1, 10.8),
         "No asynchronous copy is as narrow as an element: each is loaded to a register that was "
         "zeroed before, two are packed into a word, and words stored to shared memory. "
-        "Bytes: the two elements of a word are two requests. " + _NARROW_STORES,
+        "The two elements of a word are two requests. " + _NARROW_STORES,
         traffic=2.3,
     ),
 )

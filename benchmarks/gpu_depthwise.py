@@ -24,14 +24,20 @@ LEAST_REUSE = {9: 4.0, 7: 3.5}
 MOST_REGISTERS = 128
 #: Under masks, in float32: three programs a multiprocessor instead of four.
 MOST_REGISTERS_MASKED = 138
+#: Which (edges, dtype, k, architecture) those are.
+MASKED = {
+    ("any", torch.float32, 9, 100),
+    *(("any", torch.float32, 7, architecture) for architecture in (86, 89, 90)),
+}
 WHY_MASKED = "images narrower than a tile, in float32: masks take registers, and nothing spills"
 #: Conversions a loaded value: one; more only for the reason given.
 MOST_UNPACK, MOST_COUNTED = 1.0, 1.06
 WHY_COUNTED = "one shift of an address is among those counted as conversions"
 #: What the tile for few channels (this many) may miss, how far, and why.
 FEW = 32
-#: Spills there, and in rows of two tiles.
+#: Spills there, and in these rows of two tiles.
 MOST_SPILLS_OUTSIDE = 2
+SPILLING = {("two", torch.float32, 3, 80)}
 WHY_SPILLS = (
     "few channels, or rows of two tiles: a value that the end of a tile needs waits on the stack, "
     "outside every loop"
@@ -154,17 +160,17 @@ def rows_of_tiles_bars(
     """The static bars of every row of tiles, also where images are one or two tiles wide."""
     f, found = facts(built, config, k), Bars()
     waiting = f["spills"] <= MOST_SPILLS_OUTSIDE and f["spills_in_loops"] == 0
-    waiting = waiting and (config.channels == FEW or edges == "two")
+    build = (edges, dtype, k, built.arch)
     found.bar(
         f["spills"] == 0 and f["stack"] == 0,
         f"{f['spills']} spills, {f['stack']} bytes of stack",
-        WHY_SPILLS if waiting else "",
+        WHY_SPILLS if waiting and (config.channels == FEW or build in SPILLING) else "",
     )
-    masked = edges == "any" and dtype == torch.float32
+    masked = build in MASKED and f["registers"] <= MOST_REGISTERS_MASKED
     found.bar(
         f["registers"] <= MOST_REGISTERS,
         f"{f['registers']} registers",
-        WHY_MASKED if masked and f["registers"] <= MOST_REGISTERS_MASKED else "",
+        WHY_MASKED if masked else "",
     )
     found.bar(f["shared"] <= 48 * 1024, f"{f['shared']} bytes of shared memory")
     found.bar(f["narrow"] == 0, f"{f['narrow']} accesses of 16 bits")

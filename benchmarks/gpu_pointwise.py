@@ -184,8 +184,9 @@ def bars(built: Any, config: PointwiseConfig, dtype: torch.dtype, tf32: bool = F
         )
         last = max(i for i, s in enumerate(report.sass) if s.base == "HMMA")
         # The loop's own branch, and a jump over what serves an empty sum.
-        turns = [s.opcode for s in report.sass[last:] if s.base == "BRA" and s.predicate]
-        bar(len(turns) <= 1, f"{turns} after the last HMMA")
+        ends = [s for s in report.sass[last:] if s.base in ("BRA", "CALL")]
+        turns = [s.opcode for s in ends if s.predicate or s.base == "CALL"]
+        bar(len(turns) <= 1 and "CALL" not in f["features"], f"{turns} after the last HMMA")
     return found
 
 
