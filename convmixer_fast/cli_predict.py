@@ -27,6 +27,7 @@ from .cli_common import (
 
 if TYPE_CHECKING:
     from .inference import HeatmapFolder, Outcome, Predictor, ResultFile
+    from .inference.remote import Location
     from .inference.results import Row
 
 # As in `inference.files.FORMATS` and `inference.results.OUTPUT_TYPES`, which the tests compare:
@@ -44,7 +45,8 @@ def add_predict(sub: argparse.ArgumentParser) -> None:
         "paths",
         nargs="*",
         metavar="PATH",
-        help="images, folders of .png, .jpg, .jpeg, and patterns such as 'photos/**/*.webp'",
+        help="images, folders of .png, .jpg, .jpeg, and patterns such as 'photos/**/*.webp'; also "
+        "as URLs, such as s3://bucket/photos/ (needs s3fs; gcsfs for gs://, adlfs for az://)",
     )
     sub.add_argument(
         "--data-dir", metavar="DIR", help="another folder of images; with --image-list, its root"
@@ -246,6 +248,15 @@ def _summary(
 
 
 def _results_path(args: argparse.Namespace) -> Path | None:
+    from .inference.remote import is_url
+
+    for flag in ("results_file", "results_dir", "errors_file", "heatmap"):
+        name = getattr(args, flag)
+        if name and is_url(name):
+            raise ValueError(
+                f"--{flag.replace('_', '-')} {name}: results are written on this machine: name a "
+                "file there, and copy it when it is finished"
+            )
     name = args.results_file
     if name is None:
         if args.results_dir is None:
@@ -254,11 +265,11 @@ def _results_path(args: argparse.Namespace) -> Path | None:
     return Path(args.results_dir or "", name)
 
 
-def _images(args: argparse.Namespace) -> list[Path]:
+def _images(args: argparse.Namespace) -> list[Location]:
     from .inference import find_images, read_image_list
 
     inputs = list(args.paths)
-    listed: list[Path] = []
+    listed: list[Location] = []
     if args.image_list:
         listed = read_image_list(args.image_list, args.image_column, args.data_dir or "")
     elif args.data_dir:
@@ -268,7 +279,7 @@ def _images(args: argparse.Namespace) -> list[Path]:
     return list(dict.fromkeys([*find_images(inputs), *listed]))
 
 
-def _heatmaps(args: argparse.Namespace, paths: list[Path]) -> HeatmapFolder | None:
+def _heatmaps(args: argparse.Namespace, paths: list[Location]) -> HeatmapFolder | None:
     from .inference import HeatmapFolder
 
     if not args.heatmap:
@@ -314,7 +325,7 @@ def _results(args: argparse.Namespace, target: Path, predictor: Predictor) -> Re
 def _outcomes(
     args: argparse.Namespace,
     predictor: Predictor,
-    paths: list[Path],
+    paths: list[Location],
     heatmaps: HeatmapFolder | None,
 ) -> Iterator[Outcome]:
     if args.engine == "local":

@@ -827,6 +827,18 @@ def test_batches_of_several_shapes_keep_every_image(images):
         assert torch.equal(got, load_image(path, prepare))
 
 
+def test_batches_take_what_a_subclass_returns(images):
+    class Flipped(Preprocessing):
+        def __call__(self, image: Image.Image) -> torch.Tensor:
+            return super().__call__(image).flip(-1)
+
+    paths = sorted(images.rglob("*.*g"))
+    [batch] = image_batches(paths, Flipped((3, 16, 16)), 8, 2)
+    for path, got in zip(paths, batch.images, strict=True):
+        assert torch.equal(got, load_image(path, Preprocessing((3, 16, 16))).flip(-1))
+    assert in_one_piece(batch.images).data_ptr() == batch.images[0].data_ptr()
+
+
 def test_batches_take_images_that_numpy_cannot_see(images):
     class Half(Preprocessing):
         def __call__(self, image: Image.Image) -> torch.Tensor:

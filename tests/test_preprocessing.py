@@ -315,3 +315,26 @@ def test_natural_key_compares_any_two_names():
     names = ["a10", "a9", "10", "9a", "", "\u0663", "\u00b2"]
     assert sorted(["a10", "a9", "A8"], key=natural_key) == ["A8", "a9", "a10"]
     assert len(sorted(names, key=natural_key)) == len(names)
+
+
+def test_a_given_place_is_written_and_nothing_beside_it():
+    prepare = Preprocessing((3, 24, 20))
+    picture = random_image(50, 40)
+    around = torch.full((3, 3, 24, 20), 7.0)
+    assert prepare(picture, around[1]).data_ptr() == around[1].data_ptr()
+    assert torch.equal(around[1], prepare(picture))
+    assert bool((around[[0, 2]] == 7).all())
+
+
+@pytest.mark.parametrize("name", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "TGA", "ICO"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])
+def test_every_format_is_read_as_pillow_converts_it(tmp_path, name, mode):
+    if mode == "RGBA" and name in ("JPEG", "BMP", "PPM"):
+        mode = "RGB"
+    path = tmp_path / "image"
+    random_image(40, 30, mode).save(path, name)
+    for channels, kind in ((3, "RGB"), (1, "L")):
+        with Image.open(path) as expected:
+            assert np.array_equal(read_image(path, channels), expected.convert(kind))
+        # It is whole: nothing is read later, from a file that is closed.
+        assert read_image(path, channels).resize((5, 5)).size == (5, 5)

@@ -127,6 +127,14 @@ def test_rows_are_those_of_one_machine_to_the_last_bit(cluster, model, paths, lo
     assert list(predict_files(predictor, [])) == []
 
 
+def test_workers_read_what_urls_lead_to(cluster, model, paths, local):
+    predictor = Predictor(model, preprocessing=PREPARE, batch_size=8)
+    found = collect(predict_files(predictor, [f"file://{path}" for path in paths], actors=2))
+    for there, here in zip(found, local, strict=True):
+        names = [one.filename.removeprefix("file://") for one in there]
+        assert [a._replace(filename=n) for a, n in zip(there, names, strict=True)] == here
+
+
 def test_a_killed_worker_loses_and_repeats_nothing(cluster, model, paths, local, tmp_path):
     outcomes = predict_files(slow_predictor(model, tmp_path, 2), paths, actors=2, workers=1)
     first = next(outcomes)

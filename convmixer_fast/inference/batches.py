@@ -6,7 +6,6 @@ import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from pathlib import Path
 from threading import Lock
 from typing import NamedTuple, Protocol, TypeAlias
 
@@ -16,6 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from .images import ImageError, read_image
+from .preprocessing import Preprocessing
+from .remote import Location
 from .sources import Source
 
 #: An image as a model takes it: (C, H, W), or rows to stream of one too large for that.
@@ -25,7 +26,7 @@ Prepared: TypeAlias = Tensor | Source
 class Batch(NamedTuple):
     """Images that were read, with their paths, and errors of the others."""
 
-    paths: list[Path]
+    paths: list[Location]
     images: list[Prepared]
     failures: list[ImageError]
 
@@ -41,14 +42,21 @@ class Prepare(Protocol):
         """(C, H, W), float32."""
 
 
-def load_image(path: str | os.PathLike[str], preprocessing: Prepare) -> Prepared:
+def load_image(
+    path: str | os.PathLike[str], preprocessing: Prepare, out: Tensor | None = None
+) -> Prepared:
     """One file -> (C, H, W) float32.
+
+    Args:
+        out: where to write it, for a `Preprocessing`.
 
     Raises:
         ImageError: the file cannot be read, or is of a shape that cannot be prepared.
     """
     image = read_image(path, preprocessing.channels)
     try:
+        if out is not None and isinstance(preprocessing, Preprocessing):
+            return preprocessing(image, out)
         return preprocessing(image)
     except (ValueError, MemoryError) as error:
         raise ImageError.about(path, str(error) or "not enough memory") from error
@@ -65,6 +73,13 @@ class _Slots:
     def __init__(self, count: int, room: Tensor | None) -> None:
         self._count, self.room = count, room
         self._lock = Lock()
+
+    def place(self, i: int, shape: Sequence[int]) -> Tensor:
+        """Where an image of this shape, float32, is to be written."""
+        with self._lock:
+            if self.room is None:
+                self.room = torch.empty(self._count, *shape)
+        return self.room[i]
 
     def put(self, i: int, image: Tensor) -> Tensor:
         """The image at its place; as it is, if the first one had another shape, and if NumPy cannot
@@ -98,7 +113,7 @@ def in_one_piece(images: Sequence[Tensor]) -> Tensor:
 
 
 def image_batches(
-    paths: Sequence[Path],
+    paths: Sequence[Location],
     preprocessing: Prepare,
     batch_size: int,
     workers: int = 2,
@@ -117,13 +132,19 @@ def image_batches(
     if workers < 0:
         raise ValueError(f"workers must not be negative, got {workers}")
 
-    def attempt(path: Path) -> Prepared | ImageError:
+    def attempt(path: Location, out: Tensor | None = None) -> Prepared | ImageError:
         try:
-            return load_image(path, preprocessing)
+            return load_image(path, preprocessing, out)
         except ImageError as error:
             return error
 
-    def several(slots: _Slots, begin: int, files: Sequence[Path]) -> list[Prepared | ImageError]:
+    def several(
+        slots: _Slots, begin: int, files: Sequence[Location]
+    ) -> list[Prepared | ImageError]:
+        # Not a subclass, which may not know of places, or return something else.
+        if type(preprocessing) is Preprocessing:
+            shape = preprocessing.input_size
+            return [attempt(path, slots.place(i, shape)) for i, path in enumerate(files, begin)]
         found = [attempt(path) for path in files]
         if not one_size:
             return found
@@ -136,7 +157,7 @@ def image_batches(
     one_size = hasattr(preprocessing, "input_size")
     free: list[Tensor] = []
 
-    def submit(group: Sequence[Path]) -> None:
+    def submit(group: Sequence[Location]) -> None:
         room = free.pop() if free and len(free[-1]) == len(group) else None
         # A few tasks a batch and thread, not one for each image: every one costs a wake-up.
         slots, size = _Slots(len(group), room), max(1, len(group) // (4 * workers))
@@ -151,7 +172,7 @@ def image_batches(
         if reuse and slots.room is not None:
             free.append(slots.room)
 
-    def collate(files: Sequence[Path], results: Sequence[Prepared | ImageError]) -> Batch:
+    def collate(files: Sequence[Location], results: Sequence[Prepared | ImageError]) -> Batch:
         pairs = zip(files, results, strict=True)
         good = [(p, r) for p, r in pairs if not isinstance(r, ImageError)]
         failures = [r for r in results if isinstance(r, ImageError)]
@@ -163,7 +184,9 @@ def image_batches(
             yield collate(group, [attempt(p) for p in group])
         return
     pool = ThreadPoolExecutor(workers, thread_name_prefix="convmixer_fast-images")
-    ahead: deque[tuple[Sequence[Path], _Slots, list[Future[list[Prepared | ImageError]]]]] = deque()
+    ahead: deque[tuple[Sequence[Location], _Slots, list[Future[list[Prepared | ImageError]]]]] = (
+        deque()
+    )
     try:
         for group in groups:
             submit(group)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from ..files import whole_or_absent
 from .images import find_images, natural_key
 from .predictor import Predictor
+from .remote import Location, folder_name
 from .results import Failure, Prediction
 
 
@@ -90,7 +91,7 @@ class Evaluation:
 
 def labelled_images(
     folder: str | os.PathLike[str], num_classes: int, class_map: Sequence[str] | None = None
-) -> tuple[list[Path], list[int], list[str]]:
+) -> tuple[list[Location], list[int], list[str]]:
     """The images of an ImageFolder, their class indices, and the names of all classes.
 
     A class is the name of the folder that an image lies in. Its index is its place in
@@ -102,7 +103,7 @@ def labelled_images(
         ImageError: there are no images.
     """
     paths = find_images([folder])
-    present = sorted({path.parent.name for path in paths}, key=natural_key)
+    present = sorted({folder_name(path) for path in paths}, key=natural_key)
     if class_map is None:
         if len(present) != num_classes:
             raise ValueError(
@@ -119,12 +120,12 @@ def labelled_images(
                 f"{', '.join(names[:3])}...: it must name the folders"
             )
     index = {name: i for i, name in enumerate(names)}
-    return paths, [index[path.parent.name] for path in paths], names
+    return paths, [index[folder_name(path)] for path in paths], names
 
 
 def evaluate(
     predictor: Predictor,
-    paths: Sequence[Path],
+    paths: Sequence[Location],
     targets: Sequence[int],
     classes: Sequence[str],
     *,

@@ -19,6 +19,8 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
+from .remote import Location, check_stores, find_urls, located, read_url
+
 #: What a folder is searched for, in any case (timm's list); a file named outright may end in
 #: anything.
 IMG_EXTENSIONS = (".png", ".jpg", ".jpeg")
@@ -71,22 +73,29 @@ def _walk(folder: Path) -> Iterator[Path]:
                 yield Path(root, name)
 
 
-def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
+def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Location]:
     """The image files that ``paths`` stand for, each once.
 
     A file stands for itself, whatever its extension; a folder for every image below it
     (`IMG_EXTENSIONS`), in natural order; a pattern (``*``, ``?``, ``[..]``, ``**`` for any
     folders) for the images that match, and those below folders that match: whatever their
     extension if the pattern ends in one, as in ``*.webp``. The order of ``paths`` is kept.
+    Each may be a URL (``s3://bucket/photos/``); what is found there are URLs too, as strings.
 
     Raises:
         ImageError: a path does not exist or cannot be listed, a pattern matches nothing, or a
             folder holds no image.
+        ImportError: a package is missing that reaches such URLs; the message says which.
     """
-    found: dict[Path, None] = {}
-    for path in map(Path, paths):
+    found: dict[Location, None] = {}
+    for path in map(located, paths):
         try:
-            if path.is_dir():
+            if isinstance(path, str):
+                urls = sorted(find_urls(path, IMG_EXTENSIONS), key=_path_key)
+                if not urls:
+                    raise ImageError(f"no images in {path}: looked for {', '.join(IMG_EXTENSIONS)}")
+                found.update(dict.fromkeys(urls))
+            elif path.is_dir():
                 inside = sorted(_walk(path), key=_path_key)
                 if not inside:
                     raise ImageError(f"no images in {path}: looked for {', '.join(IMG_EXTENSIONS)}")
@@ -102,7 +111,7 @@ def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     return list(found)
 
 
-def _path_key(path: Path) -> tuple[list[str | int], str]:
+def _path_key(path: Location) -> tuple[list[str | int], str]:
     return natural_key(str(path)), str(path)
 
 
@@ -121,18 +130,18 @@ def _matches(pattern: Path) -> Iterator[Path]:
 
 def read_image_list(
     path: str | os.PathLike[str], column: str | None = None, root: str | os.PathLike[str] = ""
-) -> list[Path]:
+) -> list[Location]:
     """The image files that a list names, each once, in its order; they need not exist.
 
     Args:
         path: CSV with a header, Parquet (needs pyarrow), or any other text: one name a line.
         column: of a table; default: the first of `LIST_COLUMNS` that it has, or its only one.
-        root: the folder that relative names are relative to.
+        root: the folder that relative names are relative to, or its URL.
 
     Raises:
         ValueError: the list cannot be understood, names nothing, or has no such column.
         OSError: it cannot be read.
-        ImportError: a Parquet list, without pyarrow.
+        ImportError: a Parquet list, without pyarrow; URLs, without what reaches them.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -156,10 +165,11 @@ def read_image_list(
                 names = [row[at] if at < len(row) else "" for row in rows if row]
             else:
                 names = file.read().splitlines()
-    found = dict.fromkeys(Path(root, name) for name in names if name)
+    found = list(dict.fromkeys(located(name, root) for name in names if name))
     if not found:
         raise ValueError(f"{path}: the list names no images")
-    return list(found)
+    check_stores(found)
+    return found
 
 
 #: Columns of lists that hold file names by custom.
@@ -181,7 +191,7 @@ def _list_column(path: Path, header: list[str], column: str | None) -> str:
 
 
 def read_image(path: str | os.PathLike[str], in_chans: int = 3) -> Image.Image:
-    """Decode one image file to mode "RGB" (``in_chans`` 3) or "L" (1).
+    """Decode one image file, or what a URL leads to, to mode "RGB" (``in_chans`` 3) or "L" (1).
 
     Conversion is Pillow's ``convert``: transparency is dropped, CMYK and palettes are expanded,
     16-bit greyscale is clipped to 8 bits as Pillow does.
@@ -193,9 +203,9 @@ def read_image(path: str | os.PathLike[str], in_chans: int = 3) -> Image.Image:
     """
     if in_chans not in _MODES:
         raise ValueError(f"images have 1 or 3 channels, the model wants in_chans={in_chans}")
-    path = Path(path)
+    place = located(path)
     try:
-        content = path.read_bytes()
+        content = read_url(place) if isinstance(place, str) else place.read_bytes()
     except OSError as error:
         raise ImageError.about(path, error.strerror or error) from error
     if not content:
@@ -205,7 +215,10 @@ def read_image(path: str | os.PathLike[str], in_chans: int = 3) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(content), formats=_FORMATS)
         with image:
-            return image.convert(_MODES[in_chans])
+            image.load()
+            # `convert` would copy an image that is in this mode already.
+            mode = _MODES[in_chans]
+            return image if image.mode == mode else image.convert(mode)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ImageError.about(
             path,

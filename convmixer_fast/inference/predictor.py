@@ -7,7 +7,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -23,6 +22,7 @@ from .batches import Prepare, Prepared, image_batches, in_one_piece, load_image
 from .heatmap import Heatmap, HeatmapFolder, check_mean_pooling, check_target, heatmap_of
 from .labels import class_labels
 from .preprocessing import NativeSize, preprocessing_for
+from .remote import located
 from .results import Columns, Failure, Row, rows_of
 from .sources import Source, open_source
 from .streaming import Pixels, StreamStats, can_stream, stream, whole_image_bytes
@@ -396,7 +396,7 @@ class Predictor:
         """
         if heatmaps is not None:
             self.check_heatmaps(heatmaps.target)
-        files = [Path(path) for path in paths]
+        files = [located(path) for path in paths]
         batches = image_batches(files, self._sized(), self._most, workers, reuse=True)
         while True:
             start = time.perf_counter()

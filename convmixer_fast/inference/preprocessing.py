@@ -149,8 +149,11 @@ class Preprocessing:
         ratio = min(height / rows, width / cols)
         return round(width / ratio), round(height / ratio)
 
-    def __call__(self, image: Image.Image) -> Tensor:
+    def __call__(self, image: Image.Image, out: Tensor | None = None) -> Tensor:
         """(C, H, W), float32, contiguous; an image of another mode is converted first.
+
+        Args:
+            out: where to write it: on the CPU, of that shape, dtype and layout.
 
         Raises:
             ValueError: so long and thin an image that its resized form would not fit in memory.
@@ -165,7 +168,7 @@ class Preprocessing:
             )
         image = image.resize(size, INTERPOLATIONS[self.interpolation])
         image = _center_crop(image, cols, rows)
-        return _normalised(image, self.mean, self.std)
+        return _normalised(image, self.mean, self.std, out)
 
 
 @dataclass(frozen=True)
@@ -237,16 +240,24 @@ def _in_mode(image: Image.Image, channels: int) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def _normalised(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def _normalised(
+    image: Image.Image, mean: Sequence[float], std: Sequence[float], out: Tensor | None = None
+) -> Tensor:
     # NumPy and not torch, whose operators would start a team of threads in every decoding thread.
     # The values are the same to the last bit: IEEE division and subtraction in float32.
     channels = len(mean)
     pixels = np.asarray(image, dtype=np.uint8).reshape(image.height, image.width, channels)
-    planes = np.ascontiguousarray(pixels.transpose(2, 0, 1)).astype(np.float32)
-    planes /= np.float32(255)
-    planes -= np.array(mean, dtype=np.float32).reshape(-1, 1, 1)
-    planes /= np.array(std, dtype=np.float32).reshape(-1, 1, 1)
-    return torch.from_numpy(planes)
+    if out is None:
+        out = torch.empty(channels, image.height, image.width)
+    # One plane after the other: it stays in the cache from the first step to the last.
+    for plane, values, center, scale in zip(
+        out.numpy(), pixels.transpose(2, 0, 1), mean, std, strict=True
+    ):
+        np.copyto(plane, values)
+        plane /= np.float32(255)
+        plane -= np.float32(center)
+        plane /= np.float32(scale)
+    return out
 
 
 def _center_crop(image: Image.Image, cols: int, rows: int) -> Image.Image:

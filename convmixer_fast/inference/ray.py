@@ -17,10 +17,10 @@ import os
 import pickle
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from .predictor import Arrays, Outcome, Predictor
+from .remote import located
 from .results import Failure, Row
 
 try:
@@ -59,7 +59,7 @@ class _FileActor(PredictorActor):
         return {"outcome": [pickle.dumps(self._look(pickle.loads(t))) for t in batch["names"]]}
 
     def _look(self, names: list[str]) -> tuple[list[Row], list[Failure]]:
-        places = {str(Path(self.folder, name)): name for name in names}
+        places = {str(located(name, self.folder)): name for name in names}
         rows: list[Row] = []
         failures: list[Failure] = []
         for outcome in self.predictor.predict_files(list(places), self.workers):

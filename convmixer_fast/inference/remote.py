@@ -1,0 +1,150 @@
+"""How are images found and read that lie in a bucket, or anywhere else that has a URL?
+
+By fsspec, which torch brings along. Most kinds of stores need a package besides (s3fs for s3://,
+gcsfs for gs://, adlfs for az://, aiohttp for https://), which also knows where credentials are:
+environment variables, configuration files, the machine's role.
+"""
+
+from __future__ import annotations
+
+import errno
+import glob
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
+
+#: A file of this machine, or a URL, which a `Path` would spoil.
+Location: TypeAlias = Path | str
+
+# Of two letters at least: one is a drive of Windows.
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
+
+
+def is_url(name: str | os.PathLike[str]) -> bool:
+    """Whether it is of the form ``scheme://...``."""
+    return isinstance(name, str) and _SCHEME.match(name) is not None
+
+
+def located(name: str | os.PathLike[str], root: str | os.PathLike[str] = "") -> Location:
+    """A path or a URL, relative to a folder, which may be either."""
+    if isinstance(name, str) and is_url(name):
+        return name
+    if isinstance(root, str) and is_url(root) and not os.path.isabs(name):
+        return f"{root.rstrip('/')}/{os.fspath(name)}"
+    return Path(root, name)
+
+
+def folder_name(location: Location) -> str:
+    """Of the folder that a file lies in."""
+    return os.path.basename(os.path.dirname(location))
+
+
+def check_stores(locations: list[Location]) -> None:
+    """Whether there is what it takes to reach them, before a run finds out image by image.
+
+    Raises:
+        ImportError: a package is missing; the message says which.
+        ValueError: there is no such kind of store.
+    """
+    schemes: dict[str, str] = {}
+    for name in locations:
+        if isinstance(name, str) and (match := _SCHEME.match(name)):
+            schemes.setdefault(match[1].lower(), name)
+    for url in schemes.values():
+        _store(url)
+
+
+def _store(url: str) -> tuple[Any, str]:
+    """fsspec's file system, and the name that the file has there."""
+    try:
+        import fsspec.core
+    except ImportError as error:
+        raise ImportError(f"{url}: URLs need fsspec: pip install fsspec") from error
+    try:
+        return fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        # fsspec's own words: "Install s3fs to access S3".
+        raise ImportError(f"{url}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{url}: {error}") from error
+
+
+def read_url(url: str) -> bytes:
+    """Everything that is there.
+
+    Raises:
+        OSError: it cannot be read, with the reason, whatever a store's package raises.
+        ImportError: see `check_stores`.
+    """
+    store, name = _store(url)
+    with _plain_errors():
+        content: bytes = store.cat_file(name)
+    return content
+
+
+def find_urls(url: str, suffixes: tuple[str, ...]) -> Iterator[str]:
+    """What a URL stands for, in no order: itself, a folder's files, a pattern's.
+
+    Args:
+        url: of a file; of a folder, with or without a slash at its end; or with ``*``, ``?``,
+            ``[..]``, ``**`` for any folders.
+        suffixes: of the files in folders that count; a pattern that ends in one of its own finds
+            those.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        OSError, ImportError: see `read_url`.
+    """
+    store, name = _store(url)
+
+    def inside(folder: str) -> Iterator[str]:
+        for file in store.find(folder):
+            if os.path.splitext(file)[1].lower() in suffixes:
+                yield store.unstrip_protocol(file)
+
+    with _plain_errors():
+        try:
+            kind = store.info(name)["type"]
+        except FileNotFoundError:
+            if not glob.has_magic(name):
+                raise
+            kind = "pattern"
+        if kind == "directory":
+            yield from inside(name)
+        elif kind == "pattern":
+            own = os.path.splitext(name)[1]
+            any_file = len(own) > 1 and not glob.has_magic(own)
+            for file, about in store.glob(name, detail=True).items():
+                if about["type"] == "directory":
+                    yield from inside(file)
+                elif any_file or os.path.splitext(file)[1].lower() in suffixes:
+                    yield store.unstrip_protocol(file)
+        else:
+            yield url
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Each store's package has errors of its own: for a lost connection, missing credentials."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except OSError as error:
+        if error.strerror is not None:
+            raise
+        # fsspec puts the name alone into these two, where the reason should be.
+        if isinstance(error, FileNotFoundError):
+            raise FileNotFoundError(errno.ENOENT, "no such file or folder") from error
+        if isinstance(error, PermissionError):
+            raise PermissionError(errno.EACCES, "permission denied") from error
+        raise OSError(errno.EIO, _line(error)) from error
+    except Exception as error:
+        raise OSError(errno.EIO, f"{type(error).__name__}: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
