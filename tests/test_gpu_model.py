@@ -7,8 +7,7 @@ import os
 
 import pytest
 import torch
-from eyes import compiler, interpreter, run_in_interpreter
-from simulator import ptxsim
+from eyes import compiler, interpreter, run_in_interpreter, triton_simulator
 from torch import nn
 
 from convmixer_fast import ConvMixer, explain, use_backend
@@ -88,7 +87,7 @@ def test_interpreter_uint8_images_after_a_first_use() -> None:
 @compiler
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_simulator(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    sim = ptxsim()
+    sim = triton_simulator()
     monkeypatch.setenv(first_use.ENVIRONMENT, "0")
     with support.emulated(), sim.triton_on_cpu(cc=80, strict=True) as log:
         check(64, 5, "gelu", dtype)
@@ -99,7 +98,7 @@ def test_simulator(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
 @compiler
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_simulator_uint8_images(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    sim = ptxsim()
+    sim = triton_simulator()
     monkeypatch.setenv(first_use.ENVIRONMENT, "0")
     with support.emulated(), sim.triton_on_cpu(cc=80, strict=True) as log:
         check(64, 3, "gelu", dtype, uint8=True, depth=1)
@@ -115,7 +114,7 @@ def test_simulator_at_published_widths(
 ) -> None:
     if dim != WIDTHS[0][0] and not os.environ.get(ALL):
         pytest.skip(f"half a minute: set {ALL}=1")
-    sim = ptxsim()
+    sim = triton_simulator()
     monkeypatch.setenv(first_use.ENVIRONMENT, "0")
     # Without counters of memory accesses, which are not looked at.
     with support.emulated(), sim.triton_on_cpu(cc=80, strict=True, counters=False) as log:
@@ -125,7 +124,7 @@ def test_simulator_at_published_widths(
 
 @compiler
 def test_simulator_finds_the_first_use_right() -> None:
-    sim = ptxsim()
+    sim = triton_simulator()
     first_use.forget()
     with support.emulated(), sim.triton_on_cpu(cc=80, strict=True) as log:
         check(32, 3, "silu", torch.bfloat16)

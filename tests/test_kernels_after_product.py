@@ -7,9 +7,8 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
-from eyes import compiler, interpreter, run_in_interpreter
+from eyes import compiler, interpreter, run_in_interpreter, triton_simulator
 from gpu_cases import POINTWISE_CASES, MatrixCase, check, draw
-from simulator import ptxsim
 from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -54,7 +53,7 @@ def test_interpreter_activations(act: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_simulated(name: str, dtype: torch.dtype) -> None:
     """Result, races and bounds: strict raises for each."""
-    simulator: ModuleType = ptxsim()
+    simulator: ModuleType = triton_simulator()
     case = next(c for c in POINTWISE_CASES if c.name == name)
     with simulator.triton_on_cpu(cc=80, strict=True) as log:
         check(by_product, case, dtype)
@@ -64,7 +63,7 @@ def test_simulated(name: str, dtype: torch.dtype) -> None:
 @compiler
 def test_simulated_memory_traffic() -> None:
     """Each element once in and once out, every sector whole."""
-    simulator: ModuleType = ptxsim()
+    simulator: ModuleType = triton_simulator()
     o = draw(MatrixCase("block", 1, 64, 8, 8, 256), torch.float32)
     h = torch.randn(1, 256, 8, 8).contiguous(memory_format=torch.channels_last)
     with simulator.triton_on_cpu(cc=80, strict=True) as log:

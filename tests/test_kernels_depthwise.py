@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from eyes import compiler, interpreter, run_in_interpreter
+from eyes import compiler, interpreter, run_in_interpreter, triton_simulator
 from gpu_cases import (
     DEPTHWISE_CASES,
     DepthwiseCase,
@@ -18,7 +18,6 @@ from gpu_cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulator import ptxsim
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -42,7 +41,7 @@ def run(case: DepthwiseCase, dtype: torch.dtype, device: str = "cpu", **kw: obje
 
 @pytest.fixture(name="simulator")
 def _simulator() -> ModuleType:
-    return ptxsim()
+    return triton_simulator()
 
 
 @compiler
@@ -139,7 +138,7 @@ def test_simulated(simulator: ModuleType, name: str, dtype: torch.dtype) -> None
     k=st.integers(1, 6),
 )
 def test_simulated_drawn_shapes(c: int, h: int, w: int, k: int) -> None:
-    with ptxsim().triton_on_cpu(cc=80, strict=True, poison=("Y",)):
+    with triton_simulator().triton_on_cpu(cc=80, strict=True, poison=("Y",)):
         case = DepthwiseCase("drawn", 1, c, h, w, k)
         run(case, torch.bfloat16, draws=enough_draws(c, h, w))
 

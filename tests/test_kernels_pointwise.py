@@ -9,11 +9,10 @@ from types import ModuleType
 
 import pytest
 import torch
-from eyes import compiler, interpreter, run_in_interpreter
+from eyes import compiler, interpreter, run_in_interpreter, triton_simulator
 from gpu_cases import POINTWISE_CASES, MatrixCase, check, draw, enough_draws
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulator import ptxsim
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -39,7 +38,7 @@ def named(name: str) -> MatrixCase:
 
 @pytest.fixture(name="simulator")
 def _simulator() -> ModuleType:
-    return ptxsim()
+    return triton_simulator()
 
 
 @compiler

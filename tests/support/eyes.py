@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import fresh_python
 import numpy
 import pytest
+from simulator import ptxsim
 
 from convmixer_fast.kernels import support
 
@@ -46,6 +48,18 @@ def skip_code_without_loops(report: Any) -> None:
             f"it compiles; the disassembler in Triton {support.triton_version()} shows no loop of "
             f"sm_{report.arch}"
         )
+
+
+def triton_simulator() -> ModuleType:
+    """`ptxsim` in the place of Triton's launches; skips where it cannot take it."""
+    found = ptxsim()
+    try:
+        with found.triton_on_cpu(cc=80):
+            return found
+    except AttributeError as error:
+        if _is_earlier():
+            pytest.skip(f"ptxsim does not know the driver of Triton {support.triton_version()}")
+        raise error
 
 
 @contextmanager
