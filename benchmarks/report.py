@@ -231,7 +231,10 @@ def inference_summary(report: Report) -> list[Line]:
         # Where decoding takes longer than the model, it decides.
         keeps_up = row["cores"] > 1 and row["decode ms"] <= row["model ms"] * (row["cores"] - 1)
         measured = row["of the model alone"] if keeps_up else row["of the limit"]
-        detail += "" if keeps_up else "; of what decoding and the model allow together"
+        if not keeps_up:
+            detail += "; of what decoding and the model allow together"
+        elif row.get("of the model beside"):
+            detail += f"; of the model while other cores decode: {row['of the model beside']:.2f}"
         lines.append(Line(what, measured, OF_MODEL, detail=detail))
     for row in select(rows, suite="kills"):
         lost = float(row["missing"] + row["repeated"] + row["wrongly failed"])
@@ -342,13 +345,14 @@ _SUITES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "pipeline": (
         "Files to results",
-        "The model on one thread, decoders on the other cores. `of the limit`: against the model "
-        "and decoding side by side on these cores; `waiting`: share of the time in which the model "
-        "waits for images; `overhead ms`: CPU time of the whole less that of decoding alone and of "
-        "the model alone, an image.",
+        "The model on one thread, decoders on the other cores. `model ms`: alone; `model beside "
+        "ms`: while the other cores decode images that nobody waits for, for cores share caches, "
+        "memory and power; `of the limit`: against the model and decoding side by side on these "
+        "cores; `waiting`: share of the time in which the model waits for images; `overhead ms`: "
+        "CPU time of the whole less that of decoding alone and of the model alone, an image.",
         column_names(
-            "model, shape, images, cores, model ms, decode ms, whole ms, img/s, "
-            "of the model alone, of the limit, waiting, CPU ms, overhead ms"
+            "model, shape, images, cores, model ms, model beside ms, decode ms, whole ms, img/s, "
+            "of the model alone, of the model beside, of the limit, waiting, CPU ms, overhead ms"
         ),
     ),
     "kills": (

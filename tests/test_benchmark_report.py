@@ -525,6 +525,13 @@ def test_files_to_results_are_held_against_what_can_be_reached(changed, measured
     assert [x.met for x in lines] == met
 
 
+def test_what_busy_neighbours_leave_the_model_is_told_beside_the_bar():
+    row = pipeline_row(**{"of the model alone": 0.9, "of the model beside": 0.99})
+    line = report.inference_summary(made_of([row]))[1]
+    assert (line.measured, line.met) == (0.9, "no")
+    assert line.detail.endswith("; of the model while other cores decode: 0.99")
+
+
 @pytest.mark.parametrize("wrong", ["missing", "repeated", "wrongly failed"])
 def test_one_image_that_is_not_there_once_misses_the_bar(wrong):
     row = {"suite": "kills", "group": "csv", "results": "csv", "kills": 5, "images": 9, "rows": 8}
