@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +31,12 @@ from convmixer_fast.inference import (
     class_activation_map,
     open_source,
     overlay,
+    read_image,
     stream,
     write_overlay,
 )
 from convmixer_fast.inference.bands import Axis, Plan, blocks_of
+from convmixer_fast.inference.sources import VipsSource
 from convmixer_fast.testing import trained_like_
 
 HAS_ENGINE = _native.load() is not None
@@ -383,52 +388,70 @@ def test_one_file_is_not_for_images_of_several_sizes(
     assert not list(tmp_path.iterdir())
 
 
-class FakeVips:
-    """As much of pyvips as is used, on Pillow: libvips is not everywhere."""
-
-    def __init__(self, pixels: np.ndarray[Any, Any]) -> None:
-        self._pixels = pixels
-        self.height, self.width, self.bands = pixels.shape
-        self.read: list[int] = []
-
-    class Image:
-        opened: FakeVips
-
-        @staticmethod
-        def new_from_file(path: str, access: str, fail_on: str) -> FakeVips:
-            assert (access, fail_on) == ("sequential", "truncated")
-            FakeVips.Image.opened = FakeVips(np.asarray(Image.open(path).convert("RGBA")))
-            return FakeVips.Image.opened
-
-    def colourspace(self, space: str) -> FakeVips:
-        assert space == "srgb"
-        return self
-
-    def hasalpha(self) -> bool:
-        return self.bands == 4
-
-    def __getitem__(self, bands: slice) -> FakeVips:
-        FakeVips.Image.opened = FakeVips(self._pixels[:, :, bands])
-        return FakeVips.Image.opened
-
-    def crop(self, left: int, top: int, width: int, height: int) -> FakeVips:
-        assert top >= sum(self.read), "rows are read in order, each once"
-        self.read.append(height)
-        return FakeVips(self._pixels[top : top + height, left : left + width])
-
-    def numpy(self) -> np.ndarray[Any, Any]:
-        return self._pixels
+LIBVIPS = pytest.mark.skipif(find_spec("pyvips") is None, reason="pyvips is not installed")
 
 
-def test_libvips_decodes_from_top_to_bottom(
+@LIBVIPS
+@pytest.mark.parametrize("in_chans", [1, 3])
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "LA", "P"])
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".gif"])
+def test_libvips_decodes_from_top_to_bottom_what_pillow_reads(
+    tmp_path: Path, suffix: str, mode: str, in_chans: int
+) -> None:
+    path = tmp_path / f"image{suffix}"
+    if suffix == ".jpg" and mode not in ("RGB", "L"):
+        mode = "RGB"
+    kind = "P" if suffix == ".gif" else "RGB" if suffix == ".webp" else mode
+    smooth = Image.fromarray(image(30, 20)).resize((90, 131), Image.Resampling.BICUBIC)
+    smooth.convert(kind).save(path, quality=90)
+    source = VipsSource(path, in_chans)
+    assert (source.channels, source.height, source.width) == (in_chans, 131, 90)
+    steps = [0, 1, 17, 50, 51, 131]
+    bands = [source.read(*pair) for pair in itertools.pairwise(steps)]
+    assert [band.shape for band in bands] == [
+        (1, in_chans, end - begin, 90) for begin, end in itertools.pairwise(steps)
+    ]
+    pixels = np.asarray(read_image(path, in_chans)).reshape(131, 90, in_chans)
+    assert torch.equal(torch.cat(bands, 2)[0], torch.from_numpy(pixels.transpose(2, 0, 1).copy()))
+
+
+@LIBVIPS
+def test_libvips_goes_on_in_the_middle_and_in_another_thread(tmp_path: Path) -> None:
+    pixels = image(2100, 40)
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    source = VipsSource(tmp_path / "image.png", 3)
+    with ThreadPoolExecutor(1) as pool:
+        got = pool.submit(source.read, 1500, 2100).result()
+    assert torch.equal(got[0], torch.from_numpy(pixels[1500:].transpose(2, 0, 1).copy()))
+
+
+@LIBVIPS
+def test_a_stream_of_a_photograph_is_that_of_its_pixels(
     model: cf.ConvMixer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "pyvips", FakeVips)
     pixels = image(60, 45)
     Image.fromarray(pixels).save(tmp_path / "image.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow does not read it
     got = stream(model, tmp_path / "image.png", band_rows=2)
-    assert len(FakeVips.Image.opened.read) == 10
     assert torch.equal(got, stream(model, pixels, band_rows=2))
+
+
+@LIBVIPS
+def test_a_photograph_that_ends_too_early_is_no_answer(model: cf.ConvMixer, tmp_path: Path) -> None:
+    path = tmp_path / "cut.jpg"
+    Image.fromarray(image(400, 300)).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ImageError, match=r"cut\.jpg: rows \d+ to \d+: "):
+        stream(model, path)
+
+
+def test_formats_that_libvips_lacks_are_read_by_pillow(model: cf.ConvMixer, tmp_path: Path) -> None:
+    pixels = image(60, 45)
+    Image.fromarray(pixels).save(tmp_path / "image.bmp")
+    assert torch.equal(stream(model, tmp_path / "image.bmp"), stream(model, pixels))
+    (tmp_path / "none.bmp").write_bytes(b"no image")
+    with pytest.raises(ImageError, match=r"none\.bmp: not an image"):
+        stream(model, tmp_path / "none.bmp")
 
 
 def test_without_libvips_large_files_say_what_to_install(
@@ -437,7 +460,7 @@ def test_without_libvips_large_files_say_what_to_install(
     monkeypatch.setitem(sys.modules, "pyvips", None)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     Image.fromarray(image(60, 45)).save(tmp_path / "image.png")
-    with pytest.raises(ImageError, match="pip install pyvips, and the system's package libvips"):
+    with pytest.raises(ImageError, match=r"libvips is needed .*pip install 'pyvips\[binary\]'"):
         stream(model, tmp_path / "image.png")
 
 

@@ -244,29 +244,52 @@ class BandSource(Source):
 
 
 class VipsSource(Source):
-    """A JPEG, PNG or TIFF that libvips decodes from top to bottom, holding a few rows of it."""
+    """A JPEG, PNG, TIFF or the like that libvips decodes from top to bottom, holding a few rows."""
 
     def __init__(self, path: Path, in_chans: int) -> None:
         pyvips = _pyvips(path)
         self.name = str(path)
         try:
             image = pyvips.Image.new_from_file(str(path), access="sequential", fail_on="truncated")
-            image = image.colourspace("b-w" if in_chans == 1 else "srgb")
+            image = image.colourspace("srgb")
             if image.hasalpha():
                 image = image[0 : image.bands - 1]
+            if image.format != "uchar":
+                image = image.cast("uchar")
+            # A region is computed where it is asked for, in order. An image is computed by threads
+            # that read ahead, and each crop of it would begin again at the top.
+            self._region = pyvips.Region.new(image)
         except Exception as error:
             raise ImageError(f"{path}: {_reason(error)}") from error
-        self._image = image
-        self.channels, self.width, self.height = image.bands, image.width, image.height
+        self._bands = image.bands
+        self.channels, self.width, self.height = in_chans, image.width, image.height
 
     def read(self, begin: int, end: int) -> Tensor:
         assert self.height is not None
         end = min(end, self.height)
+        pieces = []
         try:
-            rows = self._image.crop(0, begin, self.width, end - begin).numpy()
+            # A few rows at a time: libvips keeps as many again.
+            for row in range(begin, end, _VIPS_ROWS):
+                rows = min(_VIPS_ROWS, end - row)
+                pieces.append(bytes(self._region.fetch(0, row, self.width, rows)))
         except Exception as error:
             raise ImageError(f"{self.name}: rows {begin} to {end}: {_reason(error)}") from error
-        return _as_rows(rows, "HW" if rows.ndim == 2 else "HWC")
+        pixels = np.frombuffer(b"".join(pieces), np.uint8)
+        pixels = pixels.reshape(end - begin, self.width, self._bands)
+        if self.channels == 1:
+            return _as_rows(_grey(pixels), "HW")
+        return _as_rows(pixels, "HWC")
+
+
+#: Rows that are asked of libvips at once.
+_VIPS_ROWS = 16
+
+
+def _grey(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Red, green and blue to mode "L", by the weights and the rounding of Pillow (ITU-R 601-2)."""
+    red, green, blue = (pixels[:, :, i].astype(np.uint32) for i in range(3))
+    return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).astype(np.uint8)
 
 
 class StackSource(Source):
@@ -299,8 +322,8 @@ def _pyvips(path: Path) -> Any:
         import pyvips
     except (ImportError, OSError) as error:
         raise ImageError(
-            f"{path} has to be decoded row by row, for which pyvips and libvips are needed "
-            f"({_reason(error)}): pip install pyvips, and the system's package libvips"
+            f"{path} has to be decoded row by row, for which libvips is needed "
+            f"({_reason(error)}): pip install 'pyvips[binary]'"
         ) from error
     return pyvips
 
@@ -385,9 +408,8 @@ def _open_path(path: Path, in_chans: int, layout: str | None) -> Source:
     try:
         return VipsSource(path, in_chans)
     except ImageError as error:
-        # Without libvips: by Pillow as a whole, where that is no matter.
-        if not isinstance(error.__cause__, (ImportError, OSError)):
-            raise
+        # Without libvips, or in a format that only Pillow knows: by Pillow as a whole, if it is
+        # small enough for that.
         why = error
     try:
         whole = np.asarray(read_image(path, in_chans))
