@@ -34,6 +34,18 @@ _ZEN: dict[int, list[tuple[range, int]]] = {
     ],
     0x1A: [(range(0x00, 0x30), 5), (range(0x40, 0x50), 5), (range(0x60, 0x80), 5)],
 }
+# Intel's by the model of family 6, named as in Linux, arch/x86/include/asm/intel-family.h; Cascade
+# Lake and Cooper Lake have Skylake's.
+_XEON = {
+    0x3F: "haswell",
+    0x4F: "broadwell",
+    0x55: "skylake",
+    0x6A: "icelake",
+    0x6C: "icelake",
+    0x8F: "sapphirerapids",
+    0xAD: "graniterapids",
+    0xCF: "emeraldrapids",
+}
 _NOISE = re.compile(
     r"\((r|tm|c)\)|@.*|\bwith\b.*|\d+-core\b|\b(cpu|processor|amd|intel|genuine)\b", re.IGNORECASE
 )
@@ -50,14 +62,16 @@ def machine_name(cpu: str, cores: int, family: int | None = None, model: int | N
     Args:
         cpu: what the system calls the processor.
         cores: those that may be used.
-        family, model: of an x86 processor; they make an AMD name without a model number ("AMD
-            EPYC") exact.
+        family, model: of an x86 processor; they make a name without a model number ("AMD
+            EPYC", "Intel Xeon Processor") exact.
     """
     words = re.findall(r"[a-z0-9]+", _NOISE.sub(" ", cpu).lower()) or ["cpu"]
     named = any(re.search(r"\d", word) for word in words)
     if "amd" in cpu.lower() and not named and family is not None and model is not None:
         zen = zen_generation(family, model)
         words.append(f"zen{zen}" if zen else f"family{family}-model{model}")
+    if "xeon" in words and not named and family == 6 and model is not None:
+        words.append(_XEON.get(model, f"model{model}"))
     return "-".join([*words, f"{cores}c"])
 
 

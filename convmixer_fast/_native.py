@@ -308,12 +308,13 @@ def mixer_pack(
 
 
 def strassen_levels() -> int:
-    """How many levels of Strassen's algorithm large matrix products take, at most.
+    """How many levels of Strassen's algorithm large matrix products take.
 
-    ``CONVMIXER_FAST_STRASSEN=0``, ``1`` and ``2``, asked at every call, override the default, 1:
-    with two, the largest error in a feature map may be over twice PyTorch's.
+    ``CONVMIXER_FAST_STRASSEN=0``, ``1`` and ``2``, asked at every call, override the default, -1:
+    one where that is faster on the machine's instruction set. With two, the largest error in a
+    feature map may be over twice PyTorch's.
     """
-    return {"0": 0, "2": 2}.get(os.environ.get("CONVMIXER_FAST_STRASSEN", ""), 1)
+    return {"0": 0, "1": 1, "2": 2}.get(os.environ.get("CONVMIXER_FAST_STRASSEN", ""), -1)
 
 
 def mixer_stack(

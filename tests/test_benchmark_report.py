@@ -381,6 +381,8 @@ def test_a_peer_may_be_a_little_worse_than_eager_but_not_another_model_or_dtype(
         ("AMD EPYC 7763 64-Core Processor", 8, (25, 1), "epyc-7763-8c"),
         ("AMD Ryzen 9 7950X 16-Core Processor", 16, (25, 97), "ryzen-9-7950x-16c"),
         ("Intel(R) Xeon(R) Platinum 8375C CPU @ 2.90GHz", 4, (6, 106), "xeon-platinum-8375c-4c"),
+        ("Intel(R) Xeon(R) Processor @ 2.80GHz", 2, (6, 106), "xeon-icelake-2c"),
+        ("Intel(R) Xeon(R) Processor", 2, (6, 999), "xeon-model999-2c"),
         ("Intel(R) Core(TM) i7-1185G7 @ 3.00GHz", 4, (6, 140), "core-i7-1185g7-4c"),
         ("Apple M2", 8, (None, None), "apple-m2-8c"),
         ("", 1, (None, None), "cpu-1c"),

@@ -177,7 +177,7 @@ def test_two_levels_over_several_chunks_are_the_direct_product(isa, size, monkey
         torch.testing.assert_close(result, results[0], rtol=1e-4, atol=1e-4)
 
 
-def test_one_level_is_the_default_and_others_can_be_asked_for(monkeypatch):
+def test_the_default_is_what_is_fastest_and_others_can_be_asked_for(isa, monkeypatch):
     _, ours = pair(640, 1, 3)
     x = torch.randn(1, 640, 16, 16)
     results = {}
@@ -187,7 +187,7 @@ def test_one_level_is_the_default_and_others_can_be_asked_for(monkeypatch):
             if value is not None:
                 monkeypatch.setenv("CONVMIXER_FAST_STRASSEN", value)
             results[value] = ours(x)
-    assert torch.equal(results[None], results["1"])
+    assert torch.equal(results[None], results["0" if isa == "avx512" else "1"])
     for one, other in ("01", "12", "02"):
         assert not torch.equal(results[one], results[other])
         torch.testing.assert_close(results[one], results[other], rtol=1e-4, atol=1e-4)
@@ -296,7 +296,8 @@ def test_nan_stays_in_its_image_and_reaches_its_neighbourhood():
 @pytest.mark.parametrize("strassen", ["0", "1", "2"])
 def test_what_is_not_finite_stays_under_its_kernel_in_wide_blocks(strassen, value, monkeypatch):
     monkeypatch.setenv("CONVMIXER_FAST_STRASSEN", strassen)
-    plain, ours = pair(640, 1, 3)
+    # Not GELU: PyTorch's GELU of infinity is NaN where it computes with AVX-512, else infinity.
+    plain, ours = pair(640, 1, 3, "relu")
     x = torch.randn(3, 640, 12, 12)
     x[1, 2, 4, 4] = value
     with torch.no_grad():

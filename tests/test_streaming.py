@@ -151,8 +151,11 @@ def test_activations_that_are_fused_and_one_that_is_not(act: type[nn.Module]) ->
 
 @needs_engine
 @pytest.mark.parametrize("width", [16, 25, 32, 50])
-def test_joined_pixels_keep_their_bits_where_bands_hold_whole_groups(width: int) -> None:
+def test_joined_pixels_keep_their_bits_where_bands_hold_whole_groups(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # 256 channels: wide enough for Strassen's algorithm.
+    monkeypatch.setenv("CONVMIXER_FAST_STRASSEN", "1")
     model = trained(256, 2, 9, 2)
     assert _native.joined_pixels(256, 256) > 1
     x = torch.randn(1, 3, 60, 2 * width)
@@ -168,8 +171,11 @@ def test_joined_pixels_keep_their_bits_where_bands_hold_whole_groups(width: int)
 
 
 @needs_engine
-def test_a_few_pixels_at_the_end_are_multiplied_as_in_the_whole_image() -> None:
+def test_a_few_pixels_at_the_end_are_multiplied_as_in_the_whole_image(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     # The stem's patches have 300 values: enough for Strassen's algorithm, but not for 4 pixels.
+    monkeypatch.setenv("CONVMIXER_FAST_STRASSEN", "1")
     model = trained(24, 2, 9, 10)
     x = torch.randn(1, 3, 250, 40)
     features, _ = whole(model, x)

@@ -204,7 +204,7 @@ def stream(
     with the image's width and not with its height, and no patch is computed twice. The map is the
     one of the whole image: zeros are padded at its border only, pixels beyond whole patches are
     dropped. On the CPU engine bits are equal to the whole image's; where the matrix product joins
-    neighbouring pixels (Strassen's algorithm, from 256 channels on) this needs whole groups of
+    neighbouring pixels (Strassen's algorithm, in wide models) this needs whole groups of
     them in every band, which strips and some widths do not have: then the last bits may differ,
     as they do on other backends (`Plan.exact` tells, ``CONVMIXER_FAST_STRASSEN=0`` joins none).
 

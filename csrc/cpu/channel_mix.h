@@ -27,7 +27,7 @@ struct ChannelMix {
   const float* scale;
   const float* shift;
   Activation act;
-  int strassen_levels;  // of Strassen's algorithm at most (pointwise.h)
+  int strassen_levels;  // of Strassen's algorithm (pointwise.h)
 };
 
 // On at most `threads` threads. Throws std::bad_alloc when there is no memory for the panels of a

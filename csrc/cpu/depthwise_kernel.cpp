@@ -14,6 +14,10 @@
 //   One load serves up to R output rows and one broadcast R * V multiply-adds. At R = 4, V = 2,
 //   K = 9: 24 loads and 9 broadcasts for 72 multiply-adds; 8 accumulators hide a latency of 4 cycles
 //   at 2 multiply-adds a cycle. Registers: R * V accumulators + R taps + V, 14 of 16.
+//   A vector of AVX-512 is a cache line, and 15 of 16 shifted loads read two. R = 16, V = 1: 24 loads,
+//   which count twice, and 9 broadcasts for 144 multiply-adds; R = 8, V = 2 has 32 loads for as many.
+//   Registers: 16 + 9 + 1 of 32.
+//   Meanwhile the next plane is asked for: a plane is often just a page, where prefetchers end.
 //   The sums of a block lie in L1 when the activation, scale, shift and residual pass over them.
 //
 // channels-last: a vector is L neighbouring channels; a tile is T neighbouring pixels.
@@ -32,6 +36,7 @@ namespace {
 constexpr int kHalfLanes = kLanes > 4 ? kLanes / 2 : kLanes;
 constexpr int kWideRows = kRegisters == 32 ? 8 : 4;  // rows of a tile two vectors wide
 constexpr int kRows = 8;                             // rows of a tile one vector wide
+constexpr int kTallRows = kWide ? 16 : kRows;        // rows of a tall one
 constexpr int kPixels = 8;                           // pixels of a channels-last tile
 
 constexpr int64_t kPlanarCols = 256;
@@ -135,6 +140,8 @@ struct PlanarBlock {
   float* sums;
   int64_t sums_row;
   int64_t rows, cols;
+  const float* next;  // the same block of the next plane, which is asked for meanwhile
+  int64_t next_row;
 };
 
 // R x V * L outputs at (row, col) of the block. K = 0: the kernel size is b.k.
@@ -150,8 +157,16 @@ CMF_INLINE void planar_tile(const PlanarBlock& b, int64_t row, int64_t col) {
   });
 
   if constexpr (K > 0) {
+    constexpr int kAhead = (R + K - 1) / K;  // rows of the next plane's tile for each tap column
+    const float* next = b.next + row * b.next_row + col;
     CMF_ROLLED
     for (int64_t j = 0; j < K; ++j) {
+      static_for<kAhead>([&](auto) __attribute__((always_inline)) {
+        static_for<(V * L + 15) / 16>([&](auto line) __attribute__((always_inline)) {
+          __builtin_prefetch(next + decltype(line)::value * 16, 0, 3);
+        });
+        next += b.next_row;
+      });
       Float taps[K];
       static_for<R + K - 1>([&](auto r) __attribute__((always_inline)) {
         constexpr int I = decltype(r)::value;
@@ -166,7 +181,7 @@ CMF_INLINE void planar_tile(const PlanarBlock& b, int64_t row, int64_t col) {
           if constexpr (I >= T && I - T < K) {
             static_for<V>([&](auto v) __attribute__((always_inline)) {
               constexpr int N = decltype(v)::value;
-              acc[T * V + N] = x[N] * taps[I - T] + acc[T * V + N];
+              S::accumulate(acc[T * V + N], x[N], taps[I - T]);
             });
           }
         });
@@ -206,31 +221,36 @@ CMF_INLINE void planar_tile(const PlanarBlock& b, int64_t row, int64_t col) {
       if (cols >= (N + 1) * L) {
         S::store(to, acc[T * V + N]);
       } else if (cols > N * L) {
-        float lanes[L];
-        S::store(lanes, acc[T * V + N]);
-        for (int64_t i = 0; i < cols - N * L; ++i) to[i] = lanes[i];
+        S::store_first(to, acc[T * V + N], cols - N * L);
       }
     });
   });
 }
 
 template <int L, int R, int V, int K>
-__attribute__((noinline)) void planar_strip(const PlanarBlock& b, int64_t col) {
-  for (int64_t row = 0; row < b.rows; row += R) planar_tile<L, R, V, K>(b, row, col);
+__attribute__((noinline)) void planar_strip(const PlanarBlock& b, int64_t row, int64_t end,
+                                            int64_t col) {
+  for (; row < end; row += R) planar_tile<L, R, V, K>(b, row, col);
 }
 
 template <int K>
 void planar_block(const PlanarBlock& b) {
   for (int64_t col = 0; col < b.cols;) {
     const int64_t left = b.cols - col;
-    if (left > kLanes) {
-      planar_strip<kLanes, kWideRows, 2, K>(b, col);
+    if (left > kLanes && (kTallRows == kRows || K == 0)) {
+      planar_strip<kLanes, kWideRows, 2, K>(b, 0, b.rows, col);
       col += 2 * kLanes;
     } else if (left > kHalfLanes || kHalfLanes == kLanes) {
-      planar_strip<kLanes, kRows, 1, K>(b, col);
+      int64_t row = 0;
+      if constexpr (kTallRows > kRows) {
+        // As long as more rows are left than a tile that is not tall has.
+        row = (b.rows + kTallRows - kRows - 1) / kTallRows * kTallRows;
+        planar_strip<kLanes, kTallRows, 1, K>(b, 0, row, col);
+      }
+      planar_strip<kLanes, kRows, 1, K>(b, row, b.rows, col);
       col += kLanes;
     } else {
-      planar_strip<kHalfLanes, kRows, 1, K>(b, col);
+      planar_strip<kHalfLanes, kRows, 1, K>(b, 0, b.rows, col);
       col += kHalfLanes;
     }
   }
@@ -265,8 +285,10 @@ void planar_sums(const DepthwiseMix& p, const DepthwiseBlocks& blocks, int64_t n
   b.rows = min(blocks.rows, p.h - h0);
   b.cols = min(blocks.cols, p.w - w0);
   b.stride = planar_stride(b.cols, p.k);
-  fill_planar(p, p.x + n * p.x_stride[0] + c * p.x_stride[1], h0, w0, b.rows, b.cols, b.stride,
-              zeros, scratch);
+  const float* plane = p.x + n * p.x_stride[0] + c * p.x_stride[1];
+  b.next = plane + p.x_stride[1] + h0 * p.x_stride[2] + w0;
+  b.next_row = p.x_stride[2];
+  fill_planar(p, plane, h0, w0, b.rows, b.cols, b.stride, zeros, scratch);
   switch (p.k) {
     case 3: planar_block<3>(b); break;
     case 5: planar_block<5>(b); break;
@@ -356,9 +378,9 @@ void finish_panels(const float* sums, const float* x, int64_t pixels, float scal
     finish_vectors<A, G>(from, residual, scales, shifts, values);
     static_for<G>([&](auto v) __attribute__((always_inline)) {
       constexpr int I = decltype(v)::value;
-      S::store(panel + I / 2 * panel_stride + I % 2 * kLanes, values[I]);
+      S::store(panel + I / kVectors * panel_stride + I % kVectors * kLanes, values[I]);
     });
-    panel += G / 2 * panel_stride;
+    panel += G / kVectors * panel_stride;
   };
   int64_t i = 0;
   CMF_ROLLED
@@ -366,13 +388,13 @@ void finish_panels(const float* sums, const float* x, int64_t pixels, float scal
     group(sums + i, x + i, Index<kGroup>{});
   }
   CMF_ROLLED
-  for (; i + kPanel <= pixels; i += kPanel) group(sums + i, x + i, Index<2>{});
+  for (; i + kPanel <= pixels; i += kPanel) group(sums + i, x + i, Index<kVectors>{});
   if (i == pixels) return;
   float last[kPanel] = {}, residual[kPanel] = {};
   copy(sums + i, last, pixels - i);
   copy(x + i, residual, pixels - i);
   float* to = panel;
-  group(last, residual, Index<2>{});
+  group(last, residual, Index<kVectors>{});
   // What lies past the last pixel is multiplied and thrown away; zeros are never slow numbers.
   zero(to + pixels - i, kPanel - pixels + i);
 }
@@ -381,6 +403,14 @@ void run_panels(const DepthwiseMix& p, const DepthwiseBlocks& blocks, int64_t be
                 float* scratch, float* sums, float* panels, int64_t panel_stride) {
   const int64_t count = ceil_div(p.h, blocks.rows) * ceil_div(p.w, blocks.cols);
   for (int64_t c = begin; c < end; ++c) {
+    // The channel's lines of the panels, each in a page of its own, are asked for before they are
+    // written.
+    for (int64_t i = 0; i < p.h * p.w; i += kPanel) {
+      const float* panel = panels + i / kPanel * panel_stride + c * kPanel;
+      static_for<kPanel / 16>([&](auto l) __attribute__((always_inline)) {
+        __builtin_prefetch(panel + decltype(l)::value * 16, 1, 3);
+      });
+    }
     for (int64_t i = 0; i < count; ++i) {
       planar_sums(p, blocks, 0, c, i, c > begin && count == 1, scratch, sums, p.w);
     }

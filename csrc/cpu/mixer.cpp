@@ -74,7 +74,7 @@ class Plan {
 
   Scratch scratch() const {
     const int64_t depthwise = ceil_div(blocks_.scratch_floats, 16) * 16;
-    const int64_t pointwise = ceil_div(pointwise_.scratch_floats(s_.c, s_.c), 16) * 16;
+    const int64_t pointwise = ceil_div(pointwise_.scratch_floats(s_.c, s_.c, s_.strassen_levels), 16) * 16;
     const int64_t kernel = depthwise > pointwise ? depthwise : pointwise;
     Scratch scratch{aligned_floats(kernel + planes_ * plane_), nullptr, nullptr};
     scratch.kernel = scratch.memory.get();
@@ -223,7 +223,7 @@ void mixer_pack(const MixerBlock& block, int64_t c, int64_t k, float* packed) {
 int64_t joined_pixels(int64_t c_in, int64_t c_out, int strassen_levels) {
   const PointwiseKernels& pointwise = active_isa().pointwise;
   const int64_t large = int64_t{1} << 40;
-  const int levels = std::min(strassen_levels, pointwise.strassen_levels(c_in, c_out, large));
+  const int levels = pointwise.strassen_levels(c_in, c_out, large, strassen_levels);
   return levels == 0 ? 1 : pointwise.panel << levels;
 }
 

@@ -43,7 +43,7 @@ struct MixerStack {
   const float* const* weights;  // and their pointwise weights, [c][c]
   int64_t depth;
   Activation act;
-  int strassen_levels;  // of Strassen's algorithm at most (pointwise.h)
+  int strassen_levels;  // of Strassen's algorithm (pointwise.h)
 };
 
 // One block on a band of a larger map: rows [0, h) and columns [0, w) of z from x and what lies

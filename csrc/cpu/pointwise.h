@@ -22,6 +22,10 @@
 
 namespace convmixer_fast {
 
+// Levels of Strassen's algorithm, instead of a number of them: as many as the instruction set is fastest
+// with, and one at most.
+constexpr int kFastestLevels = -1;
+
 struct Pointwise {
   const float* panels;   // of an image's pixels from pixel_begin on
   int64_t panel_stride;  // floats from one panel to the next
@@ -36,7 +40,7 @@ struct Pointwise {
   int64_t plane;         // pixels of the image, or of the band of it
   int64_t whole_plane;   // pixels of the image: what is multiplied how is the same for every band
   Activation act;
-  int strassen_levels;   // at most; done where they pay
+  int strassen_levels;   // at most; taken where the size allows, or kFastestLevels
 };
 
 // One instruction set's kernels.
@@ -45,11 +49,11 @@ struct PointwiseKernels {
   int64_t tile;        // pixels that go through all weights together
   int64_t row_groups;  // output channels of a group
 
-  // How many levels of Strassen's algorithm are faster than fewer at this size: 0, 1 or 2.
-  int (*strassen_levels)(int64_t c_in, int64_t c_out, int64_t plane);
+  // How many levels of Strassen's algorithm are taken at this size, of those asked for.
+  int (*strassen_levels)(int64_t c_in, int64_t c_out, int64_t plane, int asked);
 
   // Scratch of one `run`, in floats; 64-byte aligned.
-  int64_t (*scratch_floats)(int64_t c_in, int64_t c_out);
+  int64_t (*scratch_floats)(int64_t c_in, int64_t c_out, int asked_levels);
 
   // Pixels [pixel_begin, pixel_end) of each image, together at most a tile, of groups
   // [group_begin, group_end); pixel_begin is a multiple of `tile`. Neither allocates nor throws.

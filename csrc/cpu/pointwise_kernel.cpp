@@ -7,14 +7,18 @@
 //       its weights of the chunk, or Strassen's sums of them, into [M][k] operands: L2
 //       for each product of half matrices
 //         for each panel of the tile                  from L3 into L2, once a band
-//           for each group of the band: M output channels, half a chunk of k
-//             M x 2 vectors of accumulators, from zero
-//             for each k: 2 loads of the panel, M broadcasts of a weight, 2 * M multiply-adds
+//           for each piece of its half chunk of k     AVX-512: of 64, in L1; else one, the whole
+//             for each group of the band: M output channels
+//               M x V vectors of accumulators, from zero
+//               for each k: V loads of the panel, M broadcasts of a weight, M * V multiply-adds
 //       added to the tile's sums; at the end: bias, activation, scale, shift, rows of z
 //
-// Registers: 2 * M accumulators, 2 of the panel, 1 broadcast (none where the multiply-add takes it
-// from memory): M = 6 of 16 registers, 12 of 32. Per k an AVX2 machine issues 12 multiply-adds and
-// 8 loads: 6 and 4 cycles, or 12 and 8 where a vector is two halves.
+// Registers: M * V accumulators, V of the panel, 1 broadcast (none where the multiply-add takes it
+// from memory): V = 2, M = 6 of 16 registers, 12 of 32. Per k an AVX2 machine issues 12 multiply-adds
+// and 8 loads: 6 and 4 cycles, or 12 and 8 where a vector is two halves.
+// AVX-512: V = 4, M = 6: 10 loads for 24 multiply-adds, where V = 2, M = 12 has 14. An Ice Lake core
+// whose other hyperthread is busy was seen to start 2.4 instructions and 1 load of a vector a cycle,
+// against 2 multiply-adds: what counts there are instructions.
 //
 // Strassen's algorithm on 2 x 2 blocks: A is 2 * M channels x a chunk of weights, B the chunk x two
 // panels, each cut in the middle both ways.
@@ -42,6 +46,10 @@
 // the other, grow like n, those of pieces like the square root of their number. In pieces of 64 the
 // direct product has half of PyTorch's rms error; each level of Strassen's algorithm doubles it.
 //
+// AVX-512 multiplies directly below 3072 channels: its multiply-adds are so fast that Strassen's sums,
+// 2.5 times a panel's bytes, are not there in time. On Ice Lake, of the direct product's speed: one level
+// 0.91-0.99 (768-1536 channels), 0.95-1.00 (2048), 1.01-1.11 (3072); two levels 0.85-1.02 at all of them.
+//
 // Values that are not finite would spread in Strassen's sums to the pixels of the other panels: panels
 // that hold one are multiplied directly.
 #include "finish.h"
@@ -54,12 +62,12 @@ namespace {
 using S = Simd<kLanes>;
 using Float = S::Float;
 
-constexpr int kRows = kRegisters == 32 ? 12 : 6;  // M of whole groups
-constexpr int kRowStep = kRows / 3;               // M of the last group is a multiple of this
+constexpr int kRows = kRegisters / 8 * 6 / kVectors;  // M of whole groups
+constexpr int kRowStep = kRows / 3;                   // M of the last group is a multiple of this
 constexpr int kTile = 512;
 constexpr int kPanels = kTile / kPanel;
-// Panels of one level or none at a time: their sums are twice as many.
-constexpr int kSinglePanels = kPanels / 2;
+// Panels of one level or none at a time: their sums are twice as many, but with AVX-512 seldom made.
+constexpr int kSinglePanels = kWide ? kPanels : kPanels / 2;
 // Groups that take turns with a panel while it is in L2.
 constexpr int kBand = 24 / kRows;
 constexpr int64_t kHalf = 512;     // most k of half a chunk
@@ -67,6 +75,11 @@ constexpr int64_t kQuarter = 384;  // and of a quarter
 constexpr int64_t kSum = 64;       // most terms of one sum
 // Terms between two looks at whether a sum has ended: few enough looks to be foreseen.
 constexpr int kTerms = 8;
+// Floats that a term asks for: a cache line, or a panel's row where that is less.
+constexpr int64_t kAsked = kPanel < 16 ? kPanel : 16;
+// Terms of a panel that the groups of a band take turns with: where its row is four cache lines, half a
+// chunk is more than L1 holds.
+constexpr int64_t kPiece = kWide ? kSum : kHalf;
 
 // What the operands of a group are, in the order of the products that use them; then what only the
 // direct product uses.
@@ -100,10 +113,13 @@ constexpr Outer kTwoLevels[] = {
     {{1, 3}, -1, {2, 3}, 1, {{0, 1, false}, {0, 0, false}}},
 };
 
-// How many levels of Strassen's algorithm are faster than fewer at this size.
-int strassen_levels(int64_t c_in, int64_t c_out, int64_t plane) {
+// How many levels of Strassen's algorithm are taken at this size: those that save multiply-adds worth
+// their sums, of those asked for.
+int strassen_levels(int64_t c_in, int64_t c_out, int64_t plane, int asked) {
+  if (asked == kFastestLevels) asked = kWide && c_in < 3072 ? 0 : 1;
   if (c_in % 2 != 0 || c_in < 256 || c_out < 2 * kRows || plane <= kPanel) return 0;
-  return c_in % 4 != 0 || c_in < 640 || c_out < 4 * kRows || plane <= 3 * kPanel ? 1 : 2;
+  const bool one = c_in % 4 != 0 || c_in < 640 || c_out < 4 * kRows || plane <= 3 * kPanel;
+  return static_cast<int>(min(asked, one ? 1 : 2));
 }
 
 // The same cut of the input channels for every tile: equal pieces, of 2 * Q halves each where Q is 2.
@@ -118,32 +134,39 @@ constexpr int64_t row_stride(int q) { return (q == 2 ? kQuarter : kHalf) + 16; }
 
 constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// One tile's memory.
-struct Scratch {
-  float* sums;      // [kPairSums][pair][kc][kPanel]
-  float* operands;  // [group of the band][kOperands][M][row_stride]
-  float* products;  // [group of the band][pair][kProducts][M][kPanel]
-  float* results;   // [2 M output channels][panel][2 M][kPanel], of one band where that is enough
+// Of the results of a group for a tile.
+constexpr int64_t kGroupFloats = int64_t{2} * kRows * kTile;
 
-  static constexpr int64_t kPairs = kSinglePanels / 2;  // and kPanels / 4 with an outer level
+// One tile's memory; sums and products only where Strassen's algorithm is used.
+struct Scratch {
+  float* operands;  // [group of the band][kOperands][M][row_stride]
+  float* results;   // [2 M output channels][panel][2 M][kPanel], of one band where that is enough
+  float* products;  // [group of the band][pair][kProducts][M][kPanel]
+  float* sums;      // [kPairSums][pair][kc][kPanel]
+
+  static constexpr int64_t kPairs = kSinglePanels / 2;  // at least kPanels / 4: sets of an outer level
   static constexpr int64_t kSums =
       larger(kPairs * kB11 * kHalf, kPairs * kPairSums * kQuarter) * kPanel;
   static constexpr int64_t kBandOperands = int64_t{kBand} * kOperands * kRows * row_stride(1);
   static constexpr int64_t kBandProducts = kBand * kPairs * kProducts * kRows * kPanel;
 
-  explicit Scratch(float* at)
-      : sums(at),
-        operands(sums + kSums),
-        products(operands + kBandOperands),
-        results(products + kBandProducts) {}
-};
-constexpr int64_t kGroupFloats = int64_t{2} * kRows * kTile;
+  // For any plane: as for a whole tile.
+  static int64_t groups(int64_t c_in, int64_t c_out, int asked) {
+    const bool all = chunk_length<1>(c_in) < c_in || strassen_levels(c_in, c_out, kTile, asked) == 2;
+    return all ? 2 * ceil_div(c_out, 4 * kRows) : kBand;
+  }
+  static int64_t floats(int64_t c_in, int64_t c_out, int asked) {
+    const bool strassen = strassen_levels(c_in, c_out, kTile, asked) > 0;
+    return kBandOperands + groups(c_in, c_out, asked) * kGroupFloats +
+           (strassen ? kBandProducts + kSums : 0);
+  }
 
-int64_t scratch_floats(int64_t c_in, int64_t c_out) {
-  const bool all = chunk_length<1>(c_in) < c_in || strassen_levels(c_in, c_out, kTile) == 2;
-  const int64_t groups = all ? 2 * ceil_div(c_out, 4 * kRows) : kBand;
-  return Scratch::kSums + Scratch::kBandOperands + Scratch::kBandProducts + groups * kGroupFloats;
-}
+  Scratch(float* at, int64_t c_in, int64_t c_out, int asked)
+      : operands(at),
+        results(operands + kBandOperands),
+        products(results + groups(c_in, c_out, asked) * kGroupFloats),
+        sums(products + kBandProducts) {}
+};
 
 // Rows of the weights that a band packs: those of every group and term.
 struct WeightRows {
@@ -161,32 +184,43 @@ struct WeightRows {
   }
 };
 
+// GCC 12 spills in this loop: with AVX-512 where it is a function of its own (24 of 312 instructions),
+// else where it is not. tests/test_counts.py holds the latter.
+#if defined(__AVX512F__)
+#define CMF_LOOP CMF_INLINE
+#else
+#define CMF_LOOP __attribute__((noinline))
+#endif
+
 // out[m][kPanel] = (add: out +) sum_k weight[m][k] * panel[k][kPanel]; from one row of weights to the
-// next it is kRow floats. Asks for the panel at `next` and for 2 * count floats at `ahead`: line by line,
-// because a processor that is asked for many at once stops until the first of them are there.
+// next it is kRow floats. Asks for kAsked floats at `next` a term, and for 2 * count floats at `ahead`:
+// line by line, because a processor that is asked for many at once stops until the first of them are
+// there.
 template <int M, int64_t kRow>
-CMF_INLINE void multiply(const float* panel, const float* weight, int64_t count, const float* next,
-                         const float* ahead, bool add, float* out) {
+CMF_LOOP void multiply(const float* panel, const float* weight, int64_t count, const float* next,
+                       const float* ahead, bool add, float* out) {
+  constexpr int V = kVectors;
   do {
-    Float acc[M][2];
-    static_for<M>([&](auto m) __attribute__((always_inline)) {
-      constexpr int I = decltype(m)::value;
-      acc[I][0] = acc[I][1] = Float{};
-    });
+    Float acc[M * V] = {};
     auto term = [&](int64_t k) __attribute__((always_inline)) {
-      __builtin_prefetch(next + k * kPanel, 0, 2);
-      if (kPanel > 16) __builtin_prefetch(next + k * kPanel + 16, 0, 2);
-      const Float x0 = S::load(panel + k * kPanel), x1 = S::load(panel + k * kPanel + kLanes);
+      __builtin_prefetch(next + k * kAsked, 0, kPiece == kSum ? 3 : 2);
+      Float x[V];
+      static_for<V>([&](auto v) __attribute__((always_inline)) {
+        constexpr int I = decltype(v)::value;
+        x[I] = S::load(panel + k * kPanel + I * kLanes);
+      });
       static_for<M>([&](auto m) __attribute__((always_inline)) {
         constexpr int I = decltype(m)::value;
         const Float w = S::broadcast(weight[I * kRow + k]);
-        acc[I][0] = w * x0 + acc[I][0];
-        acc[I][1] = w * x1 + acc[I][1];
+        static_for<V>([&](auto v) __attribute__((always_inline)) {
+          constexpr int N = decltype(v)::value;
+          S::accumulate(acc[I * V + N], w, x[N]);
+        });
       });
     };
     auto step = [&](int64_t terms) __attribute__((always_inline)) {
       panel += terms * kPanel;
-      next += terms * kPanel;
+      next += terms * kAsked;
       weight += terms;
       ahead += 2 * terms;
     };
@@ -203,20 +237,37 @@ CMF_INLINE void multiply(const float* panel, const float* weight, int64_t count,
       step(1);
     }
     if (add) {
-      static_for<M>([&](auto m) __attribute__((always_inline)) {
-        constexpr int I = decltype(m)::value;
-        acc[I][0] += S::load(out + I * kPanel);
-        acc[I][1] += S::load(out + I * kPanel + kLanes);
+      static_for<M * V>([&](auto i) __attribute__((always_inline)) {
+        constexpr int I = decltype(i)::value;
+        acc[I] += S::load(out + I * kLanes);
       });
     }
-    static_for<M>([&](auto m) __attribute__((always_inline)) {
-      constexpr int I = decltype(m)::value;
-      S::store(out + I * kPanel, acc[I][0]);
-      S::store(out + I * kPanel + kLanes, acc[I][1]);
+    static_for<M * V>([&](auto i) __attribute__((always_inline)) {
+      constexpr int I = decltype(i)::value;
+      S::store(out + I * kLanes, acc[I]);
     });
     add = true;
     count -= kSum;
-  } while (count > 0);
+  } while (kPiece > kSum && count > 0);
+}
+
+// The same for `groups` groups of M rows, which take turns with each piece of the panel. The last of
+// them ask for the next piece, after the last piece for that at `next`. weight(g), ahead(g), out(g): of
+// a group.
+template <int M, int64_t kRow, class Weight, class Ahead, class Out>
+CMF_INLINE void multiply_groups(const float* panel, int64_t count, const float* next, int64_t groups,
+                                Weight weight, Ahead ahead, bool add, Out out) {
+  constexpr int64_t kParts = kPanel / kAsked;  // of a term
+  for (int64_t k = 0; k < count; k += kPiece) {
+    const int64_t terms = min(kPiece, count - k);
+    const float* piece = panel + k * kPanel;
+    const float* then = k + terms < count ? piece + terms * kPanel : next;
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t part = g - max(groups - kParts, 0);
+      multiply<M, kRow>(piece, weight(g) + k, terms, part < 0 ? piece : then + part * terms * kAsked,
+                        ahead(g) + 2 * k, add || k > 0, out(g));
+    }
+  }
 }
 
 // Panels of a tile that go through the weights together: sets of 2 * Q neighbours by Strassen's
@@ -388,30 +439,27 @@ CMF_INLINE void finish_panel(const Pointwise& p, const Vectors& v, int64_t first
   with_activation(p.act, [&](auto act) __attribute__((always_inline)) {
     constexpr Activation A = static_cast<Activation>(decltype(act)::value);
     // kGroup vectors in step. Rows past the last one are there, but not stored.
-    constexpr int kStep = kGroup / 2;
+    constexpr int kStep = kGroup / kVectors;
     static_assert(2 * kRowStep % kStep == 0, "results have whole groups of rows");
     for (int64_t m = 0; m < rows; m += kStep) {
       Float values[kGroup];
       static_for<kGroup>([&](auto g) __attribute__((always_inline)) {
         constexpr int G = decltype(g)::value;
-        values[G] = S::load(result + m * kPanel + G * kLanes) + S::broadcast(v.bias[m + G / 2]);
+        values[G] = S::load(result + m * kPanel + G * kLanes) + S::broadcast(v.bias[m + G / kVectors]);
       });
       activate<A, kLanes, kGroup>(values);
       static_for<kStep>([&](auto r) __attribute__((always_inline)) {
         constexpr int R = decltype(r)::value;
         const Float scale = S::broadcast(v.scale[m + R]), shift = S::broadcast(v.shift[m + R]);
-        const Float z0 = values[2 * R] * scale + shift, z1 = values[2 * R + 1] * scale + shift;
         if (m + R >= rows) return;
         float* z = p.z + (image * p.c_out + first + m + R) * p.z_stride + pixel;
-        if (pixels == kPanel) {
-          S::store(z, z0);
-          S::store(z + kLanes, z1);
-        } else {
-          float row[kPanel];
-          S::store(row, z0);
-          S::store(row + kLanes, z1);
-          for (int64_t i = 0; i < pixels; ++i) z[i] = row[i];
-        }
+        alignas(64) float row[kPanel];
+        float* to = pixels == kPanel ? z : row;
+        static_for<kVectors>([&](auto v) __attribute__((always_inline)) {
+          constexpr int I = decltype(v)::value;
+          S::store(to + I * kLanes, values[R * kVectors + I] * scale + shift);
+        });
+        if (pixels < kPanel) copy(row, z, pixels);
       });
     }
   });
@@ -493,12 +541,15 @@ __attribute__((noinline)) void band(const Pointwise& p, const Chunk& t, const Pa
         const float* next = i + 1 < panels.sets       ? factor(product, i + 1)
                             : product + 1 < kProducts ? factor(product + 1, 0)
                                                       : factor(0, 0);
-        for (int64_t g = 0; g < count; ++g) {
-          const float* a = scratch.operands + (g * kOperands + product) * kOperand;
-          multiply<M, kRow>(
-              b, a, t.kc, g + 1 == count ? next : b, ahead(a), false,
-              scratch.products + g * kGroupProducts + (i * kProducts + product) * kProduct);
-        }
+        const float* asked_for[kBand];
+        for (int64_t g = 0; g < count; ++g) asked_for[g] = ahead(b);
+        multiply_groups<M, kRow>(
+            b, t.kc, next, count,
+            [&](int64_t g) { return scratch.operands + (g * kOperands + product) * kOperand; },
+            [&](int64_t g) { return asked_for[g]; }, false,
+            [&](int64_t g) {
+              return scratch.products + g * kGroupProducts + (i * kProducts + product) * kProduct;
+            });
         b = next;
       }
     }
@@ -525,12 +576,19 @@ __attribute__((noinline)) void band(const Pointwise& p, const Chunk& t, const Pa
       const float* next = i + 1 < panels.singles ? panel(i + 1) : b1;
       auto half = [&](const float* b, Operand top, Operand bottom, int64_t kc, const float* then,
                       bool add) {
-        for (int64_t g = 0; g < count; ++g) {
-          const float* a = scratch.operands + g * (kOperands * kOperand);
-          float* out = band_results + g * kGroupFloats + panels.single[i] * kResult;
-          multiply<M, kRow>(b, a + top * kOperand, kc, b, ahead(a), add, out);
-          multiply<M, kRow>(b, a + bottom * kOperand, kc, then, ahead(a), add, out + kProduct);
-        }
+        const float* asked_for[2 * kBand];
+        for (int64_t g = 0; g < 2 * count; ++g) asked_for[g] = ahead(b);
+        multiply_groups<M, kRow>(
+            b, kc, then, 2 * count,
+            [&](int64_t g) {
+              return scratch.operands +
+                     (g / 2 * kOperands + (g % 2 == 0 ? top : bottom)) * kOperand;
+            },
+            [&](int64_t g) { return asked_for[g]; }, add,
+            [&](int64_t g) {
+              return band_results + g / 2 * kGroupFloats + panels.single[i] * kResult +
+                     g % 2 * kProduct;
+            });
       };
       half(b1, kA11, kA21, t.kc, b2, !t.first);
       half(b2, kA12, kA22, t.rest, next, true);
@@ -651,10 +709,10 @@ bool finite(const float* panel, int64_t c_in) {
 
 void run(const Pointwise& p, int64_t pixel_begin, int64_t pixel_end, int64_t group_begin,
          int64_t group_end, float* memory) {
-  const Scratch scratch(memory);
+  const Scratch scratch(memory, p.c_in, p.c_out, p.strassen_levels);
   const int64_t count = ceil_div(pixel_end - pixel_begin, kPanel), all = p.images * count;
   const int64_t begin = group_begin * (4 * kRows), end = min(group_end * (4 * kRows), p.c_out);
-  const int levels = min(p.strassen_levels, strassen_levels(p.c_in, p.c_out, p.whole_plane));
+  const int levels = strassen_levels(p.c_in, p.c_out, p.whole_plane, p.strassen_levels);
   bool clean[kPanels], done[kPanels];
   for (int64_t i = 0; i < all; ++i) {
     clean[i] = levels > 0 && finite(p.panels + i * p.panel_stride, p.c_in);
@@ -703,6 +761,6 @@ void run(const Pointwise& p, int64_t pixel_begin, int64_t pixel_end, int64_t gro
 
 extern const PointwiseKernels pointwise_kernels;
 const PointwiseKernels pointwise_kernels = {kPanel,         kTile, 4 * kRows, strassen_levels,
-                                            scratch_floats, run};
+                                            Scratch::floats, run};
 
 }  // namespace convmixer_fast::CONVMIXER_FAST_ISA

@@ -31,13 +31,23 @@
 namespace convmixer_fast::CONVMIXER_FAST_ISA {
 
 constexpr int kLanes = CONVMIXER_FAST_LANES;
-constexpr int kPanel = 2 * kLanes;  // neighbouring pixels in a packed panel (pointwise.h)
 // Registers of that width: x86 has 16 before AVX-512; AVX-512 and NEON have 32.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kRegisters = 32;
 #else
 constexpr int kRegisters = 16;
 #endif
+
+// Whether a vector is a whole cache line, so that a load from anywhere takes two of them.
+#if defined(__AVX512F__)
+constexpr bool kWide = true;
+#else
+constexpr bool kWide = false;
+#endif
+
+// Vectors in a row of a packed panel, and the neighbouring pixels they are (pointwise.h).
+constexpr int kVectors = kWide ? 4 : 2;
+constexpr int kPanel = kVectors * kLanes;
 
 // The smaller and the larger of two vectors: x86 has one instruction for what the ternary says,
 // but compilers do not find it for vectors.
@@ -75,6 +85,49 @@ struct Extreme<16> {
 };
 #endif
 
+// sum + a * b into sum.
+template <int L>
+struct Accumulate {
+  template <class Float>
+  static CMF_INLINE void add(Float& sum, Float a, Float b) {
+    sum = a * b + sum;
+  }
+};
+#if defined(__AVX512F__)
+// GCC overwrites a factor as soon as it is not needed, and then moves sums from register to register:
+// one instruction in six of a long loop. There is no choice in these. Both widths, so that narrow and
+// wide tiles round alike in builds that fuse nothing, which sanitizers' are.
+template <>
+struct Accumulate<16> {
+  static CMF_INLINE void add(__m512& sum, __m512 a, __m512 b) {
+    asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  }
+};
+template <>
+struct Accumulate<8> {
+  static CMF_INLINE void add(__m256& sum, __m256 a, __m256 b) {
+    asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  }
+};
+#endif
+
+// The first lanes of a vector to memory: AVX-512 has an instruction for it.
+template <int L>
+struct First {
+  template <class Float>
+  static CMF_INLINE void store(float* p, Float v, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) p[i] = v[i];
+  }
+};
+#if defined(__AVX512F__)
+template <>
+struct First<16> {
+  static CMF_INLINE void store(float* p, __m512 v, int64_t count) {
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), v);
+  }
+};
+#endif
+
 template <int L>
 struct Simd {
   typedef float Float __attribute__((vector_size(4 * L)));
@@ -86,6 +139,15 @@ struct Simd {
   static CMF_INLINE void store(float* p, Float v) { *reinterpret_cast<Unaligned*>(p) = v; }
   // Not s + Float{}: -0 + 0 is 0, so that compilers add where they could just copy.
   static CMF_INLINE Float broadcast(float s) { return s - Float{}; }
+
+  // The first `count` of v's lanes, 0 to L of them.
+  static CMF_INLINE void store_first(float* p, Float v, int64_t count) {
+    First<L>::store(p, v, count);
+  }
+
+  static CMF_INLINE void accumulate(Float& sum, Float a, Float b) {
+    Accumulate<L>::add(sum, a, b);
+  }
 
   // a < b ? a : b and a > b ? a : b; where one is NaN, b.
   static CMF_INLINE Float min(Float a, Float b) { return Extreme<L>::min(a, b); }
@@ -121,7 +183,13 @@ static CMF_INLINE void copy(const float* from, float* to, int64_t n) {
   using S = Simd<kLanes>;
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) S::store(to + i, S::load(from + i));
+#if defined(__AVX512F__)
+  if (i == n) return;
+  const __mmask16 rest = static_cast<__mmask16>((1u << (n - i)) - 1);
+  _mm512_mask_storeu_ps(to + i, rest, _mm512_maskz_loadu_ps(rest, from + i));
+#else
   for (; i < n; ++i) to[i] = from[i];
+#endif
 }
 
 }  // namespace convmixer_fast::CONVMIXER_FAST_ISA

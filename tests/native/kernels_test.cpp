@@ -12,6 +12,7 @@
 #include <array>
 #include <limits>
 #include <numeric>
+#include <set>
 
 #include "cpu/channel_mix.h"
 #include "cpu/depthwise.h"
@@ -369,7 +370,6 @@ void test_pointwise(Random& random, const std::vector<std::string>& isas) {
     const int64_t stride = (c_in + gap) * kernels.panel;
     const int64_t panels = (plane + kernels.panel - 1) / kernels.panel;
     const cmf::Floats memory = cmf::aligned_floats(panels * stride);
-    const cmf::Floats scratch = cmf::aligned_floats(kernels.scratch_floats(c_in, c_out));
     float* panel = memory.get();
     for (int64_t i = 0; i < panels * stride; ++i) panel[i] = 1.0f;
     for (int64_t pixel = 0; pixel < plane; ++pixel) {
@@ -379,7 +379,12 @@ void test_pointwise(Random& random, const std::vector<std::string>& isas) {
       }
     }
     const int64_t groups = (c_out + kernels.row_groups - 1) / kernels.row_groups;
-    for (int levels : {0, 1, 2}) {
+    std::set<int> done;
+    for (int levels : {cmf::kFastestLevels, 0, 1, 2}) {
+      // What another number has been multiplied like.
+      if (!done.insert(kernels.strassen_levels(c_in, c_out, plane, levels)).second) continue;
+      const cmf::Floats scratch =
+          cmf::aligned_floats(kernels.scratch_floats(c_in, c_out, levels));
       Floats first;
       // All groups of a tile together, then each by itself.
       for (int64_t groups_each : {groups, int64_t{1}}) {
