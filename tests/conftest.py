@@ -7,14 +7,6 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-
-# The numerics rule measures by PyTorch's errors, which differ between machines: with AVX-512 its
-# convolutions are up to twice as accurate, and its GELU of infinity is NaN. One yardstick for all:
-# its AVX2 kernels (docs/numerics.md). It is asked before torch is imported, here and in processes
-# that tests start.
-os.environ.setdefault("ATEN_CPU_CAPABILITY", "avx2")
-os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
-
 import torch
 from hypothesis import settings
 

@@ -189,7 +189,8 @@ def test_the_default_is_what_is_fastest_and_others_can_be_asked_for(isa, monkeyp
             results[value] = ours(x)
     assert torch.equal(results[None], results["0" if isa == "avx512" else "1"])
     for one, other in ("01", "12", "02"):
-        assert not torch.equal(results[one], results[other])
+        # Two levels are never faster with AVX-512, and not taken.
+        assert torch.equal(results[one], results[other]) == ((isa, one) == ("avx512", "1"))
         torch.testing.assert_close(results[one], results[other], rtol=1e-4, atol=1e-4)
 
 
@@ -300,7 +301,8 @@ def test_what_is_not_finite_stays_under_its_kernel_in_wide_blocks(strassen, valu
     x = torch.randn(3, 640, 12, 12)
     x[1, 2, 4, 4] = value
     with torch.no_grad():
-        out, expected = ours(x), plain(x)
+        # In float64: oneDNN's float32 GELU of infinity is NaN on CPUs with AVX-512.
+        out, expected = ours(x), plain.double()(x.double()).float()
     bad = ~out.isfinite()
     assert bad[1, :, 3:6, 3:6].any()
     assert torch.equal(bad, ~expected.isfinite())

@@ -6,7 +6,7 @@
 
 namespace convmixer_fast::CONVMIXER_FAST_ISA {
 
-// Vectors that go through an activation in step: GELU's chain is 80 cycles long, and an AVX2 machine
+// Vectors that go through an activation in step: GELU's chain is 90 cycles long, and an AVX2 machine
 // issues a vector of it in 7 to 14.
 constexpr int kGroup = 8;
 

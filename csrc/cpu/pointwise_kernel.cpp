@@ -48,7 +48,8 @@
 //
 // AVX-512 multiplies directly below 3072 channels: its multiply-adds are so fast that Strassen's sums,
 // 2.5 times a panel's bytes, are not there in time. On Ice Lake, of the direct product's speed: one level
-// 0.91-0.99 (768-1536 channels), 0.95-1.00 (2048), 1.01-1.11 (3072); two levels 0.85-1.02 at all of them.
+// 0.91-0.99 (768-1536 channels), 0.95-1.00 (2048), 1.01-1.11 (3072); two levels, which are therefore
+// not taken at all, 0.85-1.02.
 //
 // Values that are not finite would spread in Strassen's sums to the pixels of the other panels: panels
 // that hold one are multiplied directly.
@@ -118,7 +119,8 @@ constexpr Outer kTwoLevels[] = {
 int strassen_levels(int64_t c_in, int64_t c_out, int64_t plane, int asked) {
   if (asked == kFastestLevels) asked = kWide && c_in < 3072 ? 0 : 1;
   if (c_in % 2 != 0 || c_in < 256 || c_out < 2 * kRows || plane <= kPanel) return 0;
-  const bool one = c_in % 4 != 0 || c_in < 640 || c_out < 4 * kRows || plane <= 3 * kPanel;
+  const bool one =
+      kWide || c_in % 4 != 0 || c_in < 640 || c_out < 4 * kRows || plane <= 3 * kPanel;
   return static_cast<int>(min(asked, one ? 1 : 2));
 }
 
