@@ -66,7 +66,8 @@ void channel_mix(const ChannelMix& p, int threads) {
   const int64_t tile_panels = ceil_div(std::min(plane, kernels.tile), kernels.panel);
   const int64_t panels = ceil_div(tile_panels * panel_stride, 16) * 16;
   parallel_for(p.n * tiles * cuts, threads, [&](Share& share) {
-    const Floats memory = aligned_floats(panels + kernels.scratch_floats(c_in, p.c_out, p.strassen_levels));
+    const Floats memory =
+        aligned_floats(panels + kernels.scratch_floats(c_in, p.c_out, p.strassen_levels));
     float* const scratch = memory.get() + panels;
     for (Range r; share.next(r);) {
       for (int64_t item = r.begin; item < r.end; ++item) {
