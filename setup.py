@@ -537,7 +537,8 @@ def kept_object(p: CudaPlan, source: str, flags: str) -> Path | None:
     told = [p.nvcc_version, version_line(p.tools.compiler), os.environ.get("NVCC_APPEND_FLAGS", "")]
     digest = hashlib.sha256(json.dumps([*told, re.sub(r" --threads \S+", "", flags)]).encode())
     headers = [ROOT / "csrc/activation_id.h", *(ROOT / "csrc/cuda").glob("*.*h")]
-    if p.cutlass:
+    if source == CUTLASS_KERNELS:
+        # The other kernels see nothing of it: with and without CUTLASS they are the same object.
         headers.append(Path(p.cutlass, "cutlass", "version.h"))
     for path in [ROOT / source, *sorted(headers)]:
         digest.update(path.read_bytes())

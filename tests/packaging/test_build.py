@@ -399,6 +399,17 @@ def test_kept_objects_are_not_compiled_again_in_another_checkout(
     build_wheel(other, tmp_path / "second", **environment)
     assert len(nvcc.compiled()) == before + 1
     assert "pointwise_wgmma.cu" in nvcc.compiled()[-1]
+    # Another CUTLASS, and none: only the kernels that are made of it know.
+    another = tmp_path / "cutlass"
+    shutil.copytree(nvcc.cutlass, another)
+    (another / "cutlass" / "version.h").write_text("// another\n")
+    build_wheel(other, tmp_path / "third", **environment | {"CONVMIXER_FAST_CUTLASS": str(another)})
+    assert len(nvcc.compiled()) == before + 2
+    assert "pointwise_wgmma.cu" in nvcc.compiled()[-1]
+    without = environment | {"CONVMIXER_FAST_CUTLASS": str(tmp_path / "nowhere")}
+    _, record = contents(build_wheel(other, tmp_path / "fourth", **without))
+    assert record["cuda"]["kernels"] == ["mma.sync"]
+    assert len(nvcc.compiled()) == before + 2
 
 
 @pytest.mark.parametrize(
