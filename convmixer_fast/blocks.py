@@ -184,7 +184,8 @@ def _operands(
     sources = sources_of(conv, bn)
     inference = not (torch.is_grad_enabled() and any(t.requires_grad for t in sources))
     if inference and not torch.compiler.is_compiling() and cacheable(sources):
-        on_gpu = backends.gpu_kernels_run(x.device, dtype)
+        op = "" if depthwise else "pointwise_mix"
+        on_gpu = backends.gpu_kernels_run(x.device, dtype, op)
         # Only the channels-last kernels want another order than the parameter's own.
         repack = depthwise and not on_gpu and memory_format_of(x) == torch.channels_last
 
@@ -222,7 +223,7 @@ def _plan(cache: PackedCache[Packed], op: str, conv: Any, act: Any, x: Tensor) -
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not Tensor:
         return
     cache.plan = None
-    if not backends.gpu_kernels_run(x.device, x.dtype):
+    if not backends.gpu_kernels_run(x.device, x.dtype, op):
         return
     call = backends.call_of(op, x, conv.weight, conv.bias, activation_name(act))
     if call is None:

@@ -13,7 +13,7 @@ import convmixer_fast as cf
 from convmixer_fast import BackendError, ConvMixer, explain, use_backend
 from convmixer_fast.kernels import support
 from convmixer_fast.kernels.configs import ORDER, CudaConfig, ProductConfig, lookup_order
-from convmixer_fast.ops import backends, first_use, pointwise
+from convmixer_fast.ops import backends, first_use, gpu, pointwise
 from convmixer_fast.testing import assert_numerics, trained_like_
 
 IMAGES = (2, 3, 16, 16)
@@ -347,6 +347,96 @@ def test_a_product_that_pytorch_computes_is_ended_by_one_kernel(act, bias):
     assert choice.reason.startswith("PyTorch's product and one Triton kernel for the rest, checked")
     assert "float32 without TF32" in choice.reason
     torch.testing.assert_close(got, pointwise._reference(*given, act), rtol=1e-5, atol=1e-5)
+
+
+F64 = torch.float64
+
+
+def doubled(given):
+    return [None if t is None else t.double() for t in given]
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("act", list(cf.ACTIVATIONS))
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_float64_is_multiplied_by_pytorch_and_ended_by_one_kernel(act, capability, layout):
+    given = doubled(operands_for(FP32, layout=layout))
+    with cuda_installed(capability=capability) as double:
+        got = cf.ops.pointwise_mix(*given, act)
+        assert double.calls == {"after_product_": 2}
+        call = backends.call_of("pointwise_mix", *given[:3], act)
+        choice = backends.choose("pointwise_mix", given[0].device, F64, call)
+    assert (choice.backend, choice.reason) == (
+        "triton",
+        "PyTorch's product and one Triton kernel for the rest, checked against PyTorch; "
+        "float64 is multiplied by no kernel of ours",
+    )
+    want = pointwise._reference(*given, act)
+    assert got.dtype == F64
+    assert got.stride() == want.stride()
+    torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_a_float64_check_sees_what_float32_would_round():
+    given = doubled(operands_for(FP32))
+    with cuda_installed() as double:
+        finish = double.after_product_
+
+        def narrow(h, *rest):
+            vectors = [t.float() if isinstance(t, torch.Tensor) else t for t in rest]
+            return h.copy_(finish(h.float(), *vectors))
+
+        table = gpu.kernels()._replace(after_product_=narrow)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(gpu, "kernels", lambda: table)
+            with pytest.warns(RuntimeWarning, match="wrong numbers"):
+                got = cf.ops.pointwise_mix(*given, "gelu")
+    assert torch.equal(got, pointwise._reference(*given, "gelu"))
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@torch.no_grad()
+def test_the_check_of_float64_does_not_depend_on_the_order_of_a_sum():
+    # PyTorch's convolution and its matrix product add 1536 terms in different orders.
+    with cuda_installed():
+        x, weight = torch.empty(1, 1536, 2, 2, dtype=F64), torch.empty(1536, 1536, 1, 1)
+        case = backends.call_of("pointwise_mix", x, weight, None, "gelu").case
+        report = gpu.measure_errors(case, pointwise._reference, ProductConfig())
+    assert report.ok
+    assert report.max_error <= 0.5 * report.max_bar, report
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@torch.no_grad()
+def test_a_float64_model(monkeypatch):
+    model = trained_like_(ConvMixer(16, 2, 3, 4, num_classes=3), IMAGES).double()
+    x = torch.randn(IMAGES).double()
+    with use_backend("reference"):
+        want = model(x)
+    with cuda_installed() as double:
+        torch.testing.assert_close(model(x), want, rtol=1e-12, atol=1e-12)
+        rows = {(r.op, r.backend) for r in explain(model, x)}
+        assert set(double.calls) == {"after_product_"}
+        model(x)
+        with monkeypatch.context() as patch:
+            # What was looked up for a pointwise half is kept, though the other half has no kernel.
+            choose = backends.choose
+
+            def other_half(op, *args):
+                assert op != "pointwise_mix" or args[2].case.op == "patch_embed"
+                return choose(op, *args)
+
+            patch.setattr(backends, "choose", other_half)
+            before = double.calls["after_product_"]
+            torch.testing.assert_close(model(x), want, rtol=1e-12, atol=1e-12)
+            assert double.calls["after_product_"] == before + 2
+    assert rows == {
+        ("pointwise_mix", "reference"),  # the stem
+        ("depthwise_mix", "reference"),
+        ("pointwise_mix", "triton"),
+    }
 
 
 def test_opcheck_with_a_cuda_kernel_behind_it():

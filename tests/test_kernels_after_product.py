@@ -16,6 +16,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from convmixer_fast.arch import ACTIVATIONS
 from convmixer_fast.kernels import operands
 from convmixer_fast.kernels.after_product import after_product_
+from convmixer_fast.ops import backends, first_use, pointwise_mix, use_backend
+from convmixer_fast.ops.common import activation, affine
+from convmixer_fast.testing import assert_numerics
 
 SMALL = [c for c in POINTWISE_CASES if not c.large]
 HALF = (torch.bfloat16, torch.float16)
@@ -48,6 +51,61 @@ def test_interpreter_activations(act: str) -> None:
     check(by_product, case, torch.float32)
 
 
+def in_float64(case: MatrixCase, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """What the kernel makes of random float64 sums, NaN and infinity among them, and PyTorch."""
+    g = torch.Generator().manual_seed(0)
+    numbers = [torch.randn(s, generator=g, dtype=torch.float64) for s in (case.d,) * 3]
+    bias, scale, shift = (t.to(device) for t in numbers)
+    h = 3 * torch.randn(case.n, case.d, case.h, case.w, generator=g, dtype=torch.float64)
+    h[0, 0, 0, :] = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -40.0])
+    h = h.to(device).contiguous(memory_format=torch.channels_last)
+    wide = h if not case.bias else h + bias.view(1, -1, 1, 1)
+    theirs = affine(activation(wide, case.act), scale, shift)
+    got = after_product_(h, bias if case.bias else None, scale, shift, case.act)
+    assert got is h
+    return got, theirs
+
+
+def assert_alike(got: Tensor, theirs: Tensor) -> None:
+    """Equal where not finite, else within a few of float64's units at the results' scale."""
+    assert got.dtype == theirs.dtype == torch.float64
+    finite = theirs.isfinite()
+    assert not finite.all()
+    torch.testing.assert_close(got[~finite], theirs[~finite], equal_nan=True)
+    assert_numerics(got[finite], theirs[finite], theirs[finite])
+
+
+@interpreter
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("channels", [37, 136])
+def test_interpreter_float64(act: str, channels: int) -> None:
+    case = MatrixCase("float64", 2, 8, 5, 5, channels, act=act, bias=channels != 37)
+    assert_alike(*in_float64(case))
+
+
+@interpreter
+@pytest.mark.parametrize("layout", ["nhwc", "nchw", "channel_slice"])
+def test_interpreter_float64_operator(layout: str) -> None:
+    """PyTorch's product with the kernel after it, checked before its first use."""
+    case = MatrixCase("float64", 2, 24, 4, 5, 40, layout=layout)
+    o = draw(case, torch.float64)
+    given = (o.x, o.weight, o.bias, o.scale.double(), o.shift.double(), case.act)
+    first_use.forget()
+    with use_backend("triton"):
+        got = pointwise_mix(*given)
+        call = backends.call_of("pointwise_mix", *given[:3], case.act)
+        choice = backends.choose("pointwise_mix", o.x.device, o.x.dtype, call)
+    assert list(first_use.results().values()) == [""]
+    assert choice.reason == (
+        "asked for by name: PyTorch's product and one Triton kernel for the rest, "
+        "checked against PyTorch"
+    )
+    with use_backend("reference"):
+        theirs = pointwise_mix(*given)
+    assert got.stride() == theirs.stride()
+    torch.testing.assert_close(got, theirs, rtol=1e-13, atol=1e-13)
+
+
 @compiler
 @pytest.mark.parametrize("name", ["several_tiles_and_steps", "odd_channels"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -57,6 +115,16 @@ def test_simulated(name: str, dtype: torch.dtype) -> None:
     case = next(c for c in POINTWISE_CASES if c.name == name)
     with simulator.triton_on_cpu(cc=80, strict=True) as log:
         check(by_product, case, dtype)
+    assert len(log) == 1
+
+
+@compiler
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_simulated_float64(act: str) -> None:
+    simulator: ModuleType = triton_simulator()
+    case = MatrixCase("float64", 1, 8, 9, 5, 136, act=act)
+    with simulator.triton_on_cpu(cc=80, strict=True) as log:
+        assert_alike(*in_float64(case))
     assert len(log) == 1
 
 
@@ -90,6 +158,10 @@ def test_refuses_with_the_name_of_what_does_not_fit() -> None:
     for message, (place, value) in bad.items():
         with pytest.raises(ValueError, match=message):
             after_product_(*good[:place], value, *good[place + 1 :])
+    with pytest.raises(ValueError, match=r"h must be float64, .* got torch.int32"):
+        after_product_(h.int(), *good[1:])
+    with pytest.raises(ValueError, match=r"scale must be float64, got torch.float32"):
+        after_product_(h.double(), *good[1:])
     assert after_product_(h[:0], *good[1:]).shape == (0, 8, 4, 4)
 
 
@@ -101,3 +173,12 @@ def test_on_hardware(case: MatrixCase, dtype: torch.dtype) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     check(by_product, case, dtype, "cuda")
+
+
+@compiler
+@pytest.mark.gpu
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_float64_on_hardware(act: str) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    assert_alike(*in_float64(MatrixCase("float64", 2, 8, 9, 5, 1537, act=act), "cuda"))

@@ -1,5 +1,8 @@
 """How is an activation computed inside a GPU kernel? In float32, without calls or branches.
 
+float64 is computed by PyTorch's own formulas, with the compiler's erf and exp: the polynomial and
+the machine's ex2 are of float32's precision.
+
 What IEEE arithmetic gives PyTorch's formula is kept: NaN stays NaN, relu(NaN) is NaN,
 gelu(+inf) = +inf, and gelu, silu and hardswish of -inf are NaN (-inf * 0).
 """
@@ -33,19 +36,31 @@ def _gelu(h):
 
 
 @triton.jit
+def _gelu_float64(h):
+    """GELU by erf, as PyTorch has it: h / 2 * (1 + erf(h / sqrt(2)))."""
+    return h * 0.5 * (1.0 + tl.erf(h * 0.7071067811865476))
+
+
+@triton.jit
 def activate(h, ACT: tl.constexpr):
-    """The activation named ``ACT`` of a float32 tensor of any shape, elementwise.
+    """The activation named ``ACT`` of a float32 or float64 tensor of any shape, elementwise.
 
     ``ACT`` is a name in `convmixer_fast.arch.ACTIVATIONS`: gelu, relu, silu, hardswish, identity.
     """
     if ACT == "gelu":
-        return _gelu(h)
+        if h.dtype == tl.float64:
+            return _gelu_float64(h)
+        else:
+            return _gelu(h)
     elif ACT == "relu":
         # Not maximum(): it would make 0 of NaN.
         return tl.where(h < 0, 0.0, h)
     elif ACT == "silu":
-        # exp(-h) as 2^(-h log2 e): the machine's own instruction.
-        return h / (1.0 + tl.exp2(h * -1.4426950408889634))
+        if h.dtype == tl.float64:
+            return h / (1.0 + tl.exp(-h))
+        else:
+            # exp(-h) as 2^(-h log2 e): the machine's own instruction.
+            return h / (1.0 + tl.exp2(h * -1.4426950408889634))
     elif ACT == "hardswish":
         # The factor h keeps NaN where minimum and maximum lose it.
         return h * tl.minimum(tl.maximum(h + 3.0, 0.0), 6.0) * (1.0 / 6.0)

@@ -28,14 +28,14 @@ def tile_of(program, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def finish(sums, bias, scale, shift, columns, N, ACT: tl.constexpr):
-    """scale * act(sums + bias) + shift on a tile [rows, columns] of float32 sums.
+    """scale * act(sums + bias) + shift on a tile [rows, columns] of float32 or float64 sums.
 
-    bias: pointer to N values of any floating dtype, or None; scale, shift: pointers to N float32;
-    columns: int32 numbers of the tile's columns. Columns past N hold nothing of use.
+    bias: pointer to N values of any floating dtype, or None; scale, shift: pointers to N of the
+    sums' dtype; columns: int32 numbers of the tile's columns. Columns past N hold nothing of use.
     """
     inside = columns < N
     if bias is not None:
-        sums += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+        sums += tl.load(bias + columns, mask=inside, other=0.0).to(sums.dtype)[None, :]
     a = tl.load(scale + columns, mask=inside, other=0.0)
     b = tl.load(shift + columns, mask=inside, other=0.0)
     return activate(sums, ACT) * a[None, :] + b[None, :]

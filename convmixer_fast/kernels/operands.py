@@ -59,20 +59,23 @@ def check_vectors(
     shift: Tensor,
     act: str,
 ) -> None:
-    """What ends a product with d channels, on the device of ``x``.
+    """What ends a product with d channels, on the device of ``x``; scale and shift are float32, of
+    float64 ``x`` float64.
 
     Raises:
         ValueError: naming the operand that does not fit.
     """
     if act not in ACTIVATIONS:
         raise ValueError(f"{op}: unknown activation {act!r}: one of {', '.join(ACTIVATIONS)}")
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     for name, vector in (("bias", bias), ("scale", scale), ("shift", shift)):
         if vector is None:
             continue
         if vector.shape != (d,) or not vector.is_contiguous():
             raise ValueError(f"{op}: {name} must be ({d},), contiguous, got {tuple(vector.shape)}")
-        if name != "bias" and vector.dtype != torch.float32:
-            raise ValueError(f"{op}: {name} must be float32, got {vector.dtype}")
+        if name != "bias" and vector.dtype != wide:
+            wanted = str(wide).removeprefix("torch.")
+            raise ValueError(f"{op}: {name} must be {wanted}, got {vector.dtype}")
         if vector.device != x.device:
             raise ValueError(f"{op}: {name} is on {vector.device} but x is on {x.device}")
 

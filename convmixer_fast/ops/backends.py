@@ -118,8 +118,13 @@ _CPU_KERNELS = {
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str:
-    if dtype not in _TRITON_DTYPES:
+def _is_only_ended(op: str, dtype: torch.dtype) -> bool:
+    """Whether no kernel of ours computes ``op`` whole, but one ends PyTorch's product."""
+    return op == "pointwise_mix" and dtype == torch.float64
+
+
+def _why_not_triton(device: torch.device, dtype: torch.dtype, op: str = "") -> str:
+    if dtype not in _TRITON_DTYPES and not _is_only_ended(op, dtype):
         return (
             "the Triton kernels compute float32, bfloat16 and float16, "
             f"not {str(dtype).removeprefix('torch.')}"
@@ -127,17 +132,21 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str:
     return support.why_not(device)
 
 
-def gpu_kernels_run(device: torch.device, dtype: torch.dtype) -> bool:
+def gpu_kernels_run(device: torch.device, dtype: torch.dtype, op: str = "") -> bool:
     """Whether kernels, as far as is known before a call, serve activations like these.
 
-    Under ``auto`` only on a GPU; by name on CPU tensors too, where kernels are emulated. The CUDA
-    kernels are one half of a block: where Triton has no other, nothing is laid out for them.
+    Under ``auto`` only on a GPU; by name on CPU tensors too, where kernels are emulated.
+
+    Args:
+        op: of which operator; by default of both halves of a block. In float64 the
+            pointwise half alone has a kernel, and nothing is laid out for it.
     """
     if not support.is_kernel_device(device):
         return False
     asked = requested_backend()
-    wanted = asked in ("triton", "cuda") or (asked == "auto" and _auto_is_triton(device))
-    return wanted and not _why_not_triton(device, dtype)
+    if asked not in ("triton", "cuda") and (asked != "auto" or not _auto_is_triton(device)):
+        return False
+    return not _why_not_triton(device, dtype, op)
 
 
 def _why_slower(op: str, dtype: torch.dtype) -> str:
@@ -225,13 +234,14 @@ def _choose_gpu(
     asked: str, op: str, device: torch.device, dtype: torch.dtype, call: Call | None
 ) -> Choice:
     """`choose` where kernels for GPUs are wanted."""
-    why_not = _why_not_triton(device, dtype)
+    case_op = "" if call is None else call.case.op
+    why_not = _why_not_triton(device, dtype, case_op)
     if asked == "triton":
         _refuse(asked, why_not)
     also = ""
     if asked == "cuda":
         _refuse(asked, _why_not_cuda(device))
-        if call is not None and call.case.op == "pointwise_mix":
+        if call is not None and case_op == "pointwise_mix":
             usable = cuda_candidates(call.case, call.shape)
             if not usable:
                 _refuse(asked, "; ".join(dict.fromkeys(_cuda_families(call).values())))
@@ -249,16 +259,20 @@ def _choose_gpu(
     tuned = "" if verdict is None else f"; tuned: {verdict.reason()}"
     if asked != "auto":
         tile = None if verdict is None or verdict.winner != "triton" else verdict.config
+        if _is_only_ended(case_op, dtype):
+            tile = ProductConfig()
         return _first_trusted(asked, call, [tile], tuned, also)
     if verdict is not None:
         if verdict.winner in _FORMATS:
             return Choice("reference", f"tuned: {verdict.reason()}", _FORMATS[verdict.winner])
         return _first_trusted(asked, call, [verdict.config], tuned)
+    if _is_only_ended(case_op, dtype):
+        return _first_trusted(asked, call, [ProductConfig()], f"; {_NOT_FUSED}")
     # What was measured counts for more than what is expected.
-    slower = _why_slower(call.case.op, dtype)
+    slower = _why_slower(case_op, dtype)
     if slower:
         return _first_trusted(asked, call, [ProductConfig()], f"; expected to be faster: {slower}")
-    if call.case.op != "pointwise_mix" or not (device.type == "cuda" or _native_cuda.is_emulated()):
+    if case_op != "pointwise_mix" or not (device.type == "cuda" or _native_cuda.is_emulated()):
         return _first_trusted(asked, call, [None], "")
     order = lookup_order(support.architecture(device))
     families = _cuda_families(call) if order.kernels != (TRITON,) else {}
@@ -274,6 +288,7 @@ def _choose_gpu(
 
 
 _TRITON_KERNEL = "one Triton kernel"
+_NOT_FUSED = "float64 is multiplied by no kernel of ours"
 
 
 def _first_trusted(

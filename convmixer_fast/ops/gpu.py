@@ -86,7 +86,7 @@ def taps_of(weight: Tensor) -> Tensor:
 
 def keep_float32(bias: Tensor | None) -> Tensor | None:
     """Keep a bias (D,) in float32 with it, as the CUDA kernels want it; only as for `keep_taps`."""
-    if bias is not None and bias.dtype != torch.float32:
+    if bias is not None and bias.dtype in (torch.bfloat16, torch.float16):
         setattr(bias, _FLOAT32, bias.float())
     return bias
 
@@ -206,10 +206,16 @@ def _after_product(
     shift: Tensor,
     act: str,
 ) -> Tensor:
-    """PyTorch's convolution as its settings have it, and one kernel in the place of its result."""
+    """PyTorch's product as its settings have it, and one kernel in the place of its result."""
     wanted = memory_format_of(x)
+    x, weight = as_channels_last(x.detach().resolve_neg()), weight.detach()
     with torch.autocast(x.device.type, enabled=False):
-        h = F.conv2d(as_channels_last(x.detach().resolve_neg()), weight.detach())
+        if x.dtype == torch.float64:
+            # cuDNN has no channels-last convolution of float64: one would convert there and back.
+            rows = x.permute(0, 2, 3, 1)
+            h = F.linear(rows, weight.reshape(weight.shape[:2])).permute(0, 3, 1, 2)
+        else:
+            h = F.conv2d(x, weight)
     h = kernels().after_product_(as_channels_last(h), *_vectors(bias, scale, shift), act)
     if wanted == torch.channels_last:
         return h
@@ -329,14 +335,19 @@ def operands_for(case: Case, shape: tuple[int, int, int]) -> list[Any]:
     inputs = 1 if case.op == "depthwise_mix" else case.channels
     wide = accumulation_dtype(case.dtype)
     x, normal = draw(n, case.channels, h, w), []
+    weight = (draw(d, inputs, k, k, dtype=wide) / (inputs * k * k) ** 0.5).to(case.dtype)
     if case.op == UINT8_STEM:
         # Three in four pixels are drawn, the others are black or white.
         x = (x * 110 + 128).clamp_(0, 255).to(torch.uint8)
         normal = [[0.4 + c % 7 / 40 for c in range(case.channels)] for _ in range(2)]
         normal[1].reverse()
+    if case.dtype == torch.float64:
+        # There is no wider dtype to measure by. Products of few bits sum up exactly, in any order,
+        # so that what is left of the kernel's and PyTorch's errors is what follows the sum.
+        x, weight = (t.mul_(2**12).round_().div_(2**12) for t in (x, weight))
     return [
         x.contiguous(memory_format=torch.channels_last),
-        (draw(d, inputs, k, k, dtype=wide) / (inputs * k * k) ** 0.5).to(case.dtype),
+        weight,
         draw(d) if case.bias else None,
         draw(d, dtype=wide),
         draw(d, dtype=wide),

@@ -22,6 +22,7 @@ from convmixer_fast.arch import ACTIVATIONS
 from convmixer_fast.kernels import support
 from convmixer_fast.kernels.configs import ProductConfig
 from convmixer_fast.ops import first_use, gpu, use_backend, verdicts
+from convmixer_fast.ops.common import accumulation_dtype
 
 
 def is_packed_channels_last(x: Tensor) -> bool:
@@ -57,7 +58,7 @@ class Double:
 
     @staticmethod
     def _affine(h: Tensor, scale: Tensor, shift: Tensor, act: str) -> Tensor:
-        assert scale.dtype == shift.dtype == torch.float32
+        assert scale.dtype == shift.dtype == accumulation_dtype(h.dtype)
         assert scale.is_contiguous()
         assert shift.is_contiguous()
         return ACTIVATIONS[act]()(h) * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
@@ -102,7 +103,9 @@ class Double:
 
     def after_product_(self, h, bias, scale, shift, act) -> Tensor:
         assert is_packed_channels_last(h)
-        wide = h.float() if bias is None else h.float() + bias.float().view(1, -1, 1, 1)
+        wide = h.to(accumulation_dtype(h.dtype))
+        if bias is not None:
+            wide = wide + bias.to(wide.dtype).view(1, -1, 1, 1)
         return self._finish(
             "after_product_", h, self._affine(wide, scale, shift, act), h, ProductConfig()
         )
