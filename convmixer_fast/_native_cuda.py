@@ -72,9 +72,21 @@ def why_not_gpu(capability: int) -> str:
     engine = _engine()
     if capability == 0:
         return "the kernels are CUDA's, and this is a GPU of ROCm"
-    if any(engine.serves(family, capability) for family in engine.families()):
+    built = engine.architectures()
+    served = any(engine.serves(family, capability) for family in engine.families())
+    if served and any(_runs_on(name, capability) for name in built.split()):
         return ""
-    return f"no kernel for sm_{capability}; there are some for {engine.architectures()}"
+    return f"no kernel for sm_{capability}; there are some for {built}"
+
+
+def _runs_on(name: str, capability: int) -> bool:
+    """Whether code for ``name``, as in sm_80 or compute_80, runs on a compute capability.
+
+    Machine code does on later minor versions of the same major one; PTX on all that came later.
+    """
+    kind, _, number = name.partition("_")
+    made_for = int(number)
+    return made_for <= capability and (kind == "compute" or made_for // 10 == capability // 10)
 
 
 def type_of(dtype: torch.dtype) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import pytest
 import torch
-from cuda_double import cuda_installed
+from cuda_double import cuda_installed, without_triton
 from test_ops import make_operands
 
 import convmixer_fast as cf
@@ -437,6 +438,109 @@ def test_a_float64_model(monkeypatch):
         ("depthwise_mix", "reference"),
         ("pointwise_mix", "triton"),
     }
+
+
+def chosen(given, act="gelu"):
+    call = backends.call_of("pointwise_mix", *given[:3], act)
+    return backends.choose("pointwise_mix", given[0].device, given[0].dtype, call)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize(
+    ("capability", "dtype", "families", "kernel", "why"),
+    [
+        (80, BF16, ("mma.sync",), "mma.sync", "85-95 %"),
+        (89, FP16, ("mma.sync",), "mma.sync", "85-95 %"),
+        (121, BF16, ("mma.sync", "wgmma"), "mma.sync", "85-95 %"),
+        (90, BF16, ("mma.sync", "wgmma"), "wgmma", "90-100 %"),
+        # Slower than PyTorch, all of them, or nothing that computes it.
+        (90, BF16, ("mma.sync",), None, "not wgmma: .*mma.sync at 55-65 %, under what pays"),
+        (100, BF16, ("mma.sync", "wgmma"), None, "cuda: no kernel for sm_100; there are some for"),
+        (80, FP32, ("mma.sync",), None, "not mma.sync: float32 is multiplied exactly unless"),
+        (80, F64, ("mma.sync",), None, "not mma.sync: no kernel for float64"),
+        (75, FP16, ("mma.sync",), None, "cuda: no kernel for sm_75"),
+        (0, FP16, ("mma.sync",), None, "cuda: .*ROCm"),
+    ],
+)
+def test_without_triton_the_architecture_decides(capability, dtype, families, kernel, why):
+    given = operands_for(dtype if dtype != F64 else FP32)
+    given = doubled(given) if dtype == F64 else given
+    with cuda_installed(capability=capability, families=families) as double, without_triton():
+        choice = chosen(given)
+        got = cf.ops.pointwise_mix(*given, "gelu")
+        assert set(double.calls) == ({kernel} if kernel else set())
+        if kernel:
+            assert first_use.results() == {chosen(given).case: ""}
+    assert choice.backend == ("cuda" if kernel else "reference")
+    start = f"one CUDA kernel ({kernel}), to be checked at its first use; "
+    assert choice.reason.startswith(start if kernel else "triton: ")
+    assert "Triton is not installed" in choice.reason
+    assert re.search(why, choice.reason), choice.reason
+    if dtype != F64:
+        right(*given, "gelu", got)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("fault", ["wrong", "error"])
+def test_without_triton_a_bad_cuda_kernel_leaves_it_to_pytorch(fault):
+    given = operands_for(FP16)
+    with cuda_installed() as double, without_triton():
+        if fault == "wrong":
+            double.wrong.add("mma.sync")
+        else:
+            double.error["mma.sync"] = RuntimeError("cudaErrorNoKernelImageForDevice")
+        with pytest.warns(RuntimeWarning, match=r"the CUDA kernel \(mma.sync\) for pointw") as seen:
+            got = cf.ops.pointwise_mix(*given, "gelu")
+        assert len(seen) == 1
+        choice = chosen(given)
+    assert torch.equal(got, pointwise._reference(*given, "gelu"))
+    assert choice.backend == "reference"
+    cause = "wrong numbers" if fault == "wrong" else "RuntimeError: cudaErrorNoKernelImage"
+    assert choice.reason.startswith("triton: Triton is not installed: pip install triton; cuda mma")
+    assert f"cuda mma.sync: {cause}" in choice.reason
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_without_triton_and_without_the_extension_both_reasons_are_told(monkeypatch):
+    given = operands_for(BF16)
+    with cuda_installed() as double, without_triton():
+        with monkeypatch.context() as patch:
+            patch.setattr(backends._native_cuda, "_find", lambda: (None, "no nvcc in this house"))
+            choice = chosen(given)
+            assert torch.equal(
+                cf.ops.pointwise_mix(*given, "gelu"), pointwise._reference(*given, "gelu")
+            )
+        assert not double.calls
+    assert (choice.backend, choice.reason) == (
+        "reference",
+        "triton: Triton is not installed: pip install triton; cuda: no nvcc in this house",
+    )
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@torch.no_grad()
+def test_without_triton_a_models_pointwise_halves_keep_what_they_need(model):
+    x = torch.randn(IMAGES).bfloat16()
+    with use_backend("reference"):
+        want = model(x)
+    with cuda_installed() as double, without_triton():
+        model(x)
+        torch.testing.assert_close(model(x), want, rtol=0.1, atol=0.1)
+        rows = {(r.op, r.backend) for r in explain(model, x) if r.module != "stem"}
+        assert rows == {("depthwise_mix", "reference"), ("pointwise_mix", "cuda")}
+        biases = set(double.biases)
+        before = double.calls["mma.sync"]
+        model(x)
+        assert double.calls["mma.sync"] == before + 2
+        assert set(double.biases[-2:]) <= biases, "a bias was converted again"
+    for name in ("triton", "cuda"):
+        with cuda_installed(name) as double, without_triton():
+            if name == "triton":
+                with pytest.raises(BackendError, match="Triton is not installed"):
+                    model(x)
+            else:
+                torch.testing.assert_close(model(x), want, rtol=0.1, atol=0.1)
+                assert set(double.calls) == {"mma.sync"}
 
 
 def test_opcheck_with_a_cuda_kernel_behind_it():

@@ -9,6 +9,7 @@ import copy
 
 import pytest
 import torch
+from cuda_double import CudaDouble
 from gpu_double import installed
 from test_ops import LAYOUTS, OPS, check, make_input, make_operands
 from torch import nn
@@ -21,6 +22,7 @@ from convmixer_fast import (
     ConvMixer,
     MixerStack,
     PointwiseMix,
+    _native_cuda,
     available_backends,
     explain,
     optimize,
@@ -326,6 +328,30 @@ def test_auto_falls_through_on_a_gpu_and_says_why(monkeypatch):
         fake_model_rows(torch.float32)
     with use_backend("cpu"), pytest.raises(BackendError, match="the tensors are on cuda"):
         fake_model_rows(torch.float32)
+
+
+def test_without_triton_auto_takes_the_cuda_extension_on_a_gpu(monkeypatch):
+    needs_fake_convolutions()
+    on_a_fake_gpu(monkeypatch)
+    monkeypatch.setattr(support, "_why_no_triton", lambda: "Triton is not installed")
+    module = CudaDouble(89, ("mma.sync",)).module()
+    monkeypatch.setattr(_native_cuda, "_find", lambda: (module, ""))
+    _native_cuda.refusal.cache_clear()
+    _native_cuda._numbers.cache_clear()
+    try:
+        for architecture, backend in ((89, "cuda"), (100, "reference")):
+            monkeypatch.setattr(support, "architecture", lambda device, a=architecture: a)
+            rows = fake_model_rows(torch.bfloat16)
+            products = {row[1] for row in rows[1:] if row[0] == "pointwise_mix"}
+            assert products == {backend}
+            assert {row[1] for row in rows if row[0] == "depthwise_mix"} == {"reference"}
+            assert all("Triton is not installed" in row[2] for row in rows)
+        # The compiler's own products, with what stands around them.
+        on = (torch.device("cuda"), torch.bfloat16, "pointwise_mix")
+        assert not backends.compiled_kernels_run(*on)
+    finally:
+        _native_cuda.refusal.cache_clear()
+        _native_cuda._numbers.cache_clear()
 
 
 def test_a_compiler_on_a_gpu_gets_the_operators_only_where_kernels_run(monkeypatch):

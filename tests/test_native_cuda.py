@@ -129,6 +129,21 @@ def test_tensors_that_do_not_fit_are_named(monkeypatch):
         _native_cuda.pointwise_mix(*good)
 
 
+@pytest.mark.parametrize(
+    ("name", "runs_on"),
+    [
+        ("sm_80", {80, 86, 89}),
+        ("sm_86", {86, 89}),
+        ("sm_90", {90}),
+        ("compute_86", {86, 89, 90, 100, 120}),
+        ("sm_120", {120}),
+    ],
+)
+def test_code_runs_on_later_cards_of_its_kind_and_ptx_on_all_that_came_later(name, runs_on):
+    cards = (75, 80, 86, 89, 90, 100, 120)
+    assert {card for card in cards if _native_cuda._runs_on(name, card)} == runs_on
+
+
 @pytest.fixture
 def asked_anew():
     """What was found out about the extension is forgotten, before and after."""

@@ -133,6 +133,11 @@ def triton_version() -> str:
     return ""
 
 
+def why_no_gpu(device: torch.device) -> str:
+    """Why no kernel can run on that GPU, whoever compiled it; ``""`` where one can."""
+    return _why_not_gpu(device.index)
+
+
 def _why_not_gpu(index: int | None) -> str:
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip

@@ -138,15 +138,18 @@ def gpu_kernels_run(device: torch.device, dtype: torch.dtype, op: str = "") -> b
     Under ``auto`` only on a GPU; by name on CPU tensors too, where kernels are emulated.
 
     Args:
-        op: of which operator; by default of both halves of a block. In float64 the
-            pointwise half alone has a kernel, and nothing is laid out for it.
+        op: of which operator; by default of both halves of a block. In float64, and where Triton
+            cannot run, the pointwise half alone has kernels, and nothing is laid out for it.
     """
     if not support.is_kernel_device(device):
         return False
     asked = requested_backend()
     if asked not in ("triton", "cuda") and (asked != "auto" or not _auto_is_triton(device)):
         return False
-    return not _why_not_triton(device, dtype, op)
+    if not _why_not_triton(device, dtype, op):
+        return True
+    by_cuda = op == "pointwise_mix" and asked != "triton"
+    return by_cuda and bool(_native_cuda.type_of(dtype)) and not _why_not_cuda(device)
 
 
 def _why_slower(op: str, dtype: torch.dtype) -> str:
@@ -248,6 +251,8 @@ def _choose_gpu(
             return _first_trusted(asked, call, usable, "")
         also = "the cuda backend has the 1x1 convolutions only: "
     if why_not:
+        if asked == "auto" and call is not None and case_op == "pointwise_mix":
+            return _choose_without_triton(call, why_not)
         return Choice("reference", f"{also}triton: {why_not}")
     if call is None:
         return Choice("triton", _named(asked, f"{also}{_TRITON_KERNEL}, {_trust(None)}"))
@@ -291,6 +296,29 @@ _TRITON_KERNEL = "one Triton kernel"
 _NOT_FUSED = "float64 is multiplied by no kernel of ours"
 
 
+def _choose_without_triton(call: Call, why_not: str) -> Choice:
+    """A 1x1 convolution under ``auto`` where Triton cannot run: a CUDA kernel, else PyTorch.
+
+    Only of those kernels that the architecture's row names: PyTorch's own product is expected to be
+    faster than the others.
+    """
+    why_no_cuda = _why_not_cuda(torch.device(call.case.device))
+    if why_no_cuda:
+        # What keeps both away, such as no GPU, is told once.
+        also = "" if why_no_cuda == why_not else f"; cuda: {why_no_cuda}"
+        return Choice("reference", f"triton: {why_not}{also}")
+    order = lookup_order(support.architecture(torch.device(call.case.device)))
+    families = {name: why for name, why in _cuda_families(call).items() if name in order.kernels}
+    usable = [CudaConfig(name) for name, why in families.items() if not why]
+    missing = "".join(f"; not {name}: {why}" for name, why in families.items() if why)
+    because = f"; {order.reason}; not triton: {why_not}{missing}"
+    choice = _first_trusted("auto", call, usable, because)
+    if choice.backend != "reference":
+        return choice
+    bad = f"; {choice.reason}" if choice.reason else ""
+    return Choice("reference", f"triton: {why_not}{missing}{bad}; {order.reason}")
+
+
 def _first_trusted(
     asked: str,
     call: Call,
@@ -328,6 +356,10 @@ def _why_not_cuda(device: torch.device) -> str:
     """Why the CUDA extension serves nothing on a device; ``""`` where it has kernels for it."""
     if device.type != "cuda" and not _native_cuda.is_emulated():
         return f"the tensors are on {device.type}"
+    if device.type == "cuda":
+        why = support.why_no_gpu(device)
+        if why:
+            return why
     if _native_cuda.load() is None:
         return _native_cuda.why_unavailable()
     return _native_cuda.why_not_gpu(support.architecture(device))

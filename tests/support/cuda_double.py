@@ -18,6 +18,7 @@ from torch import Tensor
 from convmixer_fast import _native_cuda
 from convmixer_fast.arch import ACTIVATIONS
 from convmixer_fast.kernels import support
+from convmixer_fast.ops import gpu
 
 SERVED = {"mma.sync": range(80, 1000), "wgmma": range(90, 91)}
 
@@ -40,7 +41,7 @@ class CudaDouble(Double):
             refusal=self._refusal,
             types=lambda: ["bfloat16", "float16", "tf32"],
             activations=lambda: list(ACTIVATIONS),
-            architectures=lambda: "sm_80 sm_90",
+            architectures=lambda: "sm_80 sm_90 sm_120 compute_120",
         )
 
     def _refusal(self, family: str, *numbers: int) -> str:
@@ -78,6 +79,16 @@ def cuda_installed(
             yield double
         finally:
             _forget()
+
+
+@contextmanager
+def without_triton() -> Iterator[None]:
+    """Inside `cuda_installed`: a machine without Triton, where none of its kernels is asked for."""
+    why = "Triton is not installed: pip install triton"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(support, "_why_no_triton", lambda: why)
+        patch.setattr(gpu, "kernels", lambda: pytest.fail("Triton's kernels were asked for"))
+        yield
 
 
 def _forget() -> None:
