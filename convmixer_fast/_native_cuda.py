@@ -180,7 +180,8 @@ def pointwise_mix(
     )
     why = engine.refusal(family, *operands)
     if why:
-        raise ValueError(f"{family}: {why}")
+        shape = f"{n * h * w} x {c} -> {d} {kind} {act}"
+        raise ValueError(f"{family} ({shape}, sm_{capability}): {why}")
     stream = torch.cuda.current_stream(x.device).cuda_stream
     engine.pointwise_mix(family, *operands, stream)
     return out

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from types import SimpleNamespace
 
 import fresh_python
 import pytest
@@ -61,8 +63,15 @@ def test_the_module_and_python_number_the_same_things():
 @built
 @without_gpu
 def test_a_launch_that_fails_raises_with_the_kernel_shape_and_architecture():
-    with pytest.raises(RuntimeError, match=r"pointwise_mma.*100 x 64 -> 64 bfloat16 gelu, sm_80"):
-        ENGINE.pointwise_mix(**GOOD, stream=0)
+    kernels = {
+        "mma.sync": ("pointwise_mma 64x64, copies of 16 bytes", 80),
+        "wgmma": ("pointwise_wgmma 64x128", 90),
+    }
+    for family in ENGINE.families():
+        kernel, capability = kernels[family]
+        what = re.escape(f"{kernel} (100 x 64 -> 64 bfloat16 gelu, sm_{capability}): ")
+        with pytest.raises(RuntimeError, match=rf"^{what}.* failed with cudaError\w+ \(.+\)$"):
+            ENGINE.pointwise_mix(**{**GOOD, "family": family, "capability": capability}, stream=0)
     # Nothing to do asks for no driver.
     for size in ("m", "n"):
         ENGINE.pointwise_mix(**{**GOOD, size: 0}, stream=0)
@@ -127,6 +136,26 @@ def test_tensors_that_do_not_fit_are_named(monkeypatch):
     monkeypatch.setattr(_native_cuda, "_find", lambda: (None, "the moon is in the wrong house"))
     with pytest.raises(RuntimeError, match="not available: the moon is in the wrong house"):
         _native_cuda.pointwise_mix(*good)
+
+
+def test_a_refusal_says_which_kernel_shape_and_architecture(monkeypatch):
+    engine = SimpleNamespace(
+        refusal=lambda *given: "rows of a lie backwards",
+        types=lambda: ["bfloat16", "float16", "tf32"],
+        activations=lambda: list(ACTIVATIONS),
+    )
+    x, weight = torch.zeros(2, 8, 3, 3).half(), torch.zeros(24, 8, 1, 1).half()
+    vector, out = torch.zeros(24), torch.zeros(2, 24, 3, 3).half()
+    monkeypatch.setattr(_native_cuda, "_find", lambda: (engine, ""))
+    monkeypatch.setattr(_native_cuda, "_check", lambda *given, **named: None)
+    monkeypatch.setattr(_native_cuda, "architecture", lambda device: 86)
+    _native_cuda._numbers.cache_clear()
+    try:
+        what = r"mma.sync \(18 x 8 -> 24 float16 silu, sm_86\): rows of a lie backwards"
+        with pytest.raises(ValueError, match=what):
+            _native_cuda.pointwise_mix(x, weight, None, vector, vector, "silu", out)
+    finally:
+        _native_cuda._numbers.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,39 @@ def test_activations_are_right_relative_to_their_argument(
     assert (error / values.double().abs().clamp(min=1)).max() <= most
 
 
+@pytest.mark.parametrize(
+    ("fails", "what"),
+    [
+        ("cudaGetDevice", "preparing the kernel"),
+        ("cudaFuncGetAttributes", "preparing the kernel"),
+        ("cudaFuncSetAttribute", "preparing the kernel"),
+        ("cudaLaunchKernel", "cudaLaunchKernel"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("channels", "type_", "kernel"),
+    [
+        (72, "bf16", "pointwise_mma 64x64, copies of 16 bytes"),
+        (38, "fp16", "pointwise_mma 64x64, copies of 4 bytes"),
+        (37, "tf32", "pointwise_mma 64x64, copies of 4 bytes"),
+        (37, "bf16", "pointwise_mma 64x64, copies of 2 bytes"),
+    ],
+)
+def test_every_call_of_the_runtime_that_fails_is_told(
+    program: Path, fails: str, what: str, channels: int, type_: str, kernel: str
+) -> None:
+    o = draw(MatrixCase("block", 2, channels, 5, 3, channels), TYPES[type_])
+    out = torch.empty(2, 5, 3, channels, dtype=TYPES[type_]).permute(0, 3, 1, 2)
+    rest = (o.x, o.weight, o.bias, o.scale, o.shift, "silu")
+    with pytest.raises(cuda_emulation.EmulationError) as told:
+        cuda_emulation.run(program, *rest, out=out, fails=fails)
+    name = {"bf16": "bfloat16", "fp16": "float16"}.get(type_, type_)
+    assert (
+        f"{kernel} (30 x {channels} -> {channels} {name} silu, sm_80): {what} failed with "
+        "cudaErrorNotPermitted (operation not permitted)"
+    ) in str(told.value)
+
+
 def test_nothing_is_queued_for_nothing(program: Path) -> None:
     for pixels, channels in ((0, 8), (8, 0)):
         x, weight = torch.empty(1, 8, 1, pixels), torch.empty(channels, 8, 1, 1)

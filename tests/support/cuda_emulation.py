@@ -72,10 +72,12 @@ def run(
     out: Tensor,
     seed: int = 1,
     rows_before: int = 0,
+    fails: str = "",
 ) -> Tensor:
     """A 1x1 convolution of x (N, C, H, W) by the program, into ``out``; float32 as TF32.
 
-    ``rows_before``: so many rows are in front of x and out, and none of them is touched.
+    ``rows_before``: so many rows are in front of x and out, and none of them is touched; ``fails``:
+    the call of the CUDA runtime that does not go well.
 
     Raises:
         EmulationError: the program failed.
@@ -94,7 +96,7 @@ def run(
         input=b"".join(_bytes(t) for t in (a, weight, *vectors)),
         capture_output=True,
         # What the operands hold when the program ends is nobody's leak.
-        env={**os.environ, "ASAN_OPTIONS": "detect_leaks=0"},
+        env={**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "EMULATED_FAILURE": fails},
         timeout=600,
     )
     if done.returncode:

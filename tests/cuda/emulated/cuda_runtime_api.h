@@ -1,9 +1,12 @@
 // As much of the CUDA runtime as csrc/cuda calls: one device that runs kernels at once, emulated.
 #pragma once
 
+#include <cstdlib>
+#include <cstring>
+
 #include "cuda_emu.h"
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorNotPermitted = 800 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 using cudaStream_t = void*;
 struct cudaFuncAttributes {
@@ -14,18 +17,38 @@ struct cudaFuncAttributes {
 inline unsigned emulated_seed = 1;
 inline std::function<bool(unsigned block)> emulated_wants = [](unsigned) { return true; };
 
-inline const char* cudaGetErrorName(cudaError_t) { return "cudaErrorInvalidValue"; }
-inline const char* cudaGetErrorString(cudaError_t) { return "invalid argument"; }
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+// The status of a call that goes well unless EMULATED_FAILURE names it; what failed stays on the record
+// until it is asked for.
+inline cudaError_t emulated_record = cudaSuccess;
+inline cudaError_t emulated_status(const char* call) {
+  const char* fails = std::getenv("EMULATED_FAILURE");
+  if (fails != nullptr && std::strcmp(fails, call) == 0) emulated_record = cudaErrorNotPermitted;
+  return emulated_record;
+}
+
+inline const char* cudaGetErrorName(cudaError_t status) {
+  return status == cudaErrorNotPermitted ? "cudaErrorNotPermitted" : "cudaErrorInvalidValue";
+}
+inline const char* cudaGetErrorString(cudaError_t status) {
+  return status == cudaErrorNotPermitted ? "operation not permitted" : "invalid argument";
+}
+inline cudaError_t cudaGetLastError() {
+  const cudaError_t status = emulated_record;
+  emulated_record = cudaSuccess;
+  return status;
+}
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
-  return cudaSuccess;
+  return emulated_status("cudaGetDevice");
 }
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
   attributes->ptxVersion = __CUDA_ARCH__ / 10;
-  return cudaSuccess;
+  return emulated_status("cudaFuncGetAttributes");
 }
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
+  if (const cudaError_t status = emulated_status("cudaFuncSetAttribute"); status != cudaSuccess) {
+    return status;
+  }
   return bytes <= (__CUDA_ARCH__ / 10 == 80 ? 163 : 99) * 1024 ? cudaSuccess : cudaErrorInvalidValue;
 }
 
@@ -33,6 +56,7 @@ using EmulatedKernel = void (*)(const uint8_t*, const uint8_t*, const float*, co
                                 uint8_t*, int64_t, int, int, uint32_t, uint32_t);
 inline cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** p,
                                     size_t shared_bytes, cudaStream_t) {
+  if (const cudaError_t status = emulated_status("cudaLaunchKernel"); status != cudaSuccess) return status;
   auto run = reinterpret_cast<EmulatedKernel>(const_cast<void*>(kernel));
   auto bytes = [&](int i) { return *static_cast<const uint8_t**>(p[i]); };
   auto floats = [&](int i) { return *static_cast<const float**>(p[i]); };

@@ -64,7 +64,10 @@ int main(int argc, char** argv) {
     };
   }
   const std::string why = cuda::mma_family().launch(p, __CUDA_ARCH__ / 10, nullptr);
-  if (!why.empty()) emu::die(why.c_str());
+  if (!why.empty()) {
+    if (cudaGetLastError() != cudaSuccess) emu::die("an error was left on the runtime's record");
+    emu::die(why.c_str());
+  }
   fwrite(d + before * p.n * size, 1, d_bytes, stdout);
   return 0;
 }
