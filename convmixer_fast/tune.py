@@ -173,6 +173,9 @@ def layout_of(case: Case, x: Tensor) -> torch.memory_format:
 
 def _candidates(case: Case, shape: tuple[int, int, int]) -> Iterator[verdicts.Config | None]:
     """The shipped tile (None), then others that may suit this GPU better."""
+    if backends.is_only_ended(case.op, case.dtype):
+        yield configs.ProductConfig()
+        return
     yield None
     found: list[verdicts.Config] = []
     if case.op == "depthwise_mix":

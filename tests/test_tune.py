@@ -116,6 +116,22 @@ def test_noise_does_not_displace_the_shipped_tile(double, model):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("seconds", [1e-3, 9e-3])
+def test_of_a_float64_product_its_end_alone_is_tried(double, model, seconds):
+    x = torch.randn(IMAGES).double()
+    ours = {**KERNELS_WIN, "after_product_": seconds}
+    report = cf.tune(model.double(), [x], timer=Stopwatch(double, (5e-3, 2e-3), ours))
+    (row,) = (row for row in report if row.case.op == "pointwise_mix")
+    assert set(row.verdict.seconds) == {"product", "channels_last", "contiguous"}
+    assert row.skipped == {}
+    assert row.verdict.winner == ("product" if seconds == 1e-3 else "contiguous")
+    served = {(r.backend, r.reason) for r in explain(model, x) if r.module == "blocks.0"}
+    ((backend, reason),) = served
+    assert backend == ("triton" if seconds == 1e-3 else "reference")
+    assert f"tuned: product {1e3 * seconds:.3g} ms" in reason
+
+
+@torch.no_grad()
 def test_a_measurement_counts_for_more_than_an_expectation(double, model, monkeypatch):
     monkeypatch.setattr(backends, "_why_slower", lambda op, dtype: "it looks slow")
     x = torch.randn(IMAGES)

@@ -118,13 +118,13 @@ _CPU_KERNELS = {
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _is_only_ended(op: str, dtype: torch.dtype) -> bool:
+def is_only_ended(op: str, dtype: torch.dtype) -> bool:
     """Whether no kernel of ours computes ``op`` whole, but one ends PyTorch's product."""
     return op == "pointwise_mix" and dtype == torch.float64
 
 
 def _why_not_triton(device: torch.device, dtype: torch.dtype, op: str = "") -> str:
-    if dtype not in _TRITON_DTYPES and not _is_only_ended(op, dtype):
+    if dtype not in _TRITON_DTYPES and not is_only_ended(op, dtype):
         return (
             "the Triton kernels compute float32, bfloat16 and float16, "
             f"not {str(dtype).removeprefix('torch.')}"
@@ -264,14 +264,14 @@ def _choose_gpu(
     tuned = "" if verdict is None else f"; tuned: {verdict.reason()}"
     if asked != "auto":
         tile = None if verdict is None or verdict.winner != "triton" else verdict.config
-        if _is_only_ended(case_op, dtype):
+        if is_only_ended(case_op, dtype):
             tile = ProductConfig()
         return _first_trusted(asked, call, [tile], tuned, also)
     if verdict is not None:
         if verdict.winner in _FORMATS:
             return Choice("reference", f"tuned: {verdict.reason()}", _FORMATS[verdict.winner])
         return _first_trusted(asked, call, [verdict.config], tuned)
-    if _is_only_ended(case_op, dtype):
+    if is_only_ended(case_op, dtype):
         return _first_trusted(asked, call, [ProductConfig()], f"; {_NOT_FUSED}")
     # What was measured counts for more than what is expected.
     slower = _why_slower(case_op, dtype)
