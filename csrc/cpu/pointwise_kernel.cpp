@@ -195,17 +195,17 @@ struct WeightRows {
 #endif
 
 // out[m][kPanel] = (add: out +) sum_k weight[m][k] * panel[k][kPanel]; from one row of weights to the
-// next it is kRow floats. Asks for kAsked floats at `next` a term, and for 2 * count floats at `ahead`:
-// line by line, because a processor that is asked for many at once stops until the first of them are
-// there.
-template <int M, int64_t kRow>
+// next it is kRow floats. Asks, with kAsks, for kAsked floats at `next` a term, and for 2 * count floats
+// at `ahead`: line by line, because a processor that is asked for many at once stops until the first of
+// them are there.
+template <int M, int64_t kRow, bool kAsks>
 CMF_LOOP void multiply(const float* panel, const float* weight, int64_t count, const float* next,
                        const float* ahead, bool add, float* out) {
   constexpr int V = kVectors;
   do {
     Float acc[M * V] = {};
     auto term = [&](int64_t k) __attribute__((always_inline)) {
-      __builtin_prefetch(next + k * kAsked, 0, kPiece == kSum ? 3 : 2);
+      if (kAsks) __builtin_prefetch(next + k * kAsked, 0, kPiece == kSum ? 3 : 2);
       Float x[V];
       static_for<V>([&](auto v) __attribute__((always_inline)) {
         constexpr int I = decltype(v)::value;
@@ -254,8 +254,9 @@ CMF_LOOP void multiply(const float* panel, const float* weight, int64_t count, c
 }
 
 // The same for `groups` groups of M rows, which take turns with each piece of the panel. The last of
-// them ask for the next piece, after the last piece for that at `next`. weight(g), ahead(g), out(g): of
-// a group.
+// them ask for the next piece, after the last piece for that at `next`; on AVX2 only they, because a Zen 3
+// core whose other hyperthread is busy was seen to do 1.6 loads a cycle, and a turn without asking has 8
+// for its 6 cycles. weight(g), ahead(g), out(g): of a group.
 template <int M, int64_t kRow, class Weight, class Ahead, class Out>
 CMF_INLINE void multiply_groups(const float* panel, int64_t count, const float* next, int64_t groups,
                                 Weight weight, Ahead ahead, bool add, Out out) {
@@ -266,8 +267,16 @@ CMF_INLINE void multiply_groups(const float* panel, int64_t count, const float* 
     const float* then = k + terms < count ? piece + terms * kPanel : next;
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t part = g - max(groups - kParts, 0);
-      multiply<M, kRow>(piece, weight(g) + k, terms, part < 0 ? piece : then + part * terms * kAsked,
-                        ahead(g) + 2 * k, add || k > 0, out(g));
+      auto run = [&](auto asks) __attribute__((always_inline)) {
+        multiply<M, kRow, decltype(asks)::value != 0>(
+            piece, weight(g) + k, terms, part < 0 ? piece : then + part * terms * kAsked,
+            ahead(g) + 2 * k, add || k > 0, out(g));
+      };
+      if (kWide || part >= 0) {
+        run(Index<1>{});
+      } else {
+        run(Index<0>{});
+      }
     }
   }
 }
