@@ -152,7 +152,7 @@ def test_images_that_threads_finish_together_keep_their_bits():
 
 # Even, and beyond the sizes from which one and two levels of Strassen's algorithm are taken; an odd
 # width never is.
-@pytest.mark.parametrize("dim", [280, 301, 1100])
+@pytest.mark.parametrize("dim", [400, 401, 1100])
 @pytest.mark.parametrize("strassen", ["0", "1", "2"])
 def test_wide_blocks_with_and_without_strassen(isa, dim, strassen, monkeypatch):
     monkeypatch.setenv("CONVMIXER_FAST_STRASSEN", strassen)
@@ -175,6 +175,19 @@ def test_two_levels_over_several_chunks_are_the_direct_product(isa, size, monkey
             results.append(ours(x))
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dim", [382, 384])
+def test_few_channels_are_multiplied_directly_unless_asked(isa, dim, monkeypatch):
+    _, ours = pair(dim, 1, 3)
+    x = torch.randn(1, dim, 16, 16)
+    with torch.no_grad():
+        monkeypatch.delenv("CONVMIXER_FAST_STRASSEN", raising=False)
+        default = ours(x)
+        monkeypatch.setenv("CONVMIXER_FAST_STRASSEN", "0")
+        assert torch.equal(default, ours(x)) == (dim < 384 or isa == "avx512")
+        monkeypatch.setenv("CONVMIXER_FAST_STRASSEN", "1")
+        assert torch.equal(default, ours(x)) == (dim >= 384 and isa != "avx512")
 
 
 def test_the_default_is_what_is_fastest_and_others_can_be_asked_for(isa, monkeypatch):
