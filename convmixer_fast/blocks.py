@@ -33,7 +33,7 @@ from .ops.mixer import mixer_stack
 from .ops.packing import Packed, PackedCache, batch_norm_affine, cacheable, sources_of
 from .ops.pointwise import pointwise_mix
 from .ops.stem import normalized, patch_embed_uint8
-from .steady import Half, Plan, SteadyStack
+from .steady import Half, Plan, SteadyBlocks, SteadyStack
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 #: (mean, std) of images in [0, 1], a number for each channel of both.
@@ -741,6 +741,11 @@ class MixerStack(_FusedSequential):
             if self._graphs is not None or self._depth_first:
                 return self._on_gpu(x)
             return self._one_by_one(x)
+        known = self._packed.plan
+        if isinstance(known, SteadyBlocks):
+            if tuple(self._modules.values()) == known.blocks and known.holds(x):
+                return mixer_stack(x, known.weights, known.packed, known.kernel_size, known.act)
+            self._packed.plan = None
         wholes: list[_Whole] = []
         for block in self._modules.values():
             if not isinstance(block, MixerBlock) or _hooked(block):
@@ -749,7 +754,25 @@ class MixerStack(_FusedSequential):
             if whole is None or (wholes and whole[2:] != wholes[0][2:]):
                 return super().forward(x)
             wholes.append(whole)
-        return _run_stack(list(self), wholes, x)
+        out = _run_stack(list(self), wholes, x)
+        self._packed.plan = self._made_steady_whole(x, wholes)
+        return out
+
+    def _made_steady_whole(self, x: Tensor, wholes: list[_Whole]) -> SteadyBlocks | None:
+        """The stack as a call with ``x`` found it, if the engine served all of it at once."""
+        if torch.is_grad_enabled() or backends.is_recording() or is_fake(x):
+            return None
+        blocks: Any = tuple(self._modules.values())
+        halves = []
+        for block in blocks:
+            spatial, conv, act, bn = block._modules.values()
+            depthwise, spatial_act, spatial_bn = spatial._modules[spatial._branch]
+            halves.append(Half(depthwise, spatial_act, spatial_bn, block._packed))
+            halves.append(Half(conv, act, bn, block._packed))
+        weights, packed = [whole.weight for whole in wholes], [whole.packed for whole in wholes]
+        return SteadyBlocks.of(
+            x, blocks, halves, weights, packed, wholes[0].kernel_size, wholes[0].act
+        )
 
     def _may_be_steady(self, x: Tensor) -> bool:
         return (
@@ -771,8 +794,8 @@ class MixerStack(_FusedSequential):
 
     def _still_steady(self, x: Tensor) -> SteadyStack | None:
         """What `_made_steady` kept, where a call with ``x`` is like that one."""
-        steady: SteadyStack | None = self._packed.plan
-        if steady is None:
+        steady = self._packed.plan
+        if not isinstance(steady, SteadyStack):
             return None
         if tuple(self._modules.values()) == steady.blocks and steady.holds(x):
             return steady

@@ -1,9 +1,9 @@
-"""What need a stack of blocks on a GPU not ask again, when a call is like the one before?
+"""What need a stack of blocks not ask again, when a call is like the one before?
 
-At small batches a GPU waits for Python, and most of what Python does for a block is to ask: who
-serves it, does somebody watch its modules, are its packed copies still true. Here the first is
-remembered, and the others are asked for all blocks in one loop over flat tuples. The two maps that
-the blocks take turns to write are allocated once for a call, not once for each half.
+At small batches the kernels wait for Python, and most of what Python does for a block is to ask:
+who serves it, does somebody watch its modules, are its packed copies still true. Here the first is
+remembered, and the others are asked for all blocks in one loop over flat tuples. On a GPU the two
+maps that the blocks take turns to write are allocated once for a call, not once for each half.
 
 Whatever is not as it was leaves the call to the blocks themselves.
 """
@@ -23,7 +23,7 @@ from .kernels import support
 from .kernels.precision import dot_precision
 from .ops import backends, first_use, gpu
 from .ops.cases import Case
-from .ops.packing import Packed, PackedCache, now_on, sources_of
+from .ops.packing import JoinedCopies, Packed, PackedCache, now_on, sources_of
 
 #: What makes a call of a module more than its class's forward, and training.
 _STATE = operator.itemgetter(
@@ -63,12 +63,37 @@ class Plan(NamedTuple):
             and self.epoch == support.epoch()
             and self.asked == backends.requested_backend()
             and (x.dtype is not torch.float32 or self.precision == dot_precision(x.dtype))
-            # Whoever watches operators is to see ours.
-            and not torch.is_grad_enabled()
-            and torch._C._len_torch_dispatch_stack() == torch._C._len_torch_function_stack() == 0
-            and not torch.autograd.profiler._is_profiler_enabled
-            and not backends.is_recording()
+            and not _is_watched()
         )
+
+
+class Watched(NamedTuple):
+    """The modules of some blocks as a call found them."""
+
+    modules: tuple[tuple[Any, type, tuple[Any, ...]], ...]
+    acts: tuple[tuple[Any, Any], ...]
+
+    @classmethod
+    def of(cls, blocks: Sequence[nn.Module], acts: Sequence[Any]) -> Watched:
+        modules = [module for block in blocks for module in block.modules()]
+        return cls(
+            tuple((m, type(m), tuple(m._modules.values())) for m in modules),
+            tuple((act, getattr(act, "approximate", None)) for act in acts),
+        )
+
+    def unchanged(self) -> bool:
+        """Whether a call of each runs what it ran, in eval mode, and nobody watches."""
+        for module, cls, children in self.modules:
+            own = module.__dict__
+            if (
+                any(_STATE(own))
+                # Offloading and adapter libraries set a forward on the object instead of a hook.
+                or "forward" in own
+                or module.__class__ is not cls
+                or tuple(own["_modules"].values()) != children
+            ):
+                return False
+        return all(act.__dict__.get("approximate") == form for act, form in self.acts)
 
 
 class Half(NamedTuple):
@@ -97,8 +122,7 @@ class SteadyStack(NamedTuple):
     blocks: tuple[nn.Module, ...]
     plan: Plan
     autocast: bool
-    modules: tuple[tuple[Any, type, tuple[Any, ...]], ...]
-    acts: tuple[tuple[Any, Any], ...]
+    watched: Watched
     halves: tuple[_Known, ...]
     launches: tuple[tuple[Case, Callable[[Tensor, Tensor], Tensor]], ...]
 
@@ -133,13 +157,11 @@ class SteadyStack(NamedTuple):
             launches.append((each.case, launch))
             geometry = _GEOMETRY(half.conv.__dict__)
             known.append(_Known(half.conv, half.bn, half.cache, geometry, key, packed))
-        modules = [module for block in blocks for module in block.modules()]
         return cls(
             blocks,
             plan,
             torch.is_autocast_enabled(x.device.type),
-            tuple((m, type(m), tuple(m._modules.values())) for m in modules),
-            tuple((h.act, getattr(h.act, "approximate", None)) for h in halves),
+            Watched.of(blocks, [half.act for half in halves]),
             tuple(known),
             tuple(launches),
         )
@@ -148,19 +170,8 @@ class SteadyStack(NamedTuple):
         """Whether the blocks would do with ``x`` what `run` does."""
         if _modes_are_set(x.device.type, self.autocast, x.dtype) or not self.plan.holds(x):
             return False
-        for module, cls, children in self.modules:
-            own = module.__dict__
-            if (
-                any(_STATE(own))
-                # Offloading and adapter libraries set a forward on the object instead of a hook.
-                or "forward" in own
-                or module.__class__ is not cls
-                or tuple(own["_modules"].values()) != children
-            ):
-                return False
-        for act, approximate in self.acts:
-            if act.__dict__.get("approximate") != approximate:
-                return False
+        if not self.watched.unchanged():
+            return False
         now = now_on(x.device)
         for half in self.halves:
             conv, bn = half.conv, half.bn
@@ -197,6 +208,103 @@ class SteadyStack(NamedTuple):
                 first_use.fail(served, error)
                 return None
         return x
+
+
+class SteadyBlocks(NamedTuple):
+    """A stack of blocks on a CPU as a call found it: what the engine was given, for calls that
+    `holds` finds alike. Their batch and size may be others: the engine serves any.
+    """
+
+    blocks: tuple[nn.Module, ...]
+    dim: int
+    dtype: torch.dtype
+    asked: str
+    autocast: bool
+    watched: Watched
+    halves: tuple[tuple[Any, Any, tuple[Any, ...], float], ...]
+    copies: JoinedCopies
+    weights: list[Tensor]
+    packed: list[Tensor]
+    kernel_size: int
+    act: str
+
+    @classmethod
+    def of(
+        cls,
+        x: Tensor,
+        blocks: tuple[nn.Module, ...],
+        halves: Sequence[Half],
+        weights: list[Tensor],
+        packed: list[Tensor],
+        kernel_size: int,
+        act: str,
+    ) -> SteadyBlocks | None:
+        """Of a stack that the engine just served whole, for inputs like ``x``; or None.
+
+        Args:
+            blocks: of the stack.
+            halves: of the blocks, in their order; both halves of a block with the block's cache.
+            weights, packed, kernel_size, act: what `mixer_stack` was given.
+        """
+        watched = Watched.of(blocks, [half.act for half in halves])
+        if type(x) is not Tensor or _is_watched() or not watched.unchanged():
+            return None
+        copies = JoinedCopies.of(
+            [half.cache for half in halves[::2]],
+            [
+                sources_of(first.conv, first.bn) + sources_of(second.conv, second.bn)
+                for first, second in zip(halves[::2], halves[1::2], strict=True)
+            ],
+        )
+        if copies is None:
+            return None
+        return cls(
+            blocks,
+            x.shape[1],
+            x.dtype,
+            backends.requested_backend(),
+            torch.is_autocast_enabled("cpu"),
+            watched,
+            tuple((h.conv, h.bn, _GEOMETRY(h.conv.__dict__), h.bn.eps) for h in halves),
+            copies,
+            weights,
+            packed,
+            kernel_size,
+            act,
+        )
+
+    def holds(self, x: Tensor) -> bool:
+        """Whether the blocks would give the engine for ``x`` what it was given."""
+        if (
+            type(x) is not Tensor
+            or _is_watched()
+            # Before the shape, which a tracer would warn about.
+            or _modes_are_set("cpu", self.autocast, x.dtype)
+            or x.dim() != 4
+            or x.shape[1] != self.dim
+            or x.dtype is not self.dtype
+            or x.device.type != "cpu"
+            or self.asked != backends.requested_backend()
+            or not self.watched.unchanged()
+        ):
+            return False
+        sources: list[Tensor] = []
+        for conv, bn, geometry, eps in self.halves:
+            if bn.eps != eps or _GEOMETRY(conv.__dict__) != geometry:
+                return False
+            sources += sources_of(conv, bn)
+        return self.copies.fresh(sources)
+
+
+def _is_watched() -> bool:
+    """Whether somebody follows which operators are called, and is to see each, or gradients are."""
+    return bool(
+        torch.is_grad_enabled()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch.autograd.profiler._is_profiler_enabled
+        or backends.is_recording()
+    )
 
 
 def _modes_are_set(device: str, autocast: bool, dtype: torch.dtype) -> bool:

@@ -13,7 +13,6 @@
 #include "cpu/epilogue.h"
 #include "cpu/fingerprint.h"
 #include "cpu/isa.h"
-#include "cpu/memory.h"
 #include "cpu/mixer.h"
 #include "cpu/peak.h"
 #include "cpu/threads.h"
@@ -344,12 +343,6 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("packed_ptr"),
         "Packs one block for mixer_stack. parameter_ptrs: taps [c][k*k], bias1 or 0, scale1, shift1, "
         "bias2 or 0, scale2, shift2.");
-  m.def(
-      "advise_huge_pages",
-      [](std::uintptr_t address, std::size_t bytes) {
-        cmf::advise_huge_pages(pointer<void>(address), bytes);
-      },
-      py::arg("ptr"), py::arg("bytes"), "Asks for huge pages for fresh memory, where there are.");
   m.def("mixer_stack", &mixer_stack, py::arg("x_ptr"), py::arg("z_ptr"), py::arg("shape"),
         py::arg("k"), py::arg("packed_ptrs"), py::arg("weight_ptrs"), py::arg("act"),
         py::arg("strassen_levels"), py::arg("threads"),

@@ -11,14 +11,15 @@ from gpu_double import installed
 from torch import nn
 from torch.nn.utils import parametrize
 
-from convmixer_fast import MixerStack, use_backend
+from convmixer_fast import MixerStack, _native, refresh, use_backend
 from convmixer_fast.blocks import DropPath, MixerBlock
 from convmixer_fast.ops import backends, first_use, gpu
 from convmixer_fast.ops.packing import Packed
-from convmixer_fast.steady import SteadyStack
+from convmixer_fast.steady import SteadyBlocks, SteadyStack
 from convmixer_fast.testing import trained_like_
 
 SHAPE = (2, 8, 7, 9)
+engine = pytest.mark.skipif(_native.load() is None, reason=_native.why_unavailable() or "built")
 
 
 @pytest.fixture
@@ -247,3 +248,109 @@ def test_kernels_that_are_launched_otherwise_are_left_to_the_blocks(double, x):
         first = net(x)
         assert torch.equal(net(x), first)
         assert net._packed.plan is None
+
+
+# On a CPU, where the engine serves a stack whole.
+
+
+@pytest.fixture
+def whole(x):
+    """Three blocks whose next call is like the last one."""
+    with torch.no_grad():
+        net = trained_like_(MixerStack(*[MixerBlock(8, 3, drop_path=0.5) for _ in range(3)]), SHAPE)
+        net(x)
+        assert held(net, x)
+        yield net
+
+
+def held(net: MixerStack, x: torch.Tensor) -> bool:
+    """Whether a call of a stack asks none of its blocks."""
+    asked = []
+    plan = net._packed.plan
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MixerBlock, "_whole", lambda self, x: asked.append(self))
+        net(x)
+    net._packed.plan = plan
+    return not asked
+
+
+@engine
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_change_is_noticed_on_a_cpu(whole, x, change):
+    before = whole(x)
+    change(whole)
+    twin = copy.deepcopy(whole)  # with empty caches
+    got = whole(x)
+    with use_backend("reference"):
+        want = twin(x)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(got, before, rtol=1e-3, atol=1e-3)
+
+
+@engine
+def test_a_change_before_the_first_steady_call_is_noticed_too(whole, x):
+    # Neither torch nor the fingerprint's samples see one element that is set through .data.
+    weight = whole[1][1].weight
+    weight.data[3, 4] = 50.0
+    refresh(whole[1])
+    got = whole(x)
+    with use_backend("reference"):
+        want = whole(x)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@engine
+def test_other_inputs_are_the_same_call_on_a_cpu(whole, x):
+    others = [x[:1], x.contiguous(), torch.cat([x, x], 1)[:, 4:12], x[:, :, :3, 2:4], x[:0]]
+    for other in others:
+        want = copy.deepcopy(whole)(other)
+        assert held(whole, other)
+        got = whole(other)
+        assert torch.equal(got, want)
+        assert got.stride() == want.stride()
+
+
+@engine
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_modes_and_watchers_are_noticed_on_a_cpu(whole, x, monkeypatch):
+    with use_backend("reference"):
+        assert whole._packed.plan is not None
+        assert not whole._packed.plan.holds(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not whole._packed.plan.holds(x)
+    assert not whole._packed.plan.holds(x.double())
+    assert not whole._packed.plan.holds(x[0])
+    with torch.enable_grad():
+        assert not whole._packed.plan.holds(x)
+        assert whole(x.clone().requires_grad_()).requires_grad
+    whole(x)
+    with backends.recording() as rows:
+        whole(x)
+    assert len(rows) == 3
+    whole(x)
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, a, o: seen.append(m))
+    whole(x)
+    handle.remove()
+    assert len(seen) > 20
+    whole(x)
+    _, tangent = torch.func.jvp(whole, (x,), (torch.ones_like(x),))
+    assert tangent.any()
+    whole(x)
+    traced = torch.jit.trace(whole, x, check_trace=False)
+    assert "convolution" in str(traced.inlined_graph)
+
+
+@engine
+def test_nothing_is_kept_of_a_stack_that_is_watched(x):
+    with torch.no_grad():
+        net = trained_like_(MixerStack(*[MixerBlock(8, 3) for _ in range(2)]), SHAPE)
+        with backends.recording():
+            net(x)
+        assert net._packed.plan is None
+        net(x)
+        assert isinstance(net._packed.plan, SteadyBlocks)
+        net[0].training = True  # asks for nothing else, but is not what `holds` takes
+        net(x)
+        assert net._packed.plan is None
+        assert copy.deepcopy(net)._packed.plan is None

@@ -19,7 +19,7 @@ one through ``.data`` to a parameter on a GPU whose effect is wanted at once.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -148,6 +148,67 @@ def now_on(device: torch.device) -> Now:
 T = TypeVar("T")
 
 
+class JoinedCopies(NamedTuple):
+    """Packed copies that are asked about together: one fingerprint, one loop over all stamps."""
+
+    caches: tuple[PackedCache[Any], ...]
+    entries: tuple[_Entry, ...]
+    stamps: tuple[_Stamp, ...]
+    spans: list[tuple[int, int]]
+    fingerprint: int
+
+    @classmethod
+    def of(
+        cls, caches: Sequence[PackedCache[Any]], sources: Sequence[tuple[Tensor, ...]]
+    ) -> JoinedCopies | None:
+        """Of copies of parameters on a CPU that are true now, or None where one is not.
+
+        Args:
+            sources: of each cache.
+        """
+        entries = [cache._entry for cache in caches]
+        known = tuple(entry for entry in entries if entry is not None)
+        spans = [span for entry in known for span in entry.spans]
+        # Before each copy is asked for itself: a write in between is either seen there, or makes
+        # this fingerprint another than that of the next call.
+        fingerprint = _native.fingerprint(spans)
+        if len(known) != len(entries) or any(entry.made is not None for entry in known):
+            return None
+        for cache, entry, tensors in zip(caches, known, sources, strict=True):
+            if cache.fresh(entry.key, tensors) is not entry.packed:
+                return None
+        stamps = tuple(stamp for entry in known for stamp in entry.stamps)
+        return cls(tuple(caches), known, stamps, spans, fingerprint)
+
+    def fresh(self, sources: Sequence[Tensor]) -> bool:
+        """Whether all copies are still true, and none was dropped.
+
+        Args:
+            sources: of all caches, one after the other.
+        """
+        for cache, entry in zip(self.caches, self.entries, strict=True):
+            if cache._entry is not entry:
+                return False
+        return (
+            len(self.stamps) == len(sources)
+            and _are_stamped(self.stamps, sources)
+            and self.fingerprint == _native.fingerprint(self.spans)
+        )
+
+
+def _are_stamped(stamps: Sequence[_Stamp], tensors: Sequence[Tensor]) -> bool:
+    """Whether these are the very tensors, in the same memory, and no write was counted."""
+    for (ref, version, address, dtype), tensor in zip(stamps, tensors, strict=True):
+        if (
+            ref() is not tensor
+            or version != tensor._version
+            or address != tensor.data_ptr()
+            or dtype is not tensor.dtype
+        ):
+            return False
+    return True
+
+
 class PackedCache(Generic[T]):
     """One packed copy of some parameters; see the module's docstring.
 
@@ -171,14 +232,8 @@ class PackedCache(Generic[T]):
         entry = self._entry
         if entry is None or entry.key != key or len(entry.stamps) != len(sources):
             return None
-        for (ref, version, address, dtype), tensor in zip(entry.stamps, sources, strict=True):
-            if (
-                ref() is not tensor
-                or version != tensor._version
-                or address != tensor.data_ptr()
-                or dtype is not tensor.dtype
-            ):
-                return None
+        if not _are_stamped(entry.stamps, sources):
+            return None
         if entry.spans and entry.fingerprint != _native.fingerprint(entry.spans):
             return None
         packed: T = entry.packed
