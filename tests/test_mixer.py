@@ -471,6 +471,8 @@ INTERRUPT = """
     import torch
     from convmixer_fast.blocks import MixerBlock, MixerStack
 
+    # Jobs that a script runs in the background inherit that it is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     stack = MixerStack(*[MixerBlock(256, 9) for _ in range(8)]).eval()
     x = torch.randn(400, 256, 32, 32)
     with torch.no_grad():
