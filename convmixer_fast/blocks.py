@@ -760,8 +760,6 @@ class MixerStack(_FusedSequential):
 
     def _made_steady_whole(self, x: Tensor, wholes: list[_Whole]) -> SteadyBlocks | None:
         """The stack as a call with ``x`` found it, if the engine served all of it at once."""
-        if torch.is_grad_enabled() or backends.is_recording() or is_fake(x):
-            return None
         blocks: Any = tuple(self._modules.values())
         halves = []
         for block in blocks:
