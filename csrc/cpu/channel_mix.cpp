@@ -58,7 +58,8 @@ void channel_mix(const ChannelMix& p, int threads) {
   const PointwiseKernels& kernels = active_isa().pointwise;
   const int64_t c_in = p.c * p.patch * p.patch;
   const int64_t tiles = ceil_div(plane, kernels.tile);
-  const int64_t groups = ceil_div(p.c_out, kernels.row_groups);
+  const int64_t groups = ceil_div(
+      p.c_out, kernels.group(kernels.strassen_levels(c_in, p.c_out, plane, p.strassen_levels)));
   // Where there are too few tiles for the threads, each is cut by output channels as well.
   if (1.0 * p.n * plane * c_in * p.c_out < kSerialMultiplyAdds) threads = 1;
   const int64_t cuts = channel_cuts(p.n * tiles, threads, groups);

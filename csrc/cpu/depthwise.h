@@ -58,9 +58,9 @@ struct DepthwiseKernels {
 
   // Channels begin .. end-1 of one planar image into packed panels (pointwise.h), pixels from the
   // last one on as zeros; y is not used. `sums` has room for a plane and one vector; where x's rows
-  // have gaps, for two planes.
+  // have gaps, for two planes. `shared`: other cores read the panels next.
   void (*run_panels)(const DepthwiseMix&, const DepthwiseBlocks&, int64_t begin, int64_t end,
-                     float* scratch, float* sums, float* panels, int64_t panel_stride);
+                     float* scratch, float* sums, float* panels, int64_t panel_stride, bool shared);
 };
 
 // Computes the whole of it on at most `threads` threads.

@@ -9,8 +9,11 @@
 //
 // Threads: while there are as many images left as threads, each thread takes whole images through
 // the whole stack by itself, with no barrier, until one has none left to take; what the others have in
-// hand then, and the images that are fewer than the threads, is shared: planes, then tiles of pixels,
-// with a barrier after each half. Every value is computed alike either way.
+// hand then, and the images that are fewer than the threads, is shared: planes, then output channels of
+// tiles of pixels, with a barrier after each half. There a thread has the same channels in both halves, so
+// that it alone reads and writes their planes, and only panels go from core to core: past the caches,
+// because a line that another core holds must be asked back before it can be written. Every value is
+// computed alike either way.
 #pragma once
 
 #include <cstdint>

@@ -45,9 +45,11 @@ struct Pointwise {
 
 // One instruction set's kernels.
 struct PointwiseKernels {
-  int64_t panel;       // pixels of a panel
-  int64_t tile;        // pixels that go through all weights together
-  int64_t row_groups;  // output channels of a group
+  int64_t panel;  // pixels of a panel
+  int64_t tile;   // pixels that go through all weights together
+
+  // Output channels of a group, which are multiplied together.
+  int64_t (*group)(int levels);
 
   // How many levels of Strassen's algorithm are taken at this size, of those asked for.
   int (*strassen_levels)(int64_t c_in, int64_t c_out, int64_t plane, int asked);
@@ -56,7 +58,7 @@ struct PointwiseKernels {
   int64_t (*scratch_floats)(int64_t c_in, int64_t c_out, int asked_levels);
 
   // Pixels [pixel_begin, pixel_end) of each image, together at most a tile, of groups
-  // [group_begin, group_end); pixel_begin is a multiple of `tile`. Neither allocates nor throws.
+  // [group_begin, group_end) of the levels that are taken; pixel_begin is a multiple of `tile`. Neither allocates nor throws.
   void (*run)(const Pointwise&, int64_t pixel_begin, int64_t pixel_end, int64_t group_begin,
               int64_t group_end, float* scratch);
 };

@@ -46,10 +46,11 @@
 // the other, grow like n, those of pieces like the square root of their number. In pieces of 64 the
 // direct product has half of PyTorch's rms error; each level of Strassen's algorithm doubles it.
 //
-// AVX-512 multiplies directly below 3072 channels: its multiply-adds are so fast that Strassen's sums,
-// 2.5 times a panel's bytes, are not there in time. On Ice Lake, of the direct product's speed: one level
-// 0.91-0.99 (768-1536 channels), 0.95-1.00 (2048), 1.01-1.11 (3072); two levels, which are therefore
-// not taken at all, 0.85-1.02.
+// AVX-512 multiplies directly below 3072 channels where it starts two whole vectors a cycle: multiply-adds
+// are so fast then that Strassen's sums, 2.5 times a panel's bytes, are not there in time. On Ice Lake, of
+// the direct product's speed: one level 0.91-0.99 (768-1536 channels), 0.95-1.00 (2048), 1.01-1.11 (3072);
+// two levels, which are therefore not taken at all, 0.85-1.02. Zen 4 starts one a cycle, in halves: one
+// level 1.02-1.03 (256-384), 1.05-1.06 (448-768), 1.08-1.10 (1024-3072), two levels no more.
 //
 // Values that are not finite would spread in Strassen's sums to the pixels of the other panels: panels
 // that hold one are multiplied directly.
@@ -71,8 +72,9 @@ constexpr int kPanels = kTile / kPanel;
 constexpr int kSinglePanels = kWide ? kPanels : kPanels / 2;
 // Groups that take turns with a panel while it is in L2.
 constexpr int kBand = 24 / kRows;
-constexpr int64_t kHalf = 512;     // most k of half a chunk
-constexpr int64_t kQuarter = 384;  // and of a quarter
+constexpr int64_t kHalf = kWide ? 768 : 512;  // most k of half a chunk
+constexpr int64_t kShort = 512;               // of half a short one
+constexpr int64_t kQuarter = 384;             // and of a quarter
 constexpr int64_t kSum = 64;       // most terms of one sum
 // Terms between two looks at whether a sum has ended: few enough looks to be foreseen.
 constexpr int kTerms = 8;
@@ -114,16 +116,30 @@ constexpr Outer kTwoLevels[] = {
     {{1, 3}, -1, {2, 3}, 1, {{0, 1, false}, {0, 0, false}}},
 };
 
+// The fewest channels from which on one level is taken by itself. At 256 it is as fast as none (Zen 3), and
+// where PyTorch adds up most exactly, with one thread, the largest error of a map may break the numerics
+// rule.
+int64_t strassen_from() {
+  constexpr int64_t kFrom = 384;
+#if defined(__AVX512F__)
+  // Of AMD's family 19h only Zen 4 has AVX-512.
+  return __builtin_cpu_is("amdfam19h") ? kFrom : 3072;
+#else
+  return kFrom;
+#endif
+}
+
 // How many levels of Strassen's algorithm are taken at this size, of those asked for: those that save
-// multiply-adds worth their sums. At 256 channels one level is as fast as none (Zen 3), and where
-// PyTorch adds up most exactly, with one thread, the largest error of a map may break the numerics rule.
+// multiply-adds worth their sums.
 int strassen_levels(int64_t c_in, int64_t c_out, int64_t plane, int asked) {
-  if (asked == kFastestLevels) asked = c_in < (kWide ? 3072 : 384) ? 0 : 1;
+  if (asked == kFastestLevels) asked = c_in < strassen_from() ? 0 : 1;
   if (c_in % 2 != 0 || c_in < 256 || c_out < 2 * kRows || plane <= kPanel) return 0;
   const bool one =
       kWide || c_in % 4 != 0 || c_in < 640 || c_out < 4 * kRows || plane <= 3 * kPanel;
   return static_cast<int>(min(asked, one ? 1 : 2));
 }
+
+int64_t group(int levels) { return levels == 2 ? 4 * kRows : 2 * kRows; }
 
 // The same cut of the input channels for every tile: equal pieces, of 2 * Q halves each where Q is 2.
 template <int Q>
@@ -131,9 +147,9 @@ int64_t chunk_length(int64_t c_in) {
   return Q == 2 ? even_pieces(c_in, 4 * kQuarter, 4) : even_pieces(c_in, 2 * kHalf, 2);
 }
 
-// From one row of operands to the next, in floats: not a power of two, whose lines share a few sets of
-// the caches.
-constexpr int64_t row_stride(int q) { return (q == 2 ? kQuarter : kHalf) + 16; }
+// From one row of operands of at most that many k to the next, in floats: not a power of two, whose lines
+// share a few sets of the caches. Rows of 512 that are spread for 768 cost 1 % on Zen 4.
+constexpr int64_t row_stride(int64_t most) { return most + 16; }
 
 constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
@@ -150,7 +166,7 @@ struct Scratch {
   static constexpr int64_t kPairs = kSinglePanels / 2;  // at least kPanels / 4: sets of an outer level
   static constexpr int64_t kSums =
       larger(kPairs * kB11 * kHalf, kPairs * kPairSums * kQuarter) * kPanel;
-  static constexpr int64_t kBandOperands = int64_t{kBand} * kOperands * kRows * row_stride(1);
+  static constexpr int64_t kBandOperands = int64_t{kBand} * kOperands * kRows * row_stride(kHalf);
   static constexpr int64_t kBandProducts = kBand * kPairs * kProducts * kRows * kPanel;
 
   // For any plane: as for a whole tile.
@@ -301,7 +317,7 @@ struct Chunk {
 
 // The weights of a group and a chunk as operands; rows past c_out are zeros. Terms: blocks of the outer
 // level that are added.
-template <int M, int Q, int Terms>
+template <int M, int Q, int Terms, int64_t kRow>
 CMF_INLINE void pack_operands(const Pointwise& p, const Chunk& t, int64_t first, bool strassen,
                               bool direct, float* to) {
   const int64_t kc = t.kc;
@@ -321,8 +337,8 @@ CMF_INLINE void pack_operands(const Pointwise& p, const Chunk& t, int64_t first,
         a[term][inner] = channel < p.c_out ? from : none;
       }
     }
-    float* row = to + m * row_stride(Q);
-    auto at = [&](Operand which) { return row + which * (M * row_stride(Q)); };
+    float* row = to + m * kRow;
+    auto at = [&](Operand which) { return row + which * (M * kRow); };
     if (Terms == 1) {
       copy(a[0][0], at(kA11), kc);
       copy(a[0][3], at(kA22), t.rest);
@@ -491,12 +507,12 @@ struct Results {
 };
 
 // `count` groups of output channels from `first` on, for one chunk and one product of the outer level.
-template <int M, int Q>
+template <int M, int Q, int64_t kRow>
 __attribute__((noinline)) void band(const Pointwise& p, const Chunk& t, const Panels& panels,
                                     int64_t first, int64_t count, int64_t end,
                                     const Scratch& scratch, float* band_results,
                                     const WeightRows& next_weights) {
-  constexpr int64_t kRow = row_stride(Q), kOperand = M * kRow, kResult = int64_t{2} * M * kPanel;
+  constexpr int64_t kOperand = M * kRow, kResult = int64_t{2} * M * kPanel;
   constexpr int64_t kProduct = M * kPanel;
   constexpr int64_t kGroupProducts = Scratch::kPairs * kProducts * kProduct;
   constexpr int64_t kGroupRows = int64_t{2} * M * Q;
@@ -504,9 +520,9 @@ __attribute__((noinline)) void band(const Pointwise& p, const Chunk& t, const Pa
   for (int64_t g = 0; g < count; ++g) {
     float* operands = scratch.operands + g * (kOperands * kOperand);
     if (t.outer.a_sign == 0.0f) {
-      pack_operands<M, Q, 1>(p, t, first + g * kGroupRows, strassen, direct, operands);
+      pack_operands<M, Q, 1, kRow>(p, t, first + g * kGroupRows, strassen, direct, operands);
     } else {
-      pack_operands<M, Q, 2>(p, t, first + g * kGroupRows, strassen, direct, operands);
+      pack_operands<M, Q, 2, kRow>(p, t, first + g * kGroupRows, strassen, direct, operands);
     }
   }
   const Results<M, Q> results = {band_results, panels};
@@ -630,7 +646,7 @@ __attribute__((noinline)) void band(const Pointwise& p, const Chunk& t, const Pa
 }
 
 // Output channels [begin, end) of some panels of a tile.
-template <int Q>
+template <int Q, int64_t kRow>
 void product(const Pointwise& p, const Panels& panels, int64_t begin, int64_t end,
              const Scratch& scratch) {
   constexpr int64_t kGroupRows = int64_t{2} * kRows * Q;
@@ -686,7 +702,7 @@ void product(const Pointwise& p, const Panels& panels, int64_t begin, int64_t en
         const bool more = next < end || o + 1 < kOuters;
         const WeightRows ahead = weight_rows(then, more ? (next < end ? next : begin) : end);
         auto run = [&](auto m) {
-          band<decltype(m)::value, Q>(p, t, panels, first, count, end, scratch, results, ahead);
+          band<decltype(m)::value, Q, kRow>(p, t, panels, first, count, end, scratch, results, ahead);
         };
         switch (ceil_div(rows, 2 * Q * kRowStep)) {
           case 3: run(Index<kRows>{}); break;
@@ -723,8 +739,8 @@ void run(const Pointwise& p, int64_t pixel_begin, int64_t pixel_end, int64_t gro
          int64_t group_end, float* memory) {
   const Scratch scratch(memory, p.c_in, p.c_out, p.strassen_levels);
   const int64_t count = ceil_div(pixel_end - pixel_begin, kPanel), all = p.images * count;
-  const int64_t begin = group_begin * (4 * kRows), end = min(group_end * (4 * kRows), p.c_out);
   const int levels = strassen_levels(p.c_in, p.c_out, p.whole_plane, p.strassen_levels);
+  const int64_t begin = group_begin * group(levels), end = min(group_end * group(levels), p.c_out);
   bool clean[kPanels], done[kPanels];
   for (int64_t i = 0; i < all; ++i) {
     clean[i] = levels > 0 && finite(p.panels + i * p.panel_stride, p.c_in);
@@ -748,7 +764,13 @@ void run(const Pointwise& p, int64_t pixel_begin, int64_t pixel_end, int64_t gro
   panels.per_image = count;
   auto multiply_them = [&](auto q) {
     if (panels.sets + panels.singles == 0) return;
-    product<decltype(q)::value>(p, panels, begin, end, scratch);
+    constexpr int Q = decltype(q)::value;
+    constexpr int64_t kMost = Q == 2 ? kQuarter : kHalf;
+    if (Q == 1 && kShort < kHalf && chunk_length<1>(p.c_in) <= 2 * kShort) {
+      product<1, row_stride(kShort)>(p, panels, begin, end, scratch);
+    } else {
+      product<Q, row_stride(kMost)>(p, panels, begin, end, scratch);
+    }
     panels.sets = panels.singles = 0;
   };
   if (levels == 2) {
@@ -772,7 +794,7 @@ void run(const Pointwise& p, int64_t pixel_begin, int64_t pixel_end, int64_t gro
 }  // namespace
 
 extern const PointwiseKernels pointwise_kernels;
-const PointwiseKernels pointwise_kernels = {kPanel,         kTile, 4 * kRows, strassen_levels,
+const PointwiseKernels pointwise_kernels = {kPanel, kTile, group, strassen_levels,
                                             Scratch::floats, run};
 
 }  // namespace convmixer_fast::CONVMIXER_FAST_ISA

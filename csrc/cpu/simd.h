@@ -128,6 +128,39 @@ struct First<16> {
 };
 #endif
 
+// To aligned memory past the caches, where the machine has such a store; others may read what was
+// streamed after a call of streamed() and a barrier.
+template <int L>
+struct Stream {
+  template <class Float>
+  static CMF_INLINE void store(float* p, Float v) {
+    *reinterpret_cast<Float*>(p) = v;
+  }
+};
+#if defined(__SSE__)
+template <>
+struct Stream<4> {
+  static CMF_INLINE void store(float* p, __m128 v) { _mm_stream_ps(p, v); }
+};
+#endif
+#if defined(__AVX__)
+template <>
+struct Stream<8> {
+  static CMF_INLINE void store(float* p, __m256 v) { _mm256_stream_ps(p, v); }
+};
+#endif
+#if defined(__AVX512F__)
+template <>
+struct Stream<16> {
+  static CMF_INLINE void store(float* p, __m512 v) { _mm512_stream_ps(p, v); }
+};
+#endif
+static CMF_INLINE void streamed() {
+#if defined(__SSE__)
+  _mm_sfence();
+#endif
+}
+
 template <int L>
 struct Simd {
   typedef float Float __attribute__((vector_size(4 * L)));
@@ -137,6 +170,7 @@ struct Simd {
 
   static CMF_INLINE Float load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
   static CMF_INLINE void store(float* p, Float v) { *reinterpret_cast<Unaligned*>(p) = v; }
+  static CMF_INLINE void stream(float* p, Float v) { Stream<L>::store(p, v); }
   // Not s + Float{}: -0 + 0 is 0, so that compilers add where they could just copy.
   static CMF_INLINE Float broadcast(float s) { return s - Float{}; }
 

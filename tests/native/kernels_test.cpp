@@ -378,11 +378,12 @@ void test_pointwise(Random& random, const std::vector<std::string>& isas) {
             y[k * plane + pixel];
       }
     }
-    const int64_t groups = (c_out + kernels.row_groups - 1) / kernels.row_groups;
     std::set<int> done;
     for (int levels : {cmf::kFastestLevels, 0, 1, 2}) {
       // What another number has been multiplied like.
-      if (!done.insert(kernels.strassen_levels(c_in, c_out, plane, levels)).second) continue;
+      const int taken = kernels.strassen_levels(c_in, c_out, plane, levels);
+      if (!done.insert(taken).second) continue;
+      const int64_t groups = (c_out + kernels.group(taken) - 1) / kernels.group(taken);
       const cmf::Floats scratch =
           cmf::aligned_floats(kernels.scratch_floats(c_in, c_out, levels));
       Floats first;
