@@ -82,6 +82,12 @@ class Line:
             return "yes" if self.measured <= self.bar else "no"
         return "yes" if self.measured >= self.bar else "no"
 
+    def shortfall(self) -> float:
+        """How many times the figure is worse than the bar; below 1 where it is better."""
+        assert self.measured is not None
+        worse = (self.measured, self.bar) if self.at_most else (self.bar, self.measured)
+        return worse[0] / worse[1] if worse[1] else float("inf")
+
     def row(self) -> Row:
         sign = "<=" if self.at_most else ">="
         row: Row = {"what": self.what, "bar": f"{sign} {self.bar:.2f}"}

@@ -311,7 +311,7 @@ def strassen_levels() -> int:
     """How many levels of Strassen's algorithm large matrix products take.
 
     ``CONVMIXER_FAST_STRASSEN=0``, ``1`` and ``2``, asked at every call, override the default, -1:
-    one where that is faster on the machine's instruction set. With two, the largest error in a
+    one where that is faster on this processor. With two, the largest error in a
     feature map may be over twice PyTorch's.
     """
     return {"0": 0, "1": 1, "2": 2}.get(os.environ.get("CONVMIXER_FAST_STRASSEN", ""), -1)

@@ -403,7 +403,7 @@ def test_figures_in_pages_are_those_of_the_result_files(page):
 
 def test_the_readme_has_figures_and_marks_those_of_gpus_as_predictions():
     text = figures.pages()[0].read_text()
-    for name in ("whole-models", "missed", "gpu-predicted"):
+    for name in ("whole-models", "reached", "gpu-predicted"):
         assert f"<!-- figures: {name} -->\n" in text
     assert "Predictions, not measurements" in text
 
@@ -431,6 +431,10 @@ def test_what_was_missed_is_told_of_every_kind_of_result_file(tmp_path):
         assert f"some-machine (`{name}.json`)" in told
         assert f"| {figure:.2f} |" in told, (name, told)
     assert figures.missed(tmp_path / "nowhere") == "Every bar was reached."
+    counted = figures.reached(tmp_path)
+    for name, worst in (("cpu", "0.50 for >= 0."), ("streaming", "1.50 for <= ")):
+        assert f"| some-machine (`{name}.json`) | 0 of " in counted, counted
+        assert worst in counted, counted
 
 
 def test_exceptions_of_compiled_kernels_are_told_by_name(tmp_path):

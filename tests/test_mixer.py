@@ -180,8 +180,8 @@ def test_two_levels_over_several_chunks_are_the_direct_product(isa, size, monkey
 
 
 def strassen_from(isa):
-    """The fewest channels that one level is the default from: AVX-512's multiply-adds are too fast for it,
-    but for Zen 4's, of half a vector each."""
+    """From how many channels on one level is the default: AVX-512's multiply-adds are too fast
+    for it, but for Zen 4's, of half a vector each."""
     if isa != "avx512":
         return 384
     cpuinfo = Path("/proc/cpuinfo")

@@ -42,6 +42,10 @@ struct Offsets {
 // The fewest channels of a thread's own: every thread makes Strassen's sums of all panels for itself.
 constexpr int64_t kOwnedChannels = 128;
 
+// The most threads that write panels past the caches: measured with two. Memory's rate is for all of them
+// together, that of the caches for each.
+constexpr int kStreamingThreads = 4;
+
 // One thread's memory: one kernel's scratch at a time, and the plane that the depthwise one computes.
 struct Scratch {
   Floats memory;
@@ -95,9 +99,8 @@ class Plan {
                           panel_stride_, shared);
   }
 
-  // Tiles of pixels, and shares of the output channels where the tiles are too few for the threads.
+  // Of pixels.
   int64_t tiles() const { return ceil_div(plane_, pointwise_.tile); }
-  int64_t groups() const { return groups_; }
 
   void channels(int64_t b, const float* panels, int64_t images, float* first, int64_t tile,
                 int64_t group_begin, int64_t group_end, const Scratch& scratch) const {
@@ -152,14 +155,15 @@ class Plan {
     // directory takes along is the other core's), and 0.98-1.01x where they do.
     const bool owned = threads > 1 && s_.c >= kOwnedChannels * threads;
     const int64_t unit = owned ? group_ : 1;  // planes that are handed out together
-    const int64_t cuts = owned ? threads : channel_cuts(tiles(), threads, groups_);
+    const bool shared = threads > 1 && threads <= kStreamingThreads;
     const int64_t tiles = this->tiles();
+    const int64_t cuts = owned ? threads : channel_cuts(tiles, threads, groups_);
     for (int64_t b = done; b < s_.depth; ++b, in = out) {
       const float* block = s_.blocks[b];
       parallel_for(ceil_div(s_.c, unit), threads, [&](Share& share) {
         const Scratch& mine = scratches[share.thread()];
         for (Range r; share.next(r);) {
-          spatial(block, in, r.begin * unit, std::min(r.end * unit, s_.c), mine, panels, threads > 1);
+          spatial(block, in, r.begin * unit, std::min(r.end * unit, s_.c), mine, panels, shared);
         }
       });
       parallel_for(tiles * cuts, threads, [&](Share& share) {

@@ -58,7 +58,8 @@ struct PointwiseKernels {
   int64_t (*scratch_floats)(int64_t c_in, int64_t c_out, int asked_levels);
 
   // Pixels [pixel_begin, pixel_end) of each image, together at most a tile, of groups
-  // [group_begin, group_end) of the levels that are taken; pixel_begin is a multiple of `tile`. Neither allocates nor throws.
+  // [group_begin, group_end) of the levels that are taken; pixel_begin is a multiple of `tile`. Neither
+  // allocates nor throws.
   void (*run)(const Pointwise&, int64_t pixel_begin, int64_t pixel_end, int64_t group_begin,
               int64_t group_end, float* scratch);
 };
