@@ -217,7 +217,7 @@ def test_the_default_is_what_is_fastest_and_others_can_be_asked_for(isa, monkeyp
             results[value] = ours(x)
     assert torch.equal(results[None], results["0" if strassen_from(isa) > 640 else "1"])
     for one, other in ("01", "12", "02"):
-        # Two levels are never faster with AVX-512, and not taken.
+        # Two levels are not taken with AVX-512.
         assert torch.equal(results[one], results[other]) == ((isa, one) == ("avx512", "1"))
         torch.testing.assert_close(results[one], results[other], rtol=1e-4, atol=1e-4)
 

@@ -49,8 +49,9 @@
 // AVX-512 multiplies directly below 3072 channels where it starts two whole vectors a cycle: multiply-adds
 // are so fast then that Strassen's sums, 2.5 times a panel's bytes, are not there in time. On Ice Lake, of
 // the direct product's speed: one level 0.91-0.99 (768-1536 channels), 0.95-1.00 (2048), 1.01-1.11 (3072);
-// two levels, which are therefore not taken at all, 0.85-1.02. Zen 4 starts one a cycle, in halves: one
-// level 1.02-1.03 (256-384), 1.05-1.06 (448-768), 1.08-1.10 (1024-3072), two levels no more.
+// two levels 0.85-1.02. Zen 4 starts one a cycle, in halves: one level 1.02-1.03 (256-384), 1.05-1.06
+// (448-768), 1.08-1.10 (1024-3072). Two levels, 1.01-1.04 of one there (768-1536), are not taken with
+// AVX-512 at all: beside oneDNN's, which adds up more exactly then, their errors pass the numerics rule.
 //
 // Values that are not finite would spread in Strassen's sums to the pixels of the other panels: panels
 // that hold one are multiplied directly.
