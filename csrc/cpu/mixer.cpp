@@ -150,9 +150,9 @@ class Plan {
                     float* panels) const {
     float* out = s_.z + image * z_image_;
     const float* in = done == 0 ? s_.x + image * x_image_ : out;
-    // Zen 4, 2 threads, 1 image, against tiles of pixels for each thread: 768/32 1.16x, 1024/20 1.11x,
-    // 1536/20 1.06x where the cores share no L3 (even halves of a page cost: what a prefetcher or a
-    // directory takes along is the other core's), and 0.98-1.01x where they do.
+    // With panels past the caches, against planes and tiles of pixels shared out anyhow, Zen 4, 2 threads,
+    // 1 image: 768/32 1.16x, 1024/20 1.11x, 1536/20 1.06x where the cores share no L3 (two cores pay even
+    // for writing to halves of the same page), 0.98-1.01x where they do.
     const bool owned = threads > 1 && s_.c >= kOwnedChannels * threads;
     const int64_t unit = owned ? group_ : 1;  // planes that are handed out together
     const bool shared = threads > 1 && threads <= kStreamingThreads;
