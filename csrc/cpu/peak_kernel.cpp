@@ -14,7 +14,7 @@ using Float = S::Float;
 
 // The compiler must neither merge turns nor leave any out.
 CMF_INLINE void opaque(Float& value) {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(CONVMIXER_FAST_WIDE)
   asm volatile("" : "+v"(value));
 #elif defined(__aarch64__)
   asm volatile("" : "+w"(value));

@@ -13,6 +13,10 @@
 //               for each k: V loads of the panel, M broadcasts of a weight, M * V multiply-adds
 //       added to the tile's sums; at the end: bias, activation, scale, shift, rows of z
 //
+// Of the last panel of a plane only the vectors that hold pixels are multiplied: V of them. Where they are
+// not all of its vectors the panel goes directly, which is as fast then: Strassen's algorithm saves a quarter
+// of one panel of a pair.
+//
 // Registers: M * V accumulators, V of the panel, 1 broadcast (none where the multiply-add takes it
 // from memory): V = 2, M = 6 of 16 registers, 12 of 32. Per k an AVX2 machine issues 12 multiply-adds
 // and 8 loads: 6 and 4 cycles, or 12 and 8 where a vector is two halves.
@@ -69,8 +73,6 @@ constexpr int kRows = kRegisters / 8 * 6 / kVectors;  // M of whole groups
 constexpr int kRowStep = kRows / 3;                   // M of the last group is a multiple of this
 constexpr int kTile = 512;
 constexpr int kPanels = kTile / kPanel;
-// Panels of one level or none at a time: their sums are twice as many, but with AVX-512 seldom made.
-constexpr int kSinglePanels = kWide ? kPanels : kPanels / 2;
 // Groups that take turns with a panel while it is in L2.
 constexpr int kBand = 24 / kRows;
 constexpr int64_t kHalf = kWide ? 768 : 512;  // most k of half a chunk
@@ -130,13 +132,24 @@ int64_t strassen_from() {
 #endif
 }
 
+// Vectors of a panel that begins at `pixel`, and whether that is all of them. Only panels that have all go
+// by Strassen's algorithm: of another no more than those vectors is multiplied.
+CMF_INLINE int64_t panel_vectors(int64_t plane, int64_t pixel) {
+  return min(kVectors, ceil_div(plane - pixel, kLanes));
+}
+CMF_INLINE bool whole_panel(int64_t plane, int64_t pixel) {
+  return panel_vectors(plane, pixel) == kVectors;
+}
+
+// Whether a plane has that many whole panels.
+bool has_panels(int64_t count, int64_t plane) { return whole_panel(plane, (count - 1) * kPanel); }
+
 // How many levels of Strassen's algorithm are taken at this size, of those asked for: those that save
 // multiply-adds worth their sums.
 int strassen_levels(int64_t c_in, int64_t c_out, int64_t plane, int asked) {
   if (asked == kFastestLevels) asked = c_in < strassen_from() ? 0 : 1;
-  if (c_in % 2 != 0 || c_in < 256 || c_out < 2 * kRows || plane <= kPanel) return 0;
-  const bool one =
-      kWide || c_in % 4 != 0 || c_in < 640 || c_out < 4 * kRows || plane <= 3 * kPanel;
+  if (c_in % 2 != 0 || c_in < 256 || c_out < 2 * kRows || !has_panels(2, plane)) return 0;
+  const bool one = kWide || c_in % 4 != 0 || c_in < 640 || c_out < 4 * kRows || !has_panels(4, plane);
   return static_cast<int>(min(asked, one ? 1 : 2));
 }
 
@@ -152,8 +165,6 @@ int64_t chunk_length(int64_t c_in) {
 // share a few sets of the caches. Rows of 512 that are spread for 768 cost 1 % on Zen 4.
 constexpr int64_t row_stride(int64_t most) { return most + 16; }
 
-constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
 // Of the results of a group for a tile.
 constexpr int64_t kGroupFloats = int64_t{2} * kRows * kTile;
 
@@ -161,14 +172,19 @@ constexpr int64_t kGroupFloats = int64_t{2} * kRows * kTile;
 struct Scratch {
   float* operands;  // [group of the band][kOperands][M][row_stride]
   float* results;   // [2 M output channels][panel][2 M][kPanel], of one band where that is enough
-  float* products;  // [group of the band][pair][kProducts][M][kPanel]
-  float* sums;      // [kPairSums][pair][kc][kPanel]
+  float* products;  // [group of the band][set of a block][kProducts][M][kPanel]
+  float* sums;      // [kPairSums][set][kc][kPanel]
 
-  static constexpr int64_t kPairs = kSinglePanels / 2;  // at least kPanels / 4: sets of an outer level
+  template <int Q>
+  static constexpr int64_t kSets = kPanels / (2 * Q);
   static constexpr int64_t kSums =
-      larger(kPairs * kB11 * kHalf, kPairs * kPairSums * kQuarter) * kPanel;
+      max(kSets<1> * kB11 * kHalf, kSets<2> * kPairSums * kQuarter) * kPanel;
   static constexpr int64_t kBandOperands = int64_t{kBand} * kOperands * kRows * row_stride(kHalf);
-  static constexpr int64_t kBandProducts = kBand * kPairs * kProducts * kRows * kPanel;
+  // Sets whose products are there together. All sets of a tile use a band's operands: packed for 16 pairs
+  // in the place of 8, and with results that are finished as they are added up, 768/32 is 1.04x as fast,
+  // 1024/20 1.02-1.04x (Zen 3).
+  static constexpr int64_t kBlock = min(kSets<1>, 8);
+  static constexpr int64_t kBandProducts = kBand * kBlock * kProducts * kRows * kPanel;
 
   // For any plane: as for a whole tile.
   static int64_t groups(int64_t c_in, int64_t c_out, int asked) {
@@ -212,14 +228,13 @@ struct WeightRows {
 #define CMF_LOOP __attribute__((noinline))
 #endif
 
-// out[m][kPanel] = (add: out +) sum_k weight[m][k] * panel[k][kPanel]; from one row of weights to the
-// next it is kRow floats. Asks, with kAsks, for kAsked floats at `next` a term, and for 2 * count floats
-// at `ahead`: line by line, because a processor that is asked for many at once stops until the first of
-// them are there.
-template <int M, int64_t kRow, bool kAsks>
-CMF_LOOP void multiply(const float* panel, const float* weight, int64_t count, const float* next,
-                       const float* ahead, bool add, float* out) {
-  constexpr int V = kVectors;
+// out[m][V of kVectors] = (add: out +) sum_k weight[m][k] * panel[k][V of kVectors]; from one row of weights
+// to the next it is kRow floats. Asks, with kAsks, for kAsked floats at `next` a term, and for 2 * count
+// floats at `ahead`: line by line, because a processor that is asked for many at once stops until the first
+// of them are there.
+template <int M, int V, int64_t kRow, bool kAsks>
+CMF_INLINE void multiply_vectors(const float* panel, const float* weight, int64_t count,
+                                 const float* next, const float* ahead, bool add, float* out) {
   do {
     Float acc[M * V] = {};
     auto term = [&](int64_t k) __attribute__((always_inline)) {
@@ -259,23 +274,46 @@ CMF_LOOP void multiply(const float* panel, const float* weight, int64_t count, c
     if (add) {
       static_for<M * V>([&](auto i) __attribute__((always_inline)) {
         constexpr int I = decltype(i)::value;
-        acc[I] += S::load(out + I * kLanes);
+        acc[I] += S::load(out + I / V * kPanel + I % V * kLanes);
       });
     }
     static_for<M * V>([&](auto i) __attribute__((always_inline)) {
       constexpr int I = decltype(i)::value;
-      S::store(out + I * kLanes, acc[I]);
+      S::store(out + I / V * kPanel + I % V * kLanes, acc[I]);
     });
     add = true;
     count -= kSum;
   } while (kPiece > kSum && count > 0);
 }
 
+template <int M, int64_t kRow, bool kAsks>
+CMF_LOOP void multiply_whole(const float* panel, const float* weight, int64_t count,
+                             const float* next, const float* ahead, bool add, float* out) {
+  multiply_vectors<M, kVectors, kRow, kAsks>(panel, weight, count, next, ahead, add, out);
+}
+
+// Of the last panel of a plane, the vectors that are there.
+template <int M, int V, int64_t kRow>
+__attribute__((noinline)) void multiply_part(const float* panel, const float* weight, int64_t count,
+                                             const float* next, const float* ahead, bool add,
+                                             float* out) {
+  multiply_vectors<M, V, kRow, true>(panel, weight, count, next, ahead, add, out);
+}
+
+// Calls f(Index<V>) with a panel's vectors as a constant.
+template <class F>
+CMF_INLINE void with_vectors(int64_t vectors, F&& f) {
+  static_for<kVectors>([&](auto v) __attribute__((always_inline)) {
+    constexpr int V = decltype(v)::value + 1;
+    if (vectors == V) f(Index<V>{});
+  });
+}
+
 // The same for `groups` groups of M rows, which take turns with each piece of the panel. The last of
 // them ask for the next piece, after the last piece for that at `next`; on AVX2 only they, because a Zen 3
 // core whose other hyperthread is busy was seen to do 1.6 loads a cycle, and a turn without asking has 8
 // for its 6 cycles. weight(g), ahead(g), out(g): of a group.
-template <int M, int64_t kRow, class Weight, class Ahead, class Out>
+template <int M, int V, int64_t kRow, class Weight, class Ahead, class Out>
 CMF_INLINE void multiply_groups(const float* panel, int64_t count, const float* next, int64_t groups,
                                 Weight weight, Ahead ahead, bool add, Out out) {
   constexpr int64_t kParts = kPanel / kAsked;  // of a term
@@ -285,12 +323,17 @@ CMF_INLINE void multiply_groups(const float* panel, int64_t count, const float* 
     const float* then = k + terms < count ? piece + terms * kPanel : next;
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t part = g - max(groups - kParts, 0);
+      const float* asked = part < 0 ? piece : then + part * terms * kAsked;
       auto run = [&](auto asks) __attribute__((always_inline)) {
-        multiply<M, kRow, decltype(asks)::value != 0>(
-            piece, weight(g) + k, terms, part < 0 ? piece : then + part * terms * kAsked,
-            ahead(g) + 2 * k, add || k > 0, out(g));
+        if constexpr (V == kVectors) {
+          multiply_whole<M, kRow, decltype(asks)::value != 0>(
+              piece, weight(g) + k, terms, asked, ahead(g) + 2 * k, add || k > 0, out(g));
+        } else {
+          multiply_part<M, V, kRow>(piece, weight(g) + k, terms, asked, ahead(g) + 2 * k, add || k > 0,
+                                    out(g));
+        }
       };
-      if (kWide || part >= 0) {
+      if (kWide || V < kVectors || part >= 0) {
         run(Index<1>{});
       } else {
         run(Index<0>{});
@@ -304,8 +347,11 @@ CMF_INLINE void multiply_groups(const float* panel, int64_t count, const float* 
 struct Panels {
   int64_t pixel, per_image;  // where in its image the first one lies; how many each image has
   int64_t sets = 0, singles = 0;
-  int64_t set[Scratch::kPairs];  // the first panel of each
-  int64_t single[kSinglePanels];
+  int64_t set[Scratch::kSets<1>];  // the first panel of each
+  int64_t single[kPanels];
+
+  // In its image.
+  CMF_INLINE int64_t pixel_of(int64_t panel) const { return pixel + panel % per_image * kPanel; }
 };
 
 // A chunk of input channels, for one product of the outer level. Where the chunk has an odd channel
@@ -426,17 +472,24 @@ struct Place {
   bool store;  // in the place of what is there
 };
 
+// A vector of what a pair's products add up to; from one product to the next it is `size` floats.
+struct Sums {
+  Float c11, c12, c21, c22;
+};
+CMF_INLINE Sums product_sums(const float* products, int64_t size) {
+  Float p[kProducts];
+  static_for<kProducts>([&](auto n) __attribute__((always_inline)) {
+    constexpr int I = decltype(n)::value;
+    p[I] = S::load(products + I * size);
+  });
+  return {(p[0] - p[4]) + (p[3] + p[6]), p[2] + p[4], p[1] + p[3], (p[0] - p[1]) + (p[2] + p[5])};
+}
+
 template <int M>
 CMF_INLINE void combine(const float* products, const Place* places, int count) {
   constexpr int kSize = M * kPanel;
   for (int i = 0; i < kSize; i += kLanes) {
-    Float p[kProducts];
-    static_for<kProducts>([&](auto n) __attribute__((always_inline)) {
-      constexpr int I = decltype(n)::value;
-      p[I] = S::load(products + I * kSize + i);
-    });
-    const Float c11 = (p[0] - p[4]) + (p[3] + p[6]), c12 = p[2] + p[4];
-    const Float c21 = p[1] + p[3], c22 = (p[0] - p[1]) + (p[2] + p[5]);
+    const auto [c11, c12, c21, c22] = product_sums(products + i, kSize);
     for (int n = 0; n < count; ++n) {
       float* left = places[n].left + i;
       float* right = places[n].right + i;
@@ -461,22 +514,25 @@ struct Vectors {
   float bias[2 * kRows], scale[2 * kRows], shift[2 * kRows];
 };
 
-// scale * act(result + bias) + shift of `rows` rows of one panel, into z.
-CMF_INLINE void finish_panel(const Pointwise& p, const Vectors& v, int64_t first, int64_t rows,
-                             int64_t image, int64_t pixel, float* result) {
+// scale * act(result + bias) + shift of `rows` rows of one panel's first V vectors, into z.
+template <int V>
+__attribute__((noinline)) void finish_panel(const Pointwise& p, const Vectors& v, int64_t first,
+                                            int64_t rows, int64_t image, int64_t pixel,
+                                            const float* result) {
   const int64_t pixels = min(kPanel, p.plane - pixel);
   with_activation(p.act, [&](auto act) __attribute__((always_inline)) {
     constexpr Activation A = static_cast<Activation>(decltype(act)::value);
-    // kGroup vectors in step. Rows past the last one are there, but not stored.
-    constexpr int kStep = kGroup / kVectors;
+    // kGroup vectors in step, or what 4 rows have. Rows past the last one are there, but not stored.
+    constexpr int kStep = min(4, kGroup / V), kValues = kStep * V;
     static_assert(2 * kRowStep % kStep == 0, "results have whole groups of rows");
     for (int64_t m = 0; m < rows; m += kStep) {
-      Float values[kGroup];
-      static_for<kGroup>([&](auto g) __attribute__((always_inline)) {
+      Float values[kValues];
+      static_for<kValues>([&](auto g) __attribute__((always_inline)) {
         constexpr int G = decltype(g)::value;
-        values[G] = S::load(result + m * kPanel + G * kLanes) + S::broadcast(v.bias[m + G / kVectors]);
+        values[G] = S::load(result + (m + G / V) * kPanel + G % V * kLanes) +
+                    S::broadcast(v.bias[m + G / V]);
       });
-      activate<A, kLanes, kGroup>(values);
+      activate<A, kLanes, kValues>(values);
       static_for<kStep>([&](auto r) __attribute__((always_inline)) {
         constexpr int R = decltype(r)::value;
         const Float scale = S::broadcast(v.scale[m + R]), shift = S::broadcast(v.shift[m + R]);
@@ -484,11 +540,60 @@ CMF_INLINE void finish_panel(const Pointwise& p, const Vectors& v, int64_t first
         float* z = p.z + (image * p.c_out + first + m + R) * p.z_stride + pixel;
         alignas(64) float row[kPanel];
         float* to = pixels == kPanel ? z : row;
-        static_for<kVectors>([&](auto v) __attribute__((always_inline)) {
+        static_for<V>([&](auto v) __attribute__((always_inline)) {
           constexpr int I = decltype(v)::value;
-          S::store(to + I * kLanes, values[R * kVectors + I] * scale + shift);
+          S::store(to + I * kLanes, values[R * V + I] * scale + shift);
         });
         if (pixels < kPanel) copy(row, z, pixels);
+      });
+    }
+  });
+}
+
+// The same for a pair of panels, whose results are the sums of its products, of `half` output channels each,
+// and of `results`, [2][2 * half][kPanel], where they are there.
+__attribute__((noinline)) void finish_pair(const Pointwise& p, const Vectors& v, int64_t first,
+                                           int64_t rows, int64_t half, int64_t image, int64_t pixel,
+                                           const float* products, const float* results) {
+  constexpr int kBlocks = 4, kStep = kGroup / kBlocks;  // kStep: vectors of a row of a block
+  const int64_t size = half * kPanel, pixels = p.plane - pixel;
+  with_activation(p.act, [&](auto act) __attribute__((always_inline)) {
+    constexpr Activation A = static_cast<Activation>(decltype(act)::value);
+    for (int64_t i = 0; i < size; i += kStep * kLanes) {
+      const int64_t row = i / kPanel, column = i % kPanel;
+      Float values[kGroup];  // [block][vector]
+      static_for<kStep>([&](auto n) __attribute__((always_inline)) {
+        constexpr int N = decltype(n)::value;
+        const Sums sums = product_sums(products + i + N * kLanes, size);
+        values[N] = sums.c11;
+        values[kStep + N] = sums.c12;
+        values[2 * kStep + N] = sums.c21;
+        values[3 * kStep + N] = sums.c22;
+      });
+      static_for<kGroup>([&](auto g) __attribute__((always_inline)) {
+        constexpr int G = decltype(g)::value, B = G / kStep, N = G % kStep;
+        if (results != nullptr) {
+          values[G] += S::load(results + (B % 2 * 2 + B / 2) * size + i + N * kLanes);
+        }
+        values[G] += S::broadcast(v.bias[row + B / 2 * half]);
+      });
+      activate<A, kLanes, kGroup>(values);
+      static_for<kBlocks>([&](auto block) __attribute__((always_inline)) {
+        constexpr int B = decltype(block)::value;
+        const int64_t channel = row + B / 2 * half, at = B % 2 * kPanel + column;
+        if (channel >= rows) return;
+        const Float scale = S::broadcast(v.scale[channel]), shift = S::broadcast(v.shift[channel]);
+        float* z = p.z + (image * p.c_out + first + channel) * p.z_stride + pixel + at;
+        static_for<kStep>([&](auto n) __attribute__((always_inline)) {
+          constexpr int N = decltype(n)::value;
+          const Float value = values[B * kStep + N] * scale + shift;
+          const int64_t there = pixels - at - N * kLanes;
+          if (there >= kLanes) {
+            S::store(z + N * kLanes, value);
+          } else {
+            S::store_first(z + N * kLanes, value, there);
+          }
+        });
       });
     }
   });
@@ -515,7 +620,7 @@ __attribute__((noinline)) void band(const Pointwise& p, const Chunk& t, const Pa
                                     const WeightRows& next_weights) {
   constexpr int64_t kOperand = M * kRow, kResult = int64_t{2} * M * kPanel;
   constexpr int64_t kProduct = M * kPanel;
-  constexpr int64_t kGroupProducts = Scratch::kPairs * kProducts * kProduct;
+  constexpr int64_t kGroupProducts = Scratch::kBlock * kProducts * kProduct;
   constexpr int64_t kGroupRows = int64_t{2} * M * Q;
   const bool strassen = panels.sets > 0, direct = panels.singles > 0;
   for (int64_t g = 0; g < count; ++g) {
@@ -547,8 +652,20 @@ __attribute__((noinline)) void band(const Pointwise& p, const Chunk& t, const Pa
     return i < next_weights.count() ? next_weights(i) : nothing;
   };
 
+  Vectors group_vectors[kBand * Q] = {};
+  if (t.last) {
+    for (int64_t g = 0; g < count * Q; ++g) {
+      const int64_t channel = first + g * (2 * M), rows = min(2 * M, end - channel);
+      for (int64_t m = 0; m < rows; ++m) {
+        group_vectors[g].bias[m] = p.bias != nullptr ? p.bias[channel + m] : 0.0f;
+        group_vectors[g].scale[m] = p.scale[channel + m];
+        group_vectors[g].shift[m] = p.shift[channel + m];
+      }
+    }
+  }
+
   if (strassen) {
-    const int64_t sum = t.kc * kPanel, kind = Scratch::kPairs * sum;
+    const int64_t sum = t.kc * kPanel, kind = Scratch::kSets<Q> * sum;
     // The right-hand factor of a product for a set.
     auto factor = [&](int product, int64_t i) {
       const float* sums = scratch.sums + i * sum;
@@ -564,34 +681,46 @@ __attribute__((noinline)) void band(const Pointwise& p, const Chunk& t, const Pa
       // In the order of the products: P1 takes B11, P4 takes B22.
       return all[product];
     };
-    const float* b = factor(0, 0);
-    for (int product = 0; product < kProducts; ++product) {
-      for (int64_t i = 0; i < panels.sets; ++i) {
-        const float* next = i + 1 < panels.sets       ? factor(product, i + 1)
-                            : product + 1 < kProducts ? factor(product + 1, 0)
-                                                      : factor(0, 0);
-        const float* asked_for[kBand];
-        for (int64_t g = 0; g < count; ++g) asked_for[g] = ahead(b);
-        multiply_groups<M, kRow>(
-            b, t.kc, next, count,
-            [&](int64_t g) { return scratch.operands + (g * kOperands + product) * kOperand; },
-            [&](int64_t g) { return asked_for[g]; }, false,
-            [&](int64_t g) {
-              return scratch.products + g * kGroupProducts + (i * kProducts + product) * kProduct;
-            });
-        b = next;
-      }
-    }
-    for (int64_t g = 0; g < count; ++g) {
-      for (int64_t i = 0; i < panels.sets; ++i) {
-        Place places[2];
-        for (int n = 0; n < targets; ++n) {
-          const Target& c = t.outer.c[n];
-          float* left = results.at(g, c.block, i);
-          places[n] = {left, left + kResult, c.sign, stored(c)};
+    for (int64_t begin = 0; begin < panels.sets; begin += Scratch::kBlock) {
+      const int64_t end_set = min(begin + Scratch::kBlock, panels.sets);
+      const float* b = factor(0, begin);
+      for (int product = 0; product < kProducts; ++product) {
+        for (int64_t i = begin; i < end_set; ++i) {
+          const float* next = i + 1 < end_set           ? factor(product, i + 1)
+                              : product + 1 < kProducts ? factor(product + 1, begin)
+                                                        : factor(0, end_set < panels.sets ? end_set : 0);
+          const float* asked_for[kBand];
+          for (int64_t g = 0; g < count; ++g) asked_for[g] = ahead(b);
+          multiply_groups<M, kVectors, kRow>(
+              b, t.kc, next, count,
+              [&](int64_t g) { return scratch.operands + (g * kOperands + product) * kOperand; },
+              [&](int64_t g) { return asked_for[g]; }, false,
+              [&](int64_t g) {
+                return scratch.products + g * kGroupProducts +
+                       ((i - begin) * kProducts + product) * kProduct;
+              });
+          b = next;
         }
-        combine<M>(scratch.products + g * kGroupProducts + i * (kProducts * kProduct), places,
-                   targets);
+      }
+      for (int64_t g = 0; g < count; ++g) {
+        for (int64_t i = begin; i < end_set; ++i) {
+          const float* products =
+              scratch.products + g * kGroupProducts + (i - begin) * (kProducts * kProduct);
+          if (Q == 1 && t.last) {
+            const int64_t pair = panels.set[i], channel = first + g * (2 * M);
+            finish_pair(p, group_vectors[g], channel, min(2 * M, end - channel), M,
+                        pair / panels.per_image, panels.pixel_of(pair), products,
+                        t.first ? nullptr : results.at(g, 0, i));
+            continue;
+          }
+          Place places[2];
+          for (int n = 0; n < targets; ++n) {
+            const Target& c = t.outer.c[n];
+            float* left = results.at(g, c.block, i);
+            places[n] = {left, left + kResult, c.sign, stored(c)};
+          }
+          combine<M>(products, places, targets);
+        }
       }
     }
   }
@@ -600,6 +729,7 @@ __attribute__((noinline)) void band(const Pointwise& p, const Chunk& t, const Pa
       auto panel = [&](int64_t n) {
         return p.panels + panels.single[n] * p.panel_stride + t.k0 * kPanel;
       };
+      const int64_t vectors = panel_vectors(p.plane, panels.pixel_of(panels.single[i]));
       const float* b1 = panel(i);
       const float* b2 = b1 + t.kc * kPanel;
       const float* next = i + 1 < panels.singles ? panel(i + 1) : b1;
@@ -607,17 +737,19 @@ __attribute__((noinline)) void band(const Pointwise& p, const Chunk& t, const Pa
                       bool add) {
         const float* asked_for[2 * kBand];
         for (int64_t g = 0; g < 2 * count; ++g) asked_for[g] = ahead(b);
-        multiply_groups<M, kRow>(
-            b, kc, then, 2 * count,
-            [&](int64_t g) {
-              return scratch.operands +
-                     (g / 2 * kOperands + (g % 2 == 0 ? top : bottom)) * kOperand;
-            },
-            [&](int64_t g) { return asked_for[g]; }, add,
-            [&](int64_t g) {
-              return band_results + g / 2 * kGroupFloats + panels.single[i] * kResult +
-                     g % 2 * kProduct;
-            });
+        with_vectors(vectors, [&](auto v) __attribute__((always_inline)) {
+          multiply_groups<M, decltype(v)::value, kRow>(
+              b, kc, then, 2 * count,
+              [&](int64_t g) {
+                return scratch.operands +
+                       (g / 2 * kOperands + (g % 2 == 0 ? top : bottom)) * kOperand;
+              },
+              [&](int64_t g) { return asked_for[g]; }, add,
+              [&](int64_t g) {
+                return band_results + g / 2 * kGroupFloats + panels.single[i] * kResult +
+                       g % 2 * kProduct;
+              });
+        });
       };
       half(b1, kA11, kA21, t.kc, b2, !t.first);
       half(b2, kA12, kA22, t.rest, next, true);
@@ -628,19 +760,18 @@ __attribute__((noinline)) void band(const Pointwise& p, const Chunk& t, const Pa
   for (int64_t g = 0; g < count * Q; ++g) {
     const int64_t channel = first + g * (2 * M), rows = min(2 * M, end - channel);
     if (rows <= 0) break;
-    Vectors v = {};
-    for (int64_t m = 0; m < rows; ++m) {
-      v.bias[m] = p.bias != nullptr ? p.bias[channel + m] : 0.0f;
-      v.scale[m] = p.scale[channel + m];
-      v.shift[m] = p.shift[channel + m];
-    }
     auto finish = [&](int64_t panel) {
-      finish_panel(p, v, channel, rows, panel / panels.per_image,
-                   panels.pixel + panel % panels.per_image * kPanel,
-                   band_results + g * kGroupFloats + panel * kResult);
+      const int64_t pixel = panels.pixel_of(panel);
+      with_vectors(panel_vectors(p.plane, pixel), [&](auto v) {
+        finish_panel<decltype(v)::value>(p, group_vectors[g], channel, rows,
+                                         panel / panels.per_image, pixel,
+                                         band_results + g * kGroupFloats + panel * kResult);
+      });
     };
-    for (int64_t i = 0; i < panels.sets; ++i) {
-      for (int64_t n = 0; n < 2 * Q; ++n) finish(panels.set[i] + n);
+    if constexpr (Q == 2) {
+      for (int64_t i = 0; i < panels.sets; ++i) {
+        for (int64_t n = 0; n < 2 * Q; ++n) finish(panels.set[i] + n);
+      }
     }
     for (int64_t i = 0; i < panels.singles; ++i) finish(panels.single[i]);
   }
@@ -680,7 +811,7 @@ void product(const Pointwise& p, const Panels& panels, int64_t begin, int64_t en
     for (int o = 0; o < kOuters; ++o) {
       t.outer = outers[o];
       t.last = k0 + length >= p.c_in && o + 1 == kOuters;
-      const int64_t kind = Scratch::kPairs * t.kc * kPanel;
+      const int64_t kind = Scratch::kSets<Q> * t.kc * kPanel;
       for (int64_t i = 0; i < panels.sets; ++i) {
         const Pair b = outer_pair<Q>(p, t, panels.set[i], t.outer.b[0]);
         const Pair c = outer_pair<Q>(p, t, panels.set[i], t.outer.b[1]);
@@ -744,7 +875,8 @@ void run(const Pointwise& p, int64_t pixel_begin, int64_t pixel_end, int64_t gro
   const int64_t begin = group_begin * group(levels), end = min(group_end * group(levels), p.c_out);
   bool clean[kPanels], done[kPanels];
   for (int64_t i = 0; i < all; ++i) {
-    clean[i] = levels > 0 && finite(p.panels + i * p.panel_stride, p.c_in);
+    clean[i] = levels > 0 && whole_panel(p.plane, pixel_begin + i % count * kPanel) &&
+               finite(p.panels + i * p.panel_stride, p.c_in);
     done[i] = false;
   }
   // An image's panels go the same way whatever else is in the tile. Calls take(i) for sets of `size`
@@ -780,13 +912,11 @@ void run(const Pointwise& p, int64_t pixel_begin, int64_t pixel_end, int64_t gro
   }
   if (levels > 0) {
     for_sets(2, [&](int64_t i) {
-      if (panels.sets == Scratch::kPairs) multiply_them(Index<1>{});
       panels.set[panels.sets++] = i;
     });
   }
   for (int64_t i = 0; i < all; ++i) {
     if (done[i]) continue;
-    if (panels.singles == kSinglePanels) multiply_them(Index<1>{});
     panels.single[panels.singles++] = i;
   }
   multiply_them(Index<1>{});

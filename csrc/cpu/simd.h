@@ -3,6 +3,7 @@
 // Included only by the kernel sources, which are compiled once per instruction set with
 //   CONVMIXER_FAST_ISA    the name of the set (baseline, avx2, avx512)
 //   CONVMIXER_FAST_LANES  floats in its widest vector
+//   CONVMIXER_FAST_WIDE   only by tests: AVX-512's shapes for a machine that lacks it
 // Everything lives in a namespace of that name and nothing from the C++ library is used: an inline
 // function or template shared between these objects would be merged by the linker, and the copy it
 // keeps may hold instructions that the machine lacks.
@@ -32,14 +33,14 @@ namespace convmixer_fast::CONVMIXER_FAST_ISA {
 
 constexpr int kLanes = CONVMIXER_FAST_LANES;
 // Registers of that width: x86 has 16 before AVX-512; AVX-512 and NEON have 32.
-#if defined(__AVX512F__) || defined(__aarch64__)
+#if defined(__AVX512F__) || defined(__aarch64__) || defined(CONVMIXER_FAST_WIDE)
 constexpr int kRegisters = 32;
 #else
 constexpr int kRegisters = 16;
 #endif
 
 // Whether a vector is a whole cache line, so that a load from anywhere takes two of them.
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(CONVMIXER_FAST_WIDE)
 constexpr bool kWide = true;
 #else
 constexpr bool kWide = false;
@@ -203,8 +204,8 @@ static CMF_INLINE void static_for(F&& f) {
   }
 }
 
-static CMF_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-static CMF_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+static CMF_INLINE constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+static CMF_INLINE constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 static CMF_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static CMF_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 

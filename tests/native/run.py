@@ -1,10 +1,12 @@
 """Is the C++ core clean under sanitizers, and right on other instruction sets?
 
-    python tests/native/run.py plain asan tsan aarch64
+    python tests/native/run.py plain wide asan tsan aarch64
 
 builds csrc/cpu and the test driver beside this file with ninja, in build/native/MODE, and runs it:
 
     plain    as the extension is built, for every instruction set that the compiler takes
+    wide     AVX-512's panels and tiles for AVX2, in vectors that the compiler splits: for machines
+             without AVX-512
     asan     with AddressSanitizer and UndefinedBehaviorSanitizer; fresh memory holds NaN
     tsan     with ThreadSanitizer, on std::thread: OpenMP runtimes are not instrumented
     aarch64  with a cross compiler for NEON, run by qemu-user (natively on an aarch64 machine)
@@ -62,6 +64,8 @@ class Mode:
     kernels: int = 400
     threads: int = 100
     cross: bool = False
+    #: Instead of setup.py's instruction sets: lanes and flags of those that are built.
+    isas: tuple[tuple[str, tuple[int, str]], ...] = ()
 
 
 # A sanitizer's code makes GCC see uninitialised values where there are none: -Wno-error. Line
@@ -74,6 +78,13 @@ _DOUBLED = "-fno-sanitize=null,alignment,object-size,pointer-overflow,vptr"
 _OUTLINED = "--param asan-instrumentation-with-call-threshold=0"
 MODES = {
     "plain": Mode(environment=(("MALLOC_PERTURB_", "128"),)),
+    "wide": Mode(
+        environment=(("MALLOC_PERTURB_", "128"),),
+        isas=(
+            ("baseline", (4, "")),
+            ("avx2", (16, "-mavx2 -mfma -DCONVMIXER_FAST_WIDE -Wno-psabi")),
+        ),
+    ),
     "asan": Mode(
         flags=f"{_SANITIZED} -fsanitize=address,undefined {_DOUBLED} -D_GLIBCXX_ASSERTIONS",
         gcc_flags=_OUTLINED,
@@ -200,7 +211,11 @@ def build(name: str, folder: Path | None = None) -> Path:
         raise Unavailable("no ninja: pip install ninja")
     compiler, flags = find_compiler(name)
     plan = setup().plan_for(compiler, ninja)
-    if not mode.cross:
+    if mode.isas:
+        if "avx2" not in plan.isas:
+            raise Unavailable(plan.omitted["avx2"])
+        plan.isas = dict(mode.isas)
+    elif not mode.cross:
         for isa, why in plan.omitted.items():
             print(f"{name}: without {isa}: {why}")
     sources = [s for s in setup().SOURCES if s != "csrc/bindings.cpp"]
