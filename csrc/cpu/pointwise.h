@@ -41,6 +41,7 @@ struct Pointwise {
   int64_t whole_plane;   // pixels of the image: what is multiplied how is the same for every band
   Activation act;
   int strassen_levels;   // at most; taken where the size allows, or kFastestLevels
+  bool again = false;    // the last run with this scratch was of the same pixels of the same panels
 };
 
 // One instruction set's kernels.
@@ -48,11 +49,15 @@ struct PointwiseKernels {
   int64_t panel;  // pixels of a panel
   int64_t tile;   // pixels that go through all weights together
 
-  // Output channels of a group, which are multiplied together.
+  // Output channels of a group, which are multiplied together, and groups that use a panel in turns.
   int64_t (*group)(int levels);
+  int64_t band;
 
   // How many levels of Strassen's algorithm are taken at this size, of those asked for.
   int (*strassen_levels)(int64_t c_in, int64_t c_out, int64_t plane, int asked);
+
+  // Whether a run again finds there what the last one made of its panels.
+  bool (*keeps_sums)(int64_t c_in, int64_t c_out, int64_t plane, int asked_levels);
 
   // Scratch of one `run`, in floats; 64-byte aligned.
   int64_t (*scratch_floats)(int64_t c_in, int64_t c_out, int asked_levels);

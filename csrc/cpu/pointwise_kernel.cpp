@@ -174,11 +174,14 @@ struct Scratch {
   float* results;   // [2 M output channels][panel][2 M][kPanel], of one band where that is enough
   float* products;  // [group of the band][set of a block][kProducts][M][kPanel]
   float* sums;      // [kPairSums][set][kc][kPanel]
+  bool* clean;      // [kPanels]: whether a panel may go by Strassen's algorithm
 
   template <int Q>
   static constexpr int64_t kSets = kPanels / (2 * Q);
   static constexpr int64_t kSums =
       max(kSets<1> * kB11 * kHalf, kSets<2> * kPairSums * kQuarter) * kPanel;
+  static constexpr int64_t kFlags = 64;  // floats that hold `clean`
+  static_assert(kFlags * sizeof(float) >= kPanels * sizeof(bool));
   static constexpr int64_t kBandOperands = int64_t{kBand} * kOperands * kRows * row_stride(kHalf);
   // Sets whose products are there together. All sets of a tile use a band's operands: packed for 16 pairs
   // in the place of 8, and with results that are finished as they are added up, 768/32 is 1.04x as fast,
@@ -193,15 +196,16 @@ struct Scratch {
   }
   static int64_t floats(int64_t c_in, int64_t c_out, int asked) {
     const bool strassen = strassen_levels(c_in, c_out, kTile, asked) > 0;
-    return kBandOperands + groups(c_in, c_out, asked) * kGroupFloats +
+    return kFlags + kBandOperands + groups(c_in, c_out, asked) * kGroupFloats +
            (strassen ? kBandProducts + kSums : 0);
   }
 
   Scratch(float* at, int64_t c_in, int64_t c_out, int asked)
-      : operands(at),
+      : operands(at + kFlags),
         results(operands + kBandOperands),
         products(results + groups(c_in, c_out, asked) * kGroupFloats),
-        sums(products + kBandProducts) {}
+        sums(products + kBandProducts),
+        clean(reinterpret_cast<bool*>(at)) {}
 };
 
 // Rows of the weights that a band packs: those of every group and term.
@@ -777,16 +781,24 @@ __attribute__((noinline)) void band(const Pointwise& p, const Chunk& t, const Pa
   }
 }
 
-// Output channels [begin, end) of some panels of a tile.
+// Whether the sums of a tile's panels are still there after its last product.
+bool keeps_sums(int64_t c_in, int64_t c_out, int64_t plane, int asked) {
+  const int levels = strassen_levels(c_in, c_out, plane, asked);
+  return levels == 0 || (levels == 1 && chunk_length<1>(c_in) == c_in);
+}
+
+// Output channels [begin, end) of some panels of a tile, whose sums are to be made or `made` already.
 template <int Q, int64_t kRow>
-void product(const Pointwise& p, const Panels& panels, int64_t begin, int64_t end,
+void product(const Pointwise& p, const Panels& panels, int64_t begin, int64_t end, bool made,
              const Scratch& scratch) {
   constexpr int64_t kGroupRows = int64_t{2} * kRows * Q;
   const int64_t length = chunk_length<Q>(p.c_in);
   const Outer* const outers = Q == 2 ? kTwoLevels : kOneLevel;
   constexpr int kOuters = Q == 2 ? 7 : 1;
   // Whole groups in bands; a last group that is not whole is a band by itself.
-  auto band_groups = [&](int64_t first) { return min(kBand, max((end - first) / kGroupRows, 1)); };
+  auto band_groups = [](int64_t first, int64_t last) {
+    return min(kBand, max((last - first) / kGroupRows, 1));
+  };
   for (int64_t k0 = 0; k0 < p.c_in; k0 += length) {
     Chunk t;
     const int64_t block = min(length, p.c_in - k0) / Q;
@@ -804,15 +816,17 @@ void product(const Pointwise& p, const Panels& panels, int64_t begin, int64_t en
       rows.stride = p.c_in;
       rows.rows = 2 * kRows;
       rows.group_rows = kGroupRows;
-      // The last group is not asked for: it may be smaller than its rows say.
-      rows.groups = first + kGroupRows <= end ? band_groups(first) : 0;
+      // After the end it is the next piece's. The last group is not asked for: it may be smaller than its
+      // rows say.
+      const int64_t last = first >= end && chunk.last ? p.c_out : end;
+      rows.groups = first + kGroupRows <= last ? band_groups(first, last) : 0;
       return rows;
     };
     for (int o = 0; o < kOuters; ++o) {
       t.outer = outers[o];
       t.last = k0 + length >= p.c_in && o + 1 == kOuters;
       const int64_t kind = Scratch::kSets<Q> * t.kc * kPanel;
-      for (int64_t i = 0; i < panels.sets; ++i) {
+      for (int64_t i = 0; !made && i < panels.sets; ++i) {
         const Pair b = outer_pair<Q>(p, t, panels.set[i], t.outer.b[0]);
         const Pair c = outer_pair<Q>(p, t, panels.set[i], t.outer.b[1]);
         float* to = scratch.sums + i * t.kc * kPanel;
@@ -823,7 +837,7 @@ void product(const Pointwise& p, const Panels& panels, int64_t begin, int64_t en
         }
       }
       for (int64_t first = begin; first < end;) {
-        const int64_t count = band_groups(first), rows = min(kGroupRows, end - first);
+        const int64_t count = band_groups(first, end), rows = min(kGroupRows, end - first);
         float* results = scratch.results;
         if (kOuters > 1 || length < p.c_in) {
           results += (first - begin) / (2 * kRows) * kGroupFloats;
@@ -831,8 +845,7 @@ void product(const Pointwise& p, const Panels& panels, int64_t begin, int64_t en
         const int64_t next = first + count * kGroupRows;
         Chunk then = t;
         if (next >= end && o + 1 < kOuters) then.outer = outers[o + 1];
-        const bool more = next < end || o + 1 < kOuters;
-        const WeightRows ahead = weight_rows(then, more ? (next < end ? next : begin) : end);
+        const WeightRows ahead = weight_rows(then, next >= end && o + 1 < kOuters ? begin : next);
         auto run = [&](auto m) {
           band<decltype(m)::value, Q, kRow>(p, t, panels, first, count, end, scratch, results, ahead);
         };
@@ -873,12 +886,13 @@ void run(const Pointwise& p, int64_t pixel_begin, int64_t pixel_end, int64_t gro
   const int64_t count = ceil_div(pixel_end - pixel_begin, kPanel), all = p.images * count;
   const int levels = strassen_levels(p.c_in, p.c_out, p.whole_plane, p.strassen_levels);
   const int64_t begin = group_begin * group(levels), end = min(group_end * group(levels), p.c_out);
-  bool clean[kPanels], done[kPanels];
-  for (int64_t i = 0; i < all; ++i) {
+  bool* const clean = scratch.clean;
+  bool done[kPanels] = {};
+  for (int64_t i = 0; !p.again && i < all; ++i) {
     clean[i] = levels > 0 && whole_panel(p.plane, pixel_begin + i % count * kPanel) &&
                finite(p.panels + i * p.panel_stride, p.c_in);
-    done[i] = false;
   }
+  const bool made = p.again && keeps_sums(p.c_in, p.c_out, p.whole_plane, p.strassen_levels);
   // An image's panels go the same way whatever else is in the tile. Calls take(i) for sets of `size`
   // neighbours, of those that a set of that size can begin with, that are clean and not done.
   auto for_sets = [&](int64_t size, auto take) {
@@ -900,9 +914,9 @@ void run(const Pointwise& p, int64_t pixel_begin, int64_t pixel_end, int64_t gro
     constexpr int Q = decltype(q)::value;
     constexpr int64_t kMost = Q == 2 ? kQuarter : kHalf;
     if (Q == 1 && kShort < kHalf && chunk_length<1>(p.c_in) <= 2 * kShort) {
-      product<1, row_stride(kShort)>(p, panels, begin, end, scratch);
+      product<1, row_stride(kShort)>(p, panels, begin, end, made, scratch);
     } else {
-      product<Q, row_stride(kMost)>(p, panels, begin, end, scratch);
+      product<Q, row_stride(kMost)>(p, panels, begin, end, made, scratch);
     }
     panels.sets = panels.singles = 0;
   };
@@ -925,7 +939,7 @@ void run(const Pointwise& p, int64_t pixel_begin, int64_t pixel_end, int64_t gro
 }  // namespace
 
 extern const PointwiseKernels pointwise_kernels;
-const PointwiseKernels pointwise_kernels = {kPanel, kTile, group, strassen_levels,
-                                            Scratch::floats, run};
+const PointwiseKernels pointwise_kernels = {kPanel, kTile,      group,           kBand,
+                                            strassen_levels, keeps_sums, Scratch::floats, run};
 
 }  // namespace convmixer_fast::CONVMIXER_FAST_ISA

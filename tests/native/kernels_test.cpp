@@ -405,6 +405,7 @@ void test_pointwise(Random& random, const std::vector<std::string>& isas) {
         for (int64_t at = 0; at < plane; at += kernels.tile) {
           p.panels = panel + at / kernels.panel * stride;
           for (int64_t group = 0; group < groups; group += groups_each) {
+            p.again = group > 0 && random.chance(70);
             kernels.run(p, at, std::min(at + kernels.tile, plane), group,
                         std::min(group + groups_each, groups), scratch.get());
           }
