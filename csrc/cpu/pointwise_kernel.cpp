@@ -5,13 +5,14 @@
 //     Strassen's sums of the tile's panels, made once
 //     for each band of 4 (M = 12: 2) groups of 2 * M output channels, of 4 * M with an outer level
 //       its weights of the chunk, or Strassen's sums of them, into [M][k] operands: L2
-//       for each product of half matrices
-//         for each panel of the tile                  from L3 into L2, once a band
-//           for each piece of its half chunk of k     AVX-512: of 64, in L1; else one, the whole
-//             for each group of the band: M output channels
-//               M x V vectors of accumulators, from zero
-//               for each k: V loads of the panel, M broadcasts of a weight, M * V multiply-adds
-//       added to the tile's sums; at the end: bias, activation, scale, shift, rows of z
+//       for each 8 sets of panels                     whose products stay in L2
+//         for each product of half matrices
+//           for each panel                            from L3 into L2, once a band
+//             for each piece of its half chunk of k   AVX-512: of 64, in L1; else one, the whole
+//               for each group of the band: M output channels
+//                 M x V vectors of accumulators, from zero
+//                 for each k: V loads of the panel, M broadcasts of a weight, M * V multiply-adds
+//         added to the tile's sums, or, where they are complete then: bias, activation, scale, shift, rows of z
 //
 // Of the last panel of a plane only the vectors that hold pixels are multiplied: V of them. Where they are
 // not all of its vectors the panel goes directly, which is as fast then: Strassen's algorithm saves a quarter
