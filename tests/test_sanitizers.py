@@ -44,3 +44,13 @@ def test_neon_kernels_compile_and_are_right() -> None:
     except native.Unavailable as why:
         pytest.skip(str(why))
     assert "right on baseline," in lines[0]
+
+
+def test_shapes_of_avx512_are_right_in_vectors_of_avx2() -> None:
+    try:
+        lines = native.run("wide", native.build("wide"), scale=0.25)
+    except native.Unavailable as why:
+        pytest.skip(str(why))
+    if "avx2" not in lines[0]:
+        pytest.skip("this machine has no AVX2")
+    assert "right on baseline avx2," in lines[0]
