@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from ctypes import string_at
-from functools import cache
+from functools import cache, partial
 from hashlib import blake2b
 from importlib import import_module
 from pathlib import Path
@@ -221,6 +221,66 @@ def channel_mix(
     return out
 
 
+def prepared_mix(
+    weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, act: str
+) -> Callable[[Tensor], Tensor]:
+    """`channel_mix` with these operands, which are checked here and not at every call.
+
+    Args:
+        weight, bias, scale, shift, act: as for `channel_mix`, contiguous.
+
+    Returns:
+        Of float32 maps (N, C, H, W) on the CPU; but for being at least p x p they are not checked.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `channel_mix`.
+    """
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
+    if weight.dim() != 4 or not 1 <= weight.shape[2] == weight.shape[3]:
+        raise ValueError(f"weight must have shape (D, C, p, p), got {tuple(weight.shape)}")
+    d, _, p, _ = weight.shape
+    _check("weight", weight)
+    for name, vector in (("bias", bias), ("scale", scale), ("shift", shift)):
+        if vector is not None:
+            _check(name, vector, (d,))
+    operands = (weight, bias, scale, shift)
+    for name, t in zip(("weight", "bias", "scale", "shift"), operands, strict=True):
+        if t is not None and (not t.is_contiguous() or t.is_neg()):
+            raise ValueError(f"{name} must be contiguous, got strides {t.stride()}")
+    addresses = tuple(0 if t is None else t.data_ptr() for t in operands)
+    return partial(_launch_mix, operands, d, p, addresses, _activation_numbers()[act])
+
+
+def _launch_mix(
+    kept: tuple[Tensor | None, ...],
+    d: int,
+    p: int,
+    operands: tuple[int, ...],
+    act: int,
+    x: Tensor,
+) -> Tensor:
+    """``kept``: the tensors that ``operands`` are the addresses of."""
+    shape = x.shape
+    n, _, h, w = shape
+    if h < p or w < p:
+        raise ValueError(f"x of {h} x {w} is smaller than a patch of {p} x {p}")
+    out = torch.empty((n, d, h // p, w // p), dtype=torch.float32)
+    _engine().channel_mix(
+        x.data_ptr(),
+        x.stride(),
+        out.data_ptr(),
+        shape,
+        p,
+        d,
+        *operands,
+        act,
+        strassen_levels(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
 def epilogue_(h: Tensor, scale: Tensor, shift: Tensor, act: str) -> Tensor:
     """``scale * act(h) + shift`` by the compiled engine, in the place of ``h``.
 
@@ -378,6 +438,97 @@ def mixer_stack(
     return out
 
 
+def prepared_stack(
+    weights: Sequence[Tensor], packed: Sequence[Tensor], kernel_size: int, act: str
+) -> Callable[[Tensor], Tensor]:
+    """`mixer_stack` of these blocks, whose operands are checked here and not at every call.
+
+    Args:
+        weights, packed, kernel_size, act: as for `mixer_stack`, ``weights`` contiguous.
+
+    Returns:
+        Of contiguous float32 maps (N, C, H, W) on the CPU, which it does not check.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `mixer_stack`.
+    """
+    engine = _engine()
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
+    channels = weights[0].shape[0] if weights and weights[0].dim() else 0
+    for block in packed:
+        _check("packed", block, (engine.mixer_packed_floats(channels, kernel_size),))
+    for weight in weights:
+        _check("weights", weight, (channels, channels, 1, 1))
+        if not weight.is_contiguous() or weight.is_neg():
+            raise ValueError(f"weights must be contiguous, got strides {weight.stride()}")
+    return partial(
+        _launch_stack,
+        (*packed, *weights),
+        kernel_size,
+        [t.data_ptr() for t in packed],
+        [t.data_ptr() for t in weights],
+        _activation_numbers()[act],
+    )
+
+
+def _launch_stack(
+    kept: Sequence[Tensor],
+    kernel_size: int,
+    packed: list[int],
+    weights: list[int],
+    act: int,
+    x: Tensor,
+) -> Tensor:
+    """``kept``: the tensors that ``packed`` and ``weights`` are the addresses of."""
+    out = torch.empty(x.shape, dtype=torch.float32)
+    _engine().mixer_stack(
+        x.data_ptr(),
+        out.data_ptr(),
+        x.shape,
+        kernel_size,
+        packed,
+        weights,
+        act,
+        strassen_levels(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def modules_unchanged(modules: Any, acts: Any, falsy: tuple[str, ...]) -> bool:
+    """`steady.Watched.unchanged` in one go.
+
+    Args:
+        modules: (module, its class, tuple of its children) each.
+        acts: (activation, its attribute ``approximate`` or None) each.
+        falsy: the names of what must be false or empty in every module.
+
+    Raises:
+        RuntimeError: the engine is not available.
+    """
+    return bool(_engine().modules_unchanged(modules, acts, falsy))
+
+
+def parameters_unchanged(halves: Any, settings: tuple[str, ...], stamps: Any) -> bool:
+    """Whether halves of blocks have the settings, tensors and versions that they had.
+
+    Args:
+        halves: (convolution, norm, tuple of the convolution's ``settings``, the norm's eps) each.
+        settings: names of attributes of a convolution.
+        stamps: (weak reference, version, address, dtype) of each parameter and statistic of the
+            halves that is not None, in their order: weight and bias of the convolution, weight and
+            bias of the norm, its mean and variance.
+
+    Returns:
+        False too where a parameter is not among its module's own.
+
+    Raises:
+        RuntimeError: the engine is not available.
+    """
+    return bool(_engine().parameters_unchanged(halves, settings, stamps))
+
+
 def joined_pixels(c_in: int, c_out: int) -> int:
     """How many neighbouring pixels a matrix product of these channels may join, 1 where none.
 
@@ -493,6 +644,11 @@ def fingerprint(pieces: Iterable[Tensor] | Iterable[tuple[int, int]]) -> int:
             piece = piece.detach().contiguous()
             copies.append(piece)
         spans.append((piece.data_ptr(), piece.nbytes))
+    return fingerprint_of(spans)
+
+
+def fingerprint_of(spans: list[tuple[int, int]]) -> int:
+    """`fingerprint` of (address, bytes) alone, in less time."""
     engine = load()
     return int(engine.fingerprint(spans)) if engine is not None else _plain_fingerprint(spans)
 

@@ -33,7 +33,7 @@ from .ops.mixer import mixer_stack
 from .ops.packing import Packed, PackedCache, batch_norm_affine, cacheable, sources_of
 from .ops.pointwise import pointwise_mix
 from .ops.stem import normalized, patch_embed_uint8
-from .steady import Half, Plan, SteadyBlocks, SteadyStack
+from .steady import Half, Plan, SteadyOnCpu, SteadyStack
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 #: (mean, std) of images in [0, 1], a number for each channel of both.
@@ -479,11 +479,44 @@ class PatchEmbed(_FusedSequential):
             if out is not None:
                 return out
             x = normalized(x, *normalize, dtype_of_pixels(x, self))
-        if len(self) != 3:
+        if len(self._modules) != 3:
             return super().forward(x)
+        if not torch.compiler.is_compiling():
+            known = self._packed.plan
+            if isinstance(known, SteadyOnCpu):
+                if tuple(self._modules.values()) == known.children and known.holds(x):
+                    return known.run(x)
+                self._packed.plan = None
         conv, act, bn = self
         out = _fused_pointwise(self, self._packed, conv, act, bn, x, stem=True)
-        return super().forward(x) if out is None else out
+        if out is None:
+            return super().forward(x)
+        if not torch.compiler.is_compiling() and x.device.type == "cpu":
+            self._packed.plan = self._packed.plan or self._made_steady(x)
+        return out
+
+    def _made_steady(self, x: Tensor) -> SteadyOnCpu | None:
+        """The stem as a call with ``x`` found it, if the engine served it."""
+        conv: Any
+        bn: Any
+        conv, act, bn = self._modules.values()
+        name = activation_name(act)
+        if torch.is_grad_enabled() or x.dtype != torch.float32 or name is None:
+            return None
+        call = backends.call_of("pointwise_mix", x, conv.weight, conv.bias, name)
+        if backends.choose("pointwise_mix", x.device, x.dtype, call).backend != "cpu":
+            return None
+        packed = self._packed.fresh((False, False, x.dtype, bn.eps), sources_of(conv, bn))
+        if packed is None:
+            return None
+        operands: Any = (*packed, name)
+        return SteadyOnCpu.of(
+            x,
+            (conv, act, bn),
+            [Half(conv, act, bn, self._packed)],
+            lambda: _native.prepared_mix(*operands),
+            lambda x: pointwise_mix(x, *operands),
+        )
 
     def _on_uint8(self, x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor | None:
         """The stem with its normalisation as one operator, or None where PyTorch normalises first.
@@ -742,9 +775,9 @@ class MixerStack(_FusedSequential):
                 return self._on_gpu(x)
             return self._one_by_one(x)
         known = self._packed.plan
-        if isinstance(known, SteadyBlocks):
-            if tuple(self._modules.values()) == known.blocks and known.holds(x):
-                return mixer_stack(x, known.weights, known.packed, known.kernel_size, known.act)
+        if isinstance(known, SteadyOnCpu):
+            if tuple(self._modules.values()) == known.children and known.holds(x):
+                return known.run(x)
             self._packed.plan = None
         wholes: list[_Whole] = []
         for block in self._modules.values():
@@ -758,7 +791,7 @@ class MixerStack(_FusedSequential):
         self._packed.plan = self._made_steady_whole(x, wholes)
         return out
 
-    def _made_steady_whole(self, x: Tensor, wholes: list[_Whole]) -> SteadyBlocks | None:
+    def _made_steady_whole(self, x: Tensor, wholes: list[_Whole]) -> SteadyOnCpu | None:
         """The stack as a call with ``x`` found it, if the engine served all of it at once."""
         blocks: Any = tuple(self._modules.values())
         halves = []
@@ -768,8 +801,13 @@ class MixerStack(_FusedSequential):
             halves.append(Half(depthwise, spatial_act, spatial_bn, block._packed))
             halves.append(Half(conv, act, bn, block._packed))
         weights, packed = [whole.weight for whole in wholes], [whole.packed for whole in wholes]
-        return SteadyBlocks.of(
-            x, blocks, halves, weights, packed, wholes[0].kernel_size, wholes[0].act
+        operands = (weights, packed, wholes[0].kernel_size, wholes[0].act)
+        return SteadyOnCpu.of(
+            x,
+            blocks,
+            halves,
+            lambda: _native.prepared_stack(*operands),
+            lambda x: mixer_stack(x, *operands),
         )
 
     def _may_be_steady(self, x: Tensor) -> bool:

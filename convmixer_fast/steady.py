@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
+from . import _native
 from .kernels import support
 from .kernels.precision import dot_precision
 from .ops import backends, first_use, gpu
@@ -26,13 +27,15 @@ from .ops.cases import Case
 from .ops.packing import JoinedCopies, Packed, PackedCache, now_on, sources_of
 
 #: What makes a call of a module more than its class's forward, and training.
-_STATE = operator.itemgetter(
-    *("training", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_STATE_NAMES = (
+    *("training", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
 )
-_GEOMETRY = operator.itemgetter(
+_GEOMETRY_NAMES = (
     *("kernel_size", "stride", "padding", "dilation", "groups", "in_channels", "out_channels"),
     "padding_mode",
 )
+_STATE = operator.itemgetter(*_STATE_NAMES)
+_GEOMETRY = operator.itemgetter(*_GEOMETRY_NAMES)
 
 
 class Plan(NamedTuple):
@@ -83,6 +86,8 @@ class Watched(NamedTuple):
 
     def unchanged(self) -> bool:
         """Whether a call of each runs what it ran, in eval mode, and nobody watches."""
+        if _native.load() is not None:
+            return _native.modules_unchanged(self.modules, self.acts, _STATE_NAMES)
         for module, cls, children in self.modules:
             own = module.__dict__
             if (
@@ -210,90 +215,91 @@ class SteadyStack(NamedTuple):
         return x
 
 
-class SteadyBlocks(NamedTuple):
-    """A stack of blocks on a CPU as a call found it: what the engine was given, for calls that
+class SteadyOnCpu(NamedTuple):
+    """A stack or a stem on a CPU as a call found it: what the engine was given, for calls that
     `holds` finds alike. Their batch and size may be others: the engine serves any.
     """
 
-    blocks: tuple[nn.Module, ...]
-    dim: int
+    children: tuple[nn.Module, ...]
+    channels: int
     dtype: torch.dtype
     asked: str
+    epoch: int
     autocast: bool
     watched: Watched
     halves: tuple[tuple[Any, Any, tuple[Any, ...], float], ...]
     copies: JoinedCopies
-    weights: list[Tensor]
-    packed: list[Tensor]
-    kernel_size: int
-    act: str
+    #: The engine with all operands, for inputs that need not be converted.
+    launch: Callable[[Tensor], Tensor]
+    #: The operator with all operands, for any.
+    call: Callable[[Tensor], Tensor]
 
     @classmethod
     def of(
         cls,
         x: Tensor,
-        blocks: tuple[nn.Module, ...],
+        children: tuple[nn.Module, ...],
         halves: Sequence[Half],
-        weights: list[Tensor],
-        packed: list[Tensor],
-        kernel_size: int,
-        act: str,
-    ) -> SteadyBlocks | None:
-        """Of a stack that the engine just served whole, for inputs like ``x``; or None.
+        prepare: Callable[[], Callable[[Tensor], Tensor]],
+        call: Callable[[Tensor], Tensor],
+    ) -> SteadyOnCpu | None:
+        """Of a module that the engine just served, for inputs like ``x``; or None.
 
         Args:
-            blocks: of the stack.
-            halves: of the blocks, in their order; both halves of a block with the block's cache.
-            weights, packed, kernel_size, act: what `mixer_stack` was given.
+            children: of the module.
+            halves: of its blocks, in their order, or the stem's one. Halves of one packed copy
+                stand side by side.
+            prepare: gives ``launch``, see the fields.
+            call: see there too.
         """
-        watched = Watched.of(blocks, [half.act for half in halves])
+        watched = Watched.of(children, [half.act for half in halves])
         if type(x) is not Tensor or _is_watched() or not watched.unchanged():
             return None
-        copies = JoinedCopies.of(
-            [half.cache for half in halves[::2]],
-            [
-                sources_of(first.conv, first.bn) + sources_of(second.conv, second.bn)
-                for first, second in zip(halves[::2], halves[1::2], strict=True)
-            ],
-        )
+        sources: dict[PackedCache[Any], tuple[Tensor, ...]] = {}
+        for half in halves:
+            sources[half.cache] = sources.get(half.cache, ()) + sources_of(half.conv, half.bn)
+        copies = JoinedCopies.of(list(sources), list(sources.values()))
         if copies is None:
             return None
-        return cls(
-            blocks,
+        found = cls(
+            children,
             x.shape[1],
             x.dtype,
             backends.requested_backend(),
+            support.epoch(),
             torch.is_autocast_enabled("cpu"),
             watched,
             tuple((h.conv, h.bn, _GEOMETRY(h.conv.__dict__), h.bn.eps) for h in halves),
             copies,
-            weights,
-            packed,
-            kernel_size,
-            act,
+            prepare(),
+            call,
         )
+        # Not of modules whose parameters are kept elsewhere than PyTorch's own.
+        return found if found.holds(x) else None
 
     def holds(self, x: Tensor) -> bool:
-        """Whether the blocks would give the engine for ``x`` what it was given."""
-        if (
-            type(x) is not Tensor
-            or _is_watched()
+        """Whether the module would give the engine for ``x`` what it was given."""
+        return bool(
+            type(x) is Tensor
+            and not _is_watched()
             # Before the shape, which a tracer would warn about.
-            or _modes_are_set("cpu", self.autocast, x.dtype)
-            or x.dim() != 4
-            or x.shape[1] != self.dim
-            or x.dtype is not self.dtype
-            or x.device.type != "cpu"
-            or self.asked != backends.requested_backend()
-            or not self.watched.unchanged()
-        ):
-            return False
-        sources: list[Tensor] = []
-        for conv, bn, geometry, eps in self.halves:
-            if bn.eps != eps or _GEOMETRY(conv.__dict__) != geometry:
-                return False
-            sources += sources_of(conv, bn)
-        return self.copies.fresh(sources)
+            and not _modes_are_set("cpu", self.autocast, x.dtype)
+            and x.dim() == 4
+            and x.shape[1] == self.channels
+            and x.dtype is self.dtype
+            and x.device.type == "cpu"
+            and self.epoch == support.epoch()
+            and self.asked == backends.requested_backend()
+            and self.watched.unchanged()
+            and _native.parameters_unchanged(self.halves, _GEOMETRY_NAMES, self.copies.stamps)
+            and self.copies.fresh()
+        )
+
+    def run(self, x: Tensor) -> Tensor:
+        """What the module computes of ``x``."""
+        if x.dtype is torch.float32 and x.numel() and x.is_contiguous() and not x.is_neg():
+            return self.launch(x)
+        return self.call(x)
 
 
 def _is_watched() -> bool:

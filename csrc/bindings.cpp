@@ -16,6 +16,7 @@
 #include "cpu/mixer.h"
 #include "cpu/peak.h"
 #include "cpu/threads.h"
+#include "steady.h"
 
 #include "build_config.h"
 
@@ -286,10 +287,17 @@ void mixer_band(std::uintptr_t x, const std::array<std::int64_t, 3>& x_strides,
   cmf::mixer_band(band, threads);
 }
 
-std::uint64_t fingerprint(const std::vector<std::pair<std::uintptr_t, std::size_t>>& pieces) {
+// Read by hand: pybind11's own way takes as long as the hash.
+std::uint64_t fingerprint(const py::list& pieces) {
   std::vector<cmf::Piece> list;
   list.reserve(pieces.size());
-  for (const auto& [address, bytes] : pieces) {
+  for (const py::handle piece : pieces) {
+    if (!PyTuple_Check(piece.ptr()) || PyTuple_GET_SIZE(piece.ptr()) != 2) {
+      throw py::type_error("pieces: must be tuples (address, bytes)");
+    }
+    const std::size_t address = PyLong_AsSize_t(PyTuple_GET_ITEM(piece.ptr(), 0));
+    const std::size_t bytes = PyLong_AsSize_t(PyTuple_GET_ITEM(piece.ptr(), 1));
+    if (PyErr_Occurred() != nullptr) throw py::error_already_set();
     require(address != 0 || bytes == 0, "pieces: a null address has no bytes");
     list.push_back({pointer<const void>(address), bytes});
   }
@@ -361,6 +369,15 @@ PYBIND11_MODULE(_cpu, m) {
         "pixels are contiguous. z must not overlap x.");
   m.def("fingerprint", &fingerprint, py::arg("pieces"),
         "A 64-bit hash of 16 samples of 8 bytes of each (address, bytes) piece.");
+  m.def("modules_unchanged", &cmf::modules_unchanged, py::arg("modules"), py::arg("acts"),
+        py::arg("falsy"),
+        "Whether calls of modules, (module, class, children) each, run what they ran, in eval mode, and "
+        "nobody watches. acts: (module, its `approximate` or None) each; falsy: names of what must be "
+        "false or empty in a module.");
+  m.def("parameters_unchanged", &cmf::parameters_unchanged, py::arg("halves"), py::arg("settings"),
+        py::arg("stamps"),
+        "Whether halves, (convolution, norm, its settings, eps) each, have the settings, and their tensors "
+        "the stamps, (weak reference, version, address, dtype) each, that they had.");
   m.def(
       "multiply_add_rate",
       [](int threads, double seconds) {

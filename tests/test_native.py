@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import textwrap
@@ -713,3 +714,84 @@ def test_fingerprint_takes_addresses_and_channels_last() -> None:
     assert by_tensor == _native.fingerprint([(t.data_ptr(), t.nbytes)])
     with pytest.raises(ValueError, match="CPU tensors"):
         _native.fingerprint([torch.empty(3, device="meta")])
+
+
+@needs_engine
+def test_fingerprint_of_takes_pairs_alone() -> None:
+    t = torch.randn(3, 5)
+    assert _native.fingerprint_of([(t.data_ptr(), t.nbytes)]) == _native.fingerprint([t])
+    engine = _native.load()
+    assert engine is not None
+    for pieces, error in (
+        ([t.data_ptr()], TypeError),
+        ([(t.data_ptr(),)], TypeError),
+        ([("", 4)], TypeError),
+        ([(-1, 4)], OverflowError),
+        ([(0, 4)], ValueError),
+    ):
+        with pytest.raises(error):
+            engine.fingerprint(pieces)
+
+
+def _block(c: int, k: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    taps, weight = torch.randn(c, 1, k, k, generator=g), torch.randn(c, c, 1, 1, generator=g)
+    vectors = [torch.rand(c, generator=g) for _ in range(6)]
+    return weight, _native.mixer_pack(taps, *vectors[:3], *vectors[3:])
+
+
+@needs_engine
+def test_prepared_stack_is_the_stack_and_keeps_its_operands() -> None:
+    blocks = [_block(5, 3, seed) for seed in range(2)]
+    weights, packed = [list(each) for each in zip(*blocks, strict=True)]
+    x = torch.randn(2, 5, 4, 6)
+    want = _native.mixer_stack(x, weights, packed, 3, "silu")
+    run = _native.prepared_stack(weights, packed, 3, "silu")
+    del blocks, weights, packed
+    gc.collect()
+    others = [torch.full((64,), float("nan")) for _ in range(50)]  # would take freed memory
+    assert torch.equal(run(x), want)
+    assert run(x[:1]).shape == (1, 5, 4, 6)
+    assert len(others) == 50
+
+
+@needs_engine
+def test_prepared_stack_names_what_does_not_fit() -> None:
+    weight, packed = _block(5, 3, 0)
+    for error, match, args in (
+        (ValueError, "act must be one of", ([weight], [packed], 3, "tanh")),
+        (ValueError, "packed must have shape", ([weight], [packed[1:]], 3, "gelu")),
+        (ValueError, "weights must have shape", ([weight[:, 1:]], [packed], 3, "gelu")),
+        (TypeError, "weights must be float32", ([weight.double()], [packed], 3, "gelu")),
+        (ValueError, "weights must be contiguous", ([weight.transpose(0, 1)], [packed], 3, "gelu")),
+    ):
+        with pytest.raises(error, match=match):
+            _native.prepared_stack(*args)
+
+
+@needs_engine
+@pytest.mark.parametrize("p", [1, 3])
+def test_prepared_mix_is_channel_mix(p: int) -> None:
+    x, weight = torch.randn(2, 3, 7, 8), torch.randn(5, 3, p, p)
+    bias, scale, shift = torch.randn(3, 5)
+    for offset in (bias, None):
+        want = _native.channel_mix(x, weight, offset, scale, shift, "gelu")
+        assert torch.equal(_native.prepared_mix(weight, offset, scale, shift, "gelu")(x), want)
+
+
+@needs_engine
+def test_prepared_mix_names_what_does_not_fit() -> None:
+    weight, vector = torch.randn(5, 3, 2, 2), torch.randn(5)
+    strided = torch.randn(10)[::2]
+    for error, match, args in (
+        (ValueError, "act must be one of", (weight, None, vector, vector, "tanh")),
+        (ValueError, "weight must have shape", (weight[..., :1], None, vector, vector, "gelu")),
+        (TypeError, "weight must be float32", (weight.double(), None, vector, vector, "gelu")),
+        (ValueError, "bias must have shape", (weight, vector[1:], vector, vector, "gelu")),
+        (ValueError, "shift must be contiguous", (weight, None, vector, strided, "gelu")),
+    ):
+        with pytest.raises(error, match=match):
+            _native.prepared_mix(*args)
+    run = _native.prepared_mix(weight, None, vector, vector, "gelu")
+    with pytest.raises(ValueError, match="1 x 4 is smaller than a patch of 2 x 2"):
+        run(torch.randn(1, 3, 1, 4))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -12,10 +15,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from convmixer_fast import MixerStack, _native, refresh, use_backend
-from convmixer_fast.blocks import DropPath, MixerBlock
+from convmixer_fast.blocks import DropPath, MixerBlock, PatchEmbed
 from convmixer_fast.ops import backends, first_use, gpu
 from convmixer_fast.ops.packing import Packed
-from convmixer_fast.steady import SteadyBlocks, SteadyStack
+from convmixer_fast.steady import SteadyOnCpu, SteadyStack
 from convmixer_fast.testing import trained_like_
 
 SHAPE = (2, 8, 7, 9)
@@ -158,6 +161,13 @@ def assert_noticed(net: MixerStack, x: torch.Tensor, change) -> None:
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_a_change_is_noticed(stack, x, change):
+    assert_noticed(stack, x, change)
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_change_is_noticed_without_the_engine(stack, x, change, monkeypatch):
+    monkeypatch.setattr(_native, "load", lambda: None)
+    settle(stack, x)
     assert_noticed(stack, x, change)
 
 
@@ -346,8 +356,195 @@ def test_nothing_is_kept_of_a_stack_that_is_watched(x):
             net(x)
         assert net._packed.plan is None
         net(x)
-        assert isinstance(net._packed.plan, SteadyBlocks)
+        assert isinstance(net._packed.plan, SteadyOnCpu)
         net[0].training = True  # asks for nothing else, but is not what `holds` takes
         net(x)
         assert net._packed.plan is None
         assert copy.deepcopy(net)._packed.plan is None
+
+
+IMAGES = (2, 3, 9, 13)
+STEM_CHANGES = {
+    "a parameter": lambda stem: stem[0].weight.mul_(1.5),
+    "a parameter's data": lambda stem: stem[0].weight.data.mul_(1.5),
+    "another memory": lambda stem: setattr(stem[0].weight, "data", stem[0].weight * 1.5),
+    "a statistic": lambda stem: stem[2].running_var.mul_(3.0),
+    "a bias that is removed": lambda stem: setattr(stem[0], "bias", None),
+    "an epsilon": lambda stem: setattr(stem[2], "eps", 0.5),
+    "a dilation": lambda stem: setattr(stem[0], "dilation", (2, 2)),
+    "an activation": lambda stem: stem.__setitem__(1, nn.ReLU()),
+    "an activation's form": lambda stem: setattr(stem[1], "approximate", "tanh"),
+    "a norm": lambda stem: stem.__setitem__(2, nn.BatchNorm2d(8, affine=False).eval()),
+    "a hook": lambda stem: stem[0].register_forward_hook(lambda m, a, o: o + 1),
+    "a forward of its own": lambda stem: setattr(stem[1], "forward", lambda h: h * 0),
+    "a module more": lambda stem: stem.append(nn.Tanh()),
+    "batch statistics": lambda stem: stem[2].train(),
+}
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    torch.manual_seed(2)
+    return torch.randn(IMAGES)
+
+
+@pytest.fixture
+def stem(images):
+    """A stem whose next call is like the last one."""
+    with torch.no_grad():
+        net = trained_like_(PatchEmbed(3, 8, 4), IMAGES)
+        net(images)
+        assert served_at_once(net, images)
+        yield net
+
+
+def served_at_once(net: PatchEmbed, images: torch.Tensor) -> bool:
+    """Whether a call of a stem does not look up who serves it."""
+    asked = []
+    plan = net._packed.plan
+    decide = PatchEmbed._decide
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PatchEmbed, "_decide", lambda *args: asked.append(args) or decide(*args))
+        net(images)
+    net._packed.plan = plan
+    return not asked
+
+
+@engine
+@pytest.mark.parametrize("change", STEM_CHANGES.values(), ids=STEM_CHANGES)
+def test_a_change_of_a_stem_is_noticed(stem, images, change):
+    before = stem(images)
+    change(stem)
+    twin = copy.deepcopy(stem)
+    got = stem(images)
+    with use_backend("reference"):
+        want = twin(images)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert got.shape != before.shape or not torch.allclose(got, before, rtol=1e-3, atol=1e-3)
+
+
+@engine
+def test_other_images_are_the_same_call_of_a_stem(stem, images):
+    others = [
+        images[:1],
+        images[:, :, 1:, 2:],
+        images.contiguous(memory_format=torch.channels_last),
+        torch.view_as_complex(torch.stack([images, images], -1)).conj().imag,
+        images[:0],
+        images[:, :, :4, :4],
+    ]
+    for other in others:
+        want = copy.deepcopy(stem)(other)
+        assert served_at_once(stem, other)
+        got = stem(other)
+        assert torch.equal(got, want)
+        assert got.stride() == want.stride()
+    with pytest.raises(ValueError, match="3 x 13 is smaller than a patch of 4 x 4"):
+        stem(images[:, :, :3])
+    with pytest.raises(RuntimeError, match="channels"):
+        stem(images[:, :2])
+
+
+@engine
+def test_modes_and_watchers_of_a_stem_are_noticed(stem, images):
+    plan = stem._packed.plan
+    assert plan.holds(images)
+    with use_backend("reference"):
+        assert not plan.holds(images)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not plan.holds(images)
+    for other in (images.double(), images[0], images.to("meta"), nn.Parameter(images)):
+        assert not plan.holds(other)
+    with torch.enable_grad():
+        assert not plan.holds(images)
+        assert stem(images).requires_grad
+    with backends.recording() as rows:
+        stem(images)
+    assert [row.op for row in rows] == ["pointwise_mix"]
+    with installed():
+        assert not plan.holds(images)
+    stem(images)
+    assert served_at_once(stem, images)
+    assert copy.deepcopy(stem)._packed.plan is None
+
+
+@engine
+def test_a_stem_of_pixels_is_served_at_once_too(images):
+    pixels = (images.abs() * 80).clamp(0, 255).byte()
+    with torch.no_grad():
+        net = trained_like_(PatchEmbed(3, 8, 4), IMAGES)
+        net.normalize = ((0.5,) * 3, (0.25,) * 3)
+        want = net(pixels)
+        assert served_at_once(net, pixels)
+        assert torch.equal(net(pixels), want)
+
+
+@engine
+def test_what_is_kept_does_not_keep_a_model_alive(whole, x):
+    net = copy.deepcopy(whole)
+    net(x)
+    assert isinstance(net._packed.plan, SteadyOnCpu)
+    seen = weakref.ref(net[0])
+    del net
+    gc.collect()
+    assert seen() is None
+
+
+@engine
+def test_the_engine_reads_modules_as_python_does():
+    conv, norm, act = nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2).eval(), nn.GELU()
+    outer = nn.Sequential(conv.eval(), act.eval()).eval()
+    falsy = ("training", "_forward_hooks")
+
+    def modules(*rows, acts=()):
+        return _native.modules_unchanged(rows, acts, falsy)
+
+    assert modules()
+    assert modules((conv, nn.Conv2d, ()), (outer, nn.Sequential, (conv, act)))
+    assert not modules((conv, nn.Conv1d, ()))
+    for children in ((), (conv,), (act, conv), (conv, act, norm), [conv, act]):
+        assert not modules((outer, nn.Sequential, children))
+    assert not modules((object(), object, ()))
+    assert not _native.modules_unchanged(((conv, nn.Conv2d, ()),), (), ("no such name",))
+    outer.__dict__["_modules"] = OrderedDict(outer._modules)
+    assert modules((outer, nn.Sequential, (conv, act)))
+    outer._modules.move_to_end("0")
+    assert modules((outer, nn.Sequential, (act, conv)))
+    assert not modules((outer, nn.Sequential, (conv, act)))
+    assert modules(acts=((act, "none"), (nn.ReLU(), None)))
+    assert not modules(acts=((act, "tanh"),))
+    assert not modules(acts=((act, torch.zeros(2)),))  # whose comparison is no truth: a change
+    with pytest.raises(TypeError, match="modules: must be tuples of 3"):
+        modules((conv, nn.Conv2d))
+    with pytest.raises(TypeError, match="acts: must be tuples of 2"):
+        modules(acts=(act,))
+
+    def stamps():
+        return tuple(
+            (weakref.ref(t), t._version, t.data_ptr(), t.dtype)
+            for t in (conv.weight, conv.bias, norm.weight, norm.bias)
+        ) + tuple(
+            (weakref.ref(t), t._version, t.data_ptr(), t.dtype)
+            for t in (norm.running_mean, norm.running_var)
+        )
+
+    half = (conv, norm, ((1, 1), 2), 1e-5)
+    settings = ("kernel_size", "in_channels")
+    known = stamps()
+    assert _native.parameters_unchanged((half,), settings, known)
+    assert _native.parameters_unchanged((), settings, ())
+    assert not _native.parameters_unchanged((half,), settings, known[:-1])
+    assert not _native.parameters_unchanged((half,), settings, known + known[:1])
+    assert not _native.parameters_unchanged((half,), (*settings, "stride"), known)
+    assert not _native.parameters_unchanged(((conv, norm, ((1, 1), 3), 1e-5),), settings, known)
+    assert not _native.parameters_unchanged(((conv, norm, ((1, 1), 2), 1e-3),), settings, known)
+    for i, other in enumerate((weakref.ref(conv.bias), 99, 99, torch.float64)):
+        stamp = (*known[0][:i], other, *known[0][i + 1 :])
+        assert not _native.parameters_unchanged((half,), settings, (stamp, *known[1:]))
+    with pytest.raises(TypeError, match="halves: must be tuples of 4"):
+        _native.parameters_unchanged(((conv, norm),), settings, known)
+    with pytest.raises(TypeError, match="stamps: must be tuples of 4"):
+        _native.parameters_unchanged((half,), settings, ((),))
+    del conv.weight
+    conv.weight = torch.ones(2, 2, 1, 1)  # no parameter: the caller asks the slow way
+    assert not _native.parameters_unchanged((half,), settings, known)

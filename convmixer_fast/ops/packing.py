@@ -171,7 +171,7 @@ class JoinedCopies(NamedTuple):
         spans = [span for entry in known for span in entry.spans]
         # Before each copy is asked for itself: a write in between is either seen there, or makes
         # this fingerprint another than that of the next call.
-        fingerprint = _native.fingerprint(spans)
+        fingerprint = _native.fingerprint_of(spans)
         if len(known) != len(entries) or any(entry.made is not None for entry in known):
             return None
         for cache, entry, tensors in zip(caches, known, sources, strict=True):
@@ -180,20 +180,15 @@ class JoinedCopies(NamedTuple):
         stamps = tuple(stamp for entry in known for stamp in entry.stamps)
         return cls(tuple(caches), known, stamps, spans, fingerprint)
 
-    def fresh(self, sources: Sequence[Tensor]) -> bool:
-        """Whether all copies are still true, and none was dropped.
+    def fresh(self) -> bool:
+        """Whether no copy was dropped, and the memory that they were made of was not written to.
 
-        Args:
-            sources: of all caches, one after the other.
+        Whether the parameters still are the ones of `stamps` is asked by who knows their modules.
         """
         for cache, entry in zip(self.caches, self.entries, strict=True):
             if cache._entry is not entry:
                 return False
-        return (
-            len(self.stamps) == len(sources)
-            and _are_stamped(self.stamps, sources)
-            and self.fingerprint == _native.fingerprint(self.spans)
-        )
+        return self.fingerprint == _native.fingerprint_of(self.spans)
 
 
 def _are_stamped(stamps: Sequence[_Stamp], tensors: Sequence[Tensor]) -> bool:
@@ -234,7 +229,7 @@ class PackedCache(Generic[T]):
             return None
         if not _are_stamped(entry.stamps, sources):
             return None
-        if entry.spans and entry.fingerprint != _native.fingerprint(entry.spans):
+        if entry.spans and entry.fingerprint != _native.fingerprint_of(entry.spans):
             return None
         packed: T = entry.packed
         made = entry.made
@@ -265,7 +260,7 @@ class PackedCache(Generic[T]):
         ]
         # Stamps and fingerprint before the copy: a write in between makes the entry stale, where
         # the other order would make a stale entry look true.
-        fingerprint = _native.fingerprint(spans) if spans else 0
+        fingerprint = _native.fingerprint_of(spans) if spans else 0
         on_gpu = tuple(t for t in sources if t.device.type == "cuda")
         if on_gpu and torch.cuda.is_current_stream_capturing():
             # Made inside a CUDA graph, a copy is true only while that graph is replayed.

@@ -7,6 +7,7 @@ namespace {
 
 constexpr std::size_t kSamples = 16;
 constexpr std::size_t kSampleBytes = 8;
+constexpr std::size_t kHashes = 4;
 
 // The finalizer of splitmix64 (Steele, Lea and Flood, 2014): every bit of h and v reaches all.
 inline std::uint64_t mix(std::uint64_t h, std::uint64_t v) {
@@ -25,26 +26,30 @@ inline std::uint64_t read(const unsigned char* p, std::size_t bytes) {
 }  // namespace
 
 std::uint64_t fingerprint(const Piece* pieces, std::size_t count) {
-  std::uint64_t h = count;
+  // A sample waits for the one before it, so that samples take turns with four hashes.
+  std::uint64_t h[kHashes] = {count, 1, 2, 3};
   for (std::size_t i = 0; i < count; ++i) {
     const auto* p = static_cast<const unsigned char*>(pieces[i].address);
     const std::size_t bytes = pieces[i].bytes;
-    h = mix(h, bytes);
+    auto take = [&](std::size_t s, std::size_t at, std::size_t n) {
+      h[s % kHashes] = mix(h[s % kHashes], read(p + at, n));
+    };
+    h[0] = mix(h[0], bytes);
     if (bytes <= kSamples * kSampleBytes) {
-      std::size_t at = 0;
-      for (; at + kSampleBytes <= bytes; at += kSampleBytes) h = mix(h, read(p + at, kSampleBytes));
-      if (at < bytes) h = mix(h, read(p + at, bytes - at));
+      std::size_t s = 0;
+      for (; (s + 1) * kSampleBytes <= bytes; ++s) take(s, s * kSampleBytes, kSampleBytes);
+      if (s * kSampleBytes < bytes) take(s, s * kSampleBytes, bytes - s * kSampleBytes);
     } else {
       // Samples start at multiples of 4 so that none straddles two floats, but for the last: it
       // ends with the piece.
       const std::size_t last = bytes - kSampleBytes;
       for (std::size_t s = 0; s + 1 < kSamples; ++s) {
-        h = mix(h, read(p + last / (kSamples - 1) * s / 4 * 4, kSampleBytes));
+        take(s, last / (kSamples - 1) * s / 4 * 4, kSampleBytes);
       }
-      h = mix(h, read(p + last, kSampleBytes));
+      take(kSamples - 1, last, kSampleBytes);
     }
   }
-  return h;
+  return mix(mix(mix(h[0], h[1]), h[2]), h[3]);
 }
 
 }  // namespace convmixer_fast

@@ -218,7 +218,7 @@ def build(name: str, folder: Path | None = None) -> Path:
     elif not mode.cross:
         for isa, why in plan.omitted.items():
             print(f"{name}: without {isa}: {why}")
-    sources = [s for s in setup().SOURCES if s != "csrc/bindings.cpp"]
+    sources = [s for s in setup().SOURCES if s.startswith("csrc/cpu/")]
     sources += [str((HERE / s).relative_to(ROOT)) for s in DRIVER]
     link = [*mode.link.split(), "-pthread", *(["-ldl"] if sys.platform == "linux" else [])]
     try:
