@@ -12,7 +12,7 @@ from pathlib import Path
 import fresh_python
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.library import opcheck
@@ -81,6 +81,7 @@ def test_large_planes_of_several_blocks(isa):
 
 
 @settings(deadline=None, max_examples=40)
+@example(n=1, dim=9, depth=1, h=7, w=1, k=23, layout="contiguous", seed=2)
 @given(
     n=st.integers(0, 4),
     dim=st.integers(1, 40),
@@ -94,9 +95,9 @@ def test_large_planes_of_several_blocks(isa):
 def test_any_problem(n, dim, depth, h, w, k, layout, seed):
     torch.manual_seed(seed)
     plain, ours = pair(dim, depth, k)
-    if n > 0:  # PyTorch's own error on a few values can be nearly zero by luck
+    if n > 0:  # PyTorch's own error on a few values can be small by luck, as on the example's 252
         values = h if layout == "expanded" else dim * h * w  # of an image, that differ
-        n = max(n, -(-256 // values))
+        n = max(n, -(-1024 // values))
     x = torch.randn(n, dim, h, w)
     if layout == "channels_last":
         x = x.contiguous(memory_format=torch.channels_last)
