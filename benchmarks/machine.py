@@ -108,29 +108,40 @@ def this_machine(gpu: str = "") -> dict[str, Any]:
         "cpu": cpu,
         "cores": cores,
         "isa": isa or "no engine",
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "system": f"{platform.system()} {platform.machine()}",
         **({"gpu": gpu} if gpu else {}),
     }
 
 
 _FIELDS = ("cpu family", "model")
+_PREFIX = "CONVMIXER_FAST_"
+_FOR_BUILDS_AND_TESTS = frozenset(
+    ("BUILD_CACHE", "CI_CACHE", "CI_OLDEST", "CPU", "CUDA", "CUTLASS", "PTXSIM", "WERROR")
+)
 _CPU_PEERS = ("onnxruntime", "openvino")
 
 
 def this_software(gpu: str = "") -> dict[str, Any]:
-    """Date, versions, a digest of the compiled engine that tells its builds apart, and what the
-    package's environment variables ask for; beside a GPU also what its kernels are made with."""
+    """Date, versions, the system's among them, a digest of the compiled engine that tells its builds
+    apart, and what the package's environment variables ask for; beside a GPU also what its kernels
+    are made with."""
     engine = _native.load()
     digest = ""
     if engine is not None:
         digest = hashlib.blake2b(Path(engine.__file__).read_bytes(), digest_size=4).hexdigest()
-    asked = sorted(f"{k}={v}" for k, v in os.environ.items() if k.startswith("CONVMIXER_FAST_"))
+    asked = sorted(
+        # A path is the machine's own business.
+        k if os.sep in v else f"{k}={v}"
+        for k, v in os.environ.items()
+        if k.startswith(_PREFIX) and k.removeprefix(_PREFIX) not in _FOR_BUILDS_AND_TESTS
+    )
     libraries = ("torch", "triton", "torch_tensorrt") if gpu else ("torch", *_CPU_PEERS)
     versions: dict[str, Any] = {name: version_of(name) for name in libraries}
     if gpu:
         versions |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     return {
         "date": datetime.date.today().isoformat(),
+        "kernel": platform.release(),
         "python": platform.python_version(),
         **{name: version for name, version in versions.items() if version},
         "convmixer_fast": convmixer_fast.__version__,

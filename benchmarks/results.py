@@ -34,7 +34,8 @@ def merge(old: Report | None, new: Report) -> Report:
         return new
     if old["machine"] != new["machine"]:
         raise ValueError(
-            f"rows of different machines do not mix: {old['machine']} and {new['machine']}"
+            f"rows of different machines do not mix: {old['machine']} and {new['machine']}: "
+            "name another folder with --out"
         )
     replaced = groups(new)
     runs: list[Row] = []

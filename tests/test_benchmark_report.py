@@ -392,6 +392,35 @@ def test_machine_name(cpu, cores, numbers, name):
     assert machine.machine_name(cpu, cores, *numbers) == name
 
 
+def test_rows_outlive_an_update_of_the_system_and_name_it(monkeypatch):
+    monkeypatch.setattr(machine.platform, "release", lambda: "6.1")
+    where, run = machine.this_machine(), machine.this_software()
+    old = results.new_report(where, run, [{"suite": "models", "group": "a", "ms": 1.0}])
+    monkeypatch.setattr(machine.platform, "release", lambda: "6.2")
+    assert machine.this_machine() == where
+    now = machine.this_software()
+    assert (run["kernel"], now["kernel"]) == ("6.1", "6.2")
+    new = results.new_report(where, now, [{"suite": "models", "group": "b", "ms": 2.0}])
+    both = results.merge(old, new)
+    assert both["runs"] == [run, now]
+    assert [(row["group"], row["run"]) for row in both["rows"]] == [("a", 0), ("b", 1)]
+    with pytest.raises(ValueError, match="do not mix: .*: name another folder with --out"):
+        results.merge(old, {**new, "machine": {**where, "cores": 99}})
+
+
+def test_no_path_of_a_machine_is_kept(monkeypatch):
+    for name, value in (
+        ("STRASSEN", "0"),
+        ("CACHE", str(Path("some") / "folder")),
+        ("PTXSIM", "simulator"),
+        ("BUILD_CACHE", "kept"),
+    ):
+        monkeypatch.setenv(f"CONVMIXER_FAST_{name}", value)
+    asked = machine.this_software()["environment"].split()
+    assert {"CONVMIXER_FAST_STRASSEN=0", "CONVMIXER_FAST_CACHE"} <= set(asked)
+    assert not [each for each in asked if "PTXSIM" in each or "BUILD" in each or "folder" in each]
+
+
 # Figures in the README and the documentation
 
 
