@@ -122,9 +122,9 @@ _CPU_PEERS = ("onnxruntime", "openvino")
 
 
 def this_software(gpu: str = "") -> dict[str, Any]:
-    """Date, versions, the system's among them, a digest of the compiled engine that tells its builds
-    apart, and what the package's environment variables ask for; beside a GPU also what its kernels
-    are made with."""
+    """Date, versions, that of the system's kernel too, a digest of the compiled engine that tells
+    its builds apart, and what the package's environment variables ask for; beside a GPU also what
+    its kernels are made with."""
     engine = _native.load()
     digest = ""
     if engine is not None:

@@ -404,7 +404,7 @@ def test_rows_outlive_an_update_of_the_system_and_name_it(monkeypatch):
     both = results.merge(old, new)
     assert both["runs"] == [run, now]
     assert [(row["group"], row["run"]) for row in both["rows"]] == [("a", 0), ("b", 1)]
-    with pytest.raises(ValueError, match="do not mix: .*: name another folder with --out"):
+    with pytest.raises(ValueError, match=r"do not mix: .*: name another folder with --out"):
         results.merge(old, {**new, "machine": {**where, "cores": 99}})
 
 
