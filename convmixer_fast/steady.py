@@ -3,7 +3,8 @@
 At small batches the kernels wait for Python, and most of what Python does for a block is to ask:
 who serves it, does somebody watch its modules, are its packed copies still true. Here the first is
 remembered, and the others are asked for all blocks in one loop over flat tuples. On a GPU the two
-maps that the blocks take turns to write are allocated once for a call, not once for each half.
+maps that the blocks take turns to write are allocated once for a call, not once for each half. On a
+CPU the engine asks (csrc/steady.cpp), and gets addresses that were found before.
 
 Whatever is not as it was leaves the call to the blocks themselves.
 """

@@ -1,5 +1,7 @@
 #include "steady.h"
 
+#include <string>
+
 namespace py = pybind11;
 
 namespace convmixer_fast {
