@@ -82,6 +82,9 @@ def test_large_planes_of_several_blocks(isa):
 
 @settings(deadline=None, max_examples=40)
 @example(n=1, dim=9, depth=1, h=7, w=1, k=23, layout="contiguous", seed=2)
+@example(n=1, dim=2, depth=1, h=11, w=1, k=30, layout="sliced", seed=0)
+@example(n=47, dim=3, depth=1, h=12, w=1, k=16, layout="contiguous", seed=0)
+@example(n=47, dim=3, depth=1, h=12, w=1, k=16, layout="channels_last", seed=0)
 @given(
     n=st.integers(0, 4),
     dim=st.integers(1, 40),

@@ -153,7 +153,7 @@ CMF_INLINE void planar_tile(const PlanarBlock& b, int64_t row, int64_t col) {
   const float* in = b.scratch + row * b.stride + col;
   Float acc[R * V];
   static_for<R * V>([&](auto i) __attribute__((always_inline)) {
-    acc[decltype(i)::value] = S::broadcast(b.bias);
+    acc[decltype(i)::value] = K > 0 ? S::broadcast(b.bias) : Float{};
   });
 
   if constexpr (K > 0) {
@@ -189,7 +189,8 @@ CMF_INLINE void planar_tile(const PlanarBlock& b, int64_t row, int64_t col) {
     }
   } else {
     // Each kernel row is summed by itself first: of k * k terms in one sum, 961 at k = 31, the
-    // rounding errors would be twice PyTorch's.
+    // rounding errors would be twice PyTorch's. The bias comes last, as there: where a map is one
+    // column, rows are single terms, and each would be rounded as the bias is.
     const float* tap = b.weight;
     CMF_ROLLED
     for (int64_t i = 0; i < k; ++i) {
@@ -208,6 +209,9 @@ CMF_INLINE void planar_tile(const PlanarBlock& b, int64_t row, int64_t col) {
         acc[N] = acc[N] + line[N];
       });
     }
+    static_for<R * V>([&](auto i) __attribute__((always_inline)) {
+      acc[decltype(i)::value] += S::broadcast(b.bias);
+    });
   }
 
   float* out = b.sums + row * b.sums_row + col;
@@ -459,14 +463,17 @@ CMF_INLINE void channels_last_tile(const ChannelsLastBlock& b, int64_t row, int6
   const int64_t k = K > 0 ? K : b.k;
   const int64_t line = b.cols_in * kLanes;
   const float* in = b.scratch + row * line + col * kLanes;
+  constexpr bool kOneSum = K > 0 && kRegisters == 32;
   Float acc[T];
-  static_for<T>([&](auto t) __attribute__((always_inline)) { acc[decltype(t)::value] = b.bias; });
+  static_for<T>([&](auto t) __attribute__((always_inline)) {
+    acc[decltype(t)::value] = kOneSum ? b.bias : Float{};
+  });
 
   const float* tap = b.weight;
   CMF_ROLLED
   for (int64_t i = 0; i < k; ++i) {
     const float* pixels = in + i * line;
-    if constexpr (K > 0 && kRegisters == 32) {
+    if constexpr (kOneSum) {
       Float x[T + K - 1];
       static_for<T + K - 1>([&](auto c) __attribute__((always_inline)) {
         constexpr int C = decltype(c)::value;
@@ -482,7 +489,7 @@ CMF_INLINE void channels_last_tile(const ChannelsLastBlock& b, int64_t row, int6
       });
       tap += K * kLanes;
     } else {
-      // A sum of its own for each kernel row, as in planar_tile.
+      // A sum of its own for each kernel row and the bias last, as in planar_tile.
       Float line[T] = {};
       CMF_ROLLED
       for (int64_t j = 0; j < k; ++j, tap += kLanes) {
@@ -497,6 +504,9 @@ CMF_INLINE void channels_last_tile(const ChannelsLastBlock& b, int64_t row, int6
         acc[P] = acc[P] + line[P];
       });
     }
+  }
+  if constexpr (!kOneSum) {
+    static_for<T>([&](auto t) __attribute__((always_inline)) { acc[decltype(t)::value] += b.bias; });
   }
 
   epilogue<kLanes>(acc, b.act, b.scale, b.shift);
