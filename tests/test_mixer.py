@@ -80,6 +80,7 @@ def test_large_planes_of_several_blocks(isa):
     check(plain, ours, torch.randn(1, 3, 130, 301))
 
 
+# The examples: maps of one column, where each term was once rounded as a bias that came first.
 @settings(deadline=None, max_examples=40)
 @example(n=1, dim=9, depth=1, h=7, w=1, k=23, layout="contiguous", seed=2)
 @example(n=1, dim=2, depth=1, h=11, w=1, k=30, layout="sliced", seed=0)
@@ -98,9 +99,9 @@ def test_large_planes_of_several_blocks(isa):
 def test_any_problem(n, dim, depth, h, w, k, layout, seed):
     torch.manual_seed(seed)
     plain, ours = pair(dim, depth, k)
-    if n > 0:  # PyTorch's own error on a few values can be small by luck, as on the example's 252
+    if n > 0:  # PyTorch's own error on a few values can be nearly zero by luck
         values = h if layout == "expanded" else dim * h * w  # of an image, that differ
-        n = max(n, -(-1024 // values))
+        n = max(n, -(-256 // values))
     x = torch.randn(n, dim, h, w)
     if layout == "channels_last":
         x = x.contiguous(memory_format=torch.channels_last)
