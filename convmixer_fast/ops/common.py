@@ -86,10 +86,9 @@ def affine(a: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     if a.numel() == 0:
         return a.clone()
     # BatchNorm with zero mean and unit variance is the one PyTorch kernel that takes half
-    # activations with float32 parameters.
-    return F.batch_norm(
-        a, torch.zeros_like(scale), torch.ones_like(scale), scale, shift, training=False, eps=0.0
-    )
+    # activations with float32 parameters. F.batch_norm refuses eps = 0 in torch 2.10 and 2.11.
+    zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
+    return torch.batch_norm(a, scale, shift, zeros, ones, False, 0.0, 0.0, False)
 
 
 def check_operands(
