@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
-from ctypes import string_at
+from ctypes import c_char, string_at
 from functools import cache, partial
 from hashlib import blake2b
 from importlib import import_module
@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -496,18 +497,21 @@ def _launch_stack(
     return out
 
 
-def modules_unchanged(modules: Any, acts: Any, falsy: tuple[str, ...]) -> bool:
+def modules_unchanged(
+    modules: Any, acts: Any, falsy: tuple[str, ...], methods: tuple[str, ...]
+) -> bool:
     """`steady.Watched.unchanged` in one go.
 
     Args:
         modules: (module, its class, tuple of its children) each.
         acts: (activation, its attribute ``approximate`` or None) each.
         falsy: the names of what must be false or empty in every module.
+        methods: the names that must not be set on a module's object.
 
     Raises:
         RuntimeError: the engine is not available.
     """
-    return bool(_engine().modules_unchanged(modules, acts, falsy))
+    return bool(_engine().modules_unchanged(modules, acts, falsy, methods))
 
 
 def parameters_unchanged(halves: Any, settings: tuple[str, ...], stamps: Any) -> bool:
@@ -516,9 +520,9 @@ def parameters_unchanged(halves: Any, settings: tuple[str, ...], stamps: Any) ->
     Args:
         halves: (convolution, norm, tuple of the convolution's ``settings``, the norm's eps) each.
         settings: names of attributes of a convolution.
-        stamps: (weak reference, version, address, dtype) of each parameter and statistic of the
-            halves that is not None, in their order: weight and bias of the convolution, weight and
-            bias of the norm, its mean and variance.
+        stamps: (tensor, version, address, dtype, shape, strides) of each parameter and statistic of
+            the halves that is not None, in their order: weight and bias of the convolution, weight
+            and bias of the norm, its mean and variance.
 
     Returns:
         False too where a parameter is not among its module's own.
@@ -618,54 +622,63 @@ def _activation_numbers() -> dict[str, int]:
     return {name: number for number, name in enumerate(_engine().activations())}
 
 
-def fingerprint(pieces: Iterable[Tensor] | Iterable[tuple[int, int]]) -> int:
-    """A 64-bit number that changes when a dense write changes any of these stretches of memory.
+#: Address, bytes, and bytes of a row (0 for a vector) of a stretch of memory.
+Span = tuple[int, int, int]
+#: `kWholeBytes` and `kShortestRow` of csrc/cpu/fingerprint.
+_WHOLE_BYTES, _SHORTEST_ROW, _SAMPLE_BYTES = 32 * 1024, 64, 8
 
-    It samples about 16 places of each, so that it costs next to nothing: a write to most of a
-    tensor is seen, one to a few elements may not be. The values count, their addresses do not.
-    Without the engine a slower hash of the same samples serves; its numbers are others.
+
+def span_of(tensor: Tensor) -> Span:
+    """The memory of a dense CPU tensor; a row is what its first axis counts."""
+    size = tensor.nbytes
+    return tensor.data_ptr(), size, size // len(tensor) if tensor.dim() > 1 and size else 0
+
+
+def fingerprint(pieces: Iterable[Tensor]) -> int:
+    """A 64-bit hash of the contents of tensors, for noticing writes.
+
+    Vectors and tensors of at most 32 KiB are hashed whole. Larger ones are sampled once a row: a
+    write to most of the tensor, to one row or to one column is noticed, one to a few elements may
+    not be. The values count, their addresses do not. Without the engine a slower hash of the same
+    samples is used; its numbers are others.
 
     Args:
-        pieces: CPU tensors, or (address, bytes) of memory that is readable during the call.
+        pieces: CPU tensors.
 
     Raises:
         ValueError: a tensor is not on the CPU.
     """
-    spans: list[tuple[int, int]] = []
+    spans: list[Span] = []
     copies = []  # kept until they are read
     for piece in pieces:
-        if not isinstance(piece, Tensor):
-            spans.append(piece)
-            continue
         if piece.device.type != "cpu":
             raise ValueError(f"fingerprint needs CPU tensors, got one on {piece.device}")
         if not piece.is_contiguous() and not _is_dense(piece):
             # Samples of the memory under a view with gaps would read what is not its own.
             piece = piece.detach().contiguous()
             copies.append(piece)
-        spans.append((piece.data_ptr(), piece.nbytes))
+        spans.append(span_of(piece))
     return fingerprint_of(spans)
 
 
-def fingerprint_of(spans: list[tuple[int, int]]) -> int:
-    """`fingerprint` of (address, bytes) alone, in less time."""
+def fingerprint_of(spans: list[Span]) -> int:
+    """`fingerprint` of memory that is readable during the call, in less time."""
     engine = load()
     return int(engine.fingerprint(spans)) if engine is not None else _plain_fingerprint(spans)
 
 
-_SAMPLES, _SAMPLE_BYTES = 16, 8
-
-
-def _plain_fingerprint(spans: list[tuple[int, int]]) -> int:
+def _plain_fingerprint(spans: list[Span]) -> int:
     digest = blake2b(digest_size=8)
-    for address, size in spans:
+    for address, size, row in spans:
         digest.update(size.to_bytes(8, "little"))
-        if size <= _SAMPLES * _SAMPLE_BYTES:
+        if size <= _WHOLE_BYTES or row < _SHORTEST_ROW:
             digest.update(string_at(address, size))
             continue
-        last = size - _SAMPLE_BYTES
-        for i in range(_SAMPLES):
-            digest.update(string_at(address + last * i // (_SAMPLES - 1), _SAMPLE_BYTES))
+        memory = np.frombuffer(memoryview((c_char * size).from_address(address)), dtype=np.uint8)
+        rows = np.arange(size // row)
+        column = np.minimum(4 * rows % (row + -row % 4), row - _SAMPLE_BYTES)
+        starts = rows * row + column
+        digest.update(memory[starts[:, None] + np.arange(_SAMPLE_BYTES)].tobytes())
     return int.from_bytes(digest.digest(), "little")
 
 

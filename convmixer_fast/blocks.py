@@ -18,11 +18,23 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
-from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
 
 from . import _native, graphs
 from .arch import activation_layer, activation_name
+from .fusible import (
+    DEPTHWISE,
+    PATCHWISE,
+    POINTWISE,
+    Kind,
+    is_depthwise,
+    is_exactly,
+    is_patchwise,
+    is_pointwise,
+    is_touched,
+    reason_not_fusible,
+    reason_observed,
+    watch_classes,
+)
 from .kernels import support
 from .kernels.precision import dot_precision
 from .ops import backends, first_use, gpu
@@ -35,7 +47,6 @@ from .ops.pointwise import pointwise_mix
 from .ops.stem import normalized, patch_embed_uint8
 from .steady import Half, Plan, SteadyOnCpu, SteadyStack
 
-_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 #: (mean, std) of images in [0, 1], a number for each channel of both.
 Normalization = tuple[Sequence[float], Sequence[float]]
 
@@ -63,110 +74,6 @@ class DropPath(nn.Module):
         return f"p={self.p}"
 
 
-def is_depthwise(conv: nn.Module) -> bool:
-    """Whether ``conv`` is what `depthwise_mix` takes: depthwise, square, stride 1, "same"."""
-    if type(conv) is not nn.Conv2d:
-        return False
-    k = conv.kernel_size[0]
-    padded = conv.padding == "same" or (k % 2 == 1 and conv.padding == (k // 2, k // 2))
-    if k == 1:
-        padded = padded or conv.padding == "valid"
-    return (
-        padded
-        and conv.kernel_size == (k, k)
-        and k <= 31
-        and conv.groups == conv.in_channels == conv.out_channels
-        and conv.stride == (1, 1)
-        and conv.dilation == (1, 1)
-        and (conv.padding_mode == "zeros" or k == 1)
-    )
-
-
-def is_pointwise(conv: nn.Module) -> bool:
-    """Whether ``conv`` is the 1x1 convolution of `pointwise_mix`: dense, stride 1, no padding."""
-    return (
-        type(conv) is nn.Conv2d
-        and conv.kernel_size == (1, 1)
-        and conv.groups == 1
-        and conv.stride == (1, 1)
-        and conv.padding in ((0, 0), "same", "valid")
-    )
-
-
-def is_patchwise(conv: nn.Module) -> bool:
-    """Whether ``conv`` is a dense convolution of square patches that do not overlap: a stem's."""
-    return (
-        type(conv) is nn.Conv2d
-        and conv.kernel_size == conv.stride
-        and conv.kernel_size[0] == conv.kernel_size[1]
-        and conv.groups == 1
-        and conv.dilation == (1, 1)
-        and conv.padding in ((0, 0), "valid")
-    )
-
-
-def _hooked(module: nn.Module) -> bool:
-    """Whether a call of ``module`` runs more than its class's forward."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        # Offloading and adapter libraries set a forward on the object instead of a hook.
-        or "forward" in module.__dict__
-    )
-
-
-def _why_composed(
-    conv: Any, act: nn.Module, bn: Any, x: Tensor, op: str, dtype: torch.dtype | None = None
-) -> str:
-    """Why these three children must run one by one on ``x``; ``""`` when fusing is the same.
-
-    Args:
-        dtype: that ``x`` is converted to on the way, where it is another than its own.
-    """
-    compiling = torch.compiler.is_compiling()
-    if isinstance(x, torch.fx.Proxy) or (not compiling and torch._C._get_tracing_state()):
-        return "torch.fx and torch.jit.trace see plain modules"
-    if type(bn) not in _NORMS:
-        return f"the norm is a {type(bn).__name__}, not a BatchNorm2d"
-    if bn.training or bn._buffers.get("running_mean") is None:
-        return "BatchNorm gathers batch statistics"
-    if activation_name(act) is None:
-        return f"no fused form of the activation {act}"
-    if _hooked(conv) or _hooked(act) or _hooked(bn):
-        return "a child module has hooks"
-    if x.dim() != 4:
-        return f"the input has {x.dim()} dimensions"
-    if x.shape[1] != conv.in_channels:
-        return f"the input has {x.shape[1]} channels, the convolution takes {conv.in_channels}"
-    weight = conv.weight
-    device = x.device.type
-    dtype = dtype or x.dtype
-    if device == "meta":
-        return "meta tensors hold no values"
-    if torch.is_autocast_enabled(device):
-        if dtype != torch.get_autocast_dtype(device):
-            return "autocast changes the input's dtype"
-    elif dtype != weight.dtype:
-        return f"the input is {dtype}, the weights {weight.dtype}"
-    if not dtype.is_floating_point:
-        return f"the input is {dtype}"
-    if x.device != weight.device:
-        return f"the input is on {x.device}, the weights on {weight.device}"
-    if device != "cpu" and compiling and not backends.compiled_kernels_run(x.device, dtype, op):
-        # The operator is opaque to the compiler; where no kernel of ours stands behind it, the
-        # plain operators are the faster graph.
-        return "no fused kernel for this device: the compiler gets plain operators"
-    if compiling:
-        return ""
-    if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
-        return "torch.func and forward-mode gradients see plain operators"
-    if _has_any_global_hook():
-        return "hooks are set on all modules"
-    return ""
-
-
 def _operands(
     cache: PackedCache[Packed],
     conv: Any,
@@ -178,7 +85,7 @@ def _operands(
     """The operator's arguments: cached copies for inference, differentiable ones otherwise.
 
     Args:
-        dtype: as for `_why_composed`.
+        dtype: as for `reason_not_fusible`.
     """
     dtype = dtype or x.dtype
     sources = sources_of(conv, bn)
@@ -300,6 +207,9 @@ class DepthwiseMix(_Fused):
     Source: Trockman and Kolter 2022, section 2.
     """
 
+    #: The class of a foreign drop_path that `optimize` found to return its input in eval mode.
+    _idle_in_eval: type[nn.Module] | None = None
+
     def __init__(
         self,
         dim: int,
@@ -344,7 +254,7 @@ class DepthwiseMix(_Fused):
 
     def forward(self, x: Tensor) -> Tensor:
         fn: Any = getattr(self, self._branch)
-        why = self._why_composed(fn, x)
+        why = self._reason_composed(fn, x)
         # Where it is not three modules, `why` says so and they are not looked at.
         conv, act, bn = (None, None, None) if why else fn
         if not why and not torch.compiler.is_compiling():
@@ -359,17 +269,18 @@ class DepthwiseMix(_Fused):
         _plan(self._packed, "depthwise_mix", conv, act, x)
         return out
 
-    def _why_composed(self, fn: nn.Module, x: Tensor) -> str:
+    def _reason_composed(self, fn: nn.Module, x: Tensor) -> str:
         if type(fn) is not nn.Sequential or len(fn) != 3:
             return "the branch is no longer Sequential(conv, act, norm)"
-        if not is_depthwise(fn[0]):
-            return 'the convolution is not a plain "same" depthwise one'
-        if _hooked(fn) or (self.drop_path is not None and _hooked(self.drop_path)):
-            return "a child module has hooks"
-        if self.training and self.drop_path is not None:
+        drop = self.drop_path
+        if is_touched(fn) or (drop is not None and is_touched(drop)):
+            return "a child module has hooks or a method of its own"
+        if drop is not None and drop.training:
             return "drop_path drops samples"
+        if drop is not None and type(drop) not in (DropPath, nn.Identity, self._idle_in_eval):
+            return f"the drop_path is a {type(drop).__name__}"
         conv, act, bn = fn
-        return _why_composed(conv, act, bn, x, "depthwise_mix")
+        return reason_not_fusible(DEPTHWISE, conv, act, bn, x, "depthwise_mix")
 
 
 class PointwiseMix(_FusedSequential):
@@ -488,7 +399,7 @@ class PatchEmbed(_FusedSequential):
                     return known.run(x)
                 self._packed.plan = None
         conv, act, bn = self
-        out = _fused_pointwise(self, self._packed, conv, act, bn, x, stem=True)
+        out = _fused_pointwise(self, self._packed, conv, act, bn, x, PATCHWISE)
         if out is None:
             return super().forward(x)
         if not torch.compiler.is_compiling() and x.device.type == "cpu":
@@ -536,7 +447,7 @@ class PatchEmbed(_FusedSequential):
         if torch.is_grad_enabled() and any(t.requires_grad for t in sources_of(conv, bn)):
             return None
         # Where the modules run one by one the float stem says so.
-        if _why_composed(conv, act, bn, x, UINT8_STEM, dtype):
+        if reason_not_fusible(PATCHWISE, conv, act, bn, x, UINT8_STEM, dtype):
             return None
         if not self._decide(UINT8_STEM, "", x, conv, act, dtype):
             return None
@@ -633,6 +544,9 @@ class MixerBlock(_FusedSequential):
         whole = self._whole(x) if _stacks_run_on(x) else None
         if whole is not None:
             return _run_stack([self], [whole], x)
+        return _by_stock(self, self._by_halves, x)
+
+    def _by_halves(self, x: Tensor) -> Tensor:
         x = _laid_out(self, x)
         spatial, conv, act, bn = self
         x = spatial(x)
@@ -663,16 +577,18 @@ class MixerBlock(_FusedSequential):
         bn: Any
         spatial, conv, act, bn = self._modules.values()
         # While the block trains, the first of these answers at once.
-        if bn.training or not isinstance(spatial, DepthwiseMix) or _hooked(spatial):
+        if bn.training or not is_exactly(spatial, DepthwiseMix):
             return None
         branch: Any = spatial._modules[spatial._branch]
-        if spatial._why_composed(branch, x) or _why_composed(conv, act, bn, x, "pointwise_mix"):
+        if spatial._reason_composed(branch, x):
+            return None
+        if reason_not_fusible(POINTWISE, conv, act, bn, x, "pointwise_mix"):
             return None
         depthwise, spatial_act, spatial_bn = branch
         name = activation_name(act)
         if name is None or name != activation_name(spatial_act):
             return None
-        if not is_pointwise(conv) or conv.in_channels != conv.out_channels:
+        if conv.in_channels != conv.out_channels:
             return None
         sources = sources_of(depthwise, spatial_bn) + sources_of(conv, bn)
         if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in sources)):
@@ -723,17 +639,28 @@ def _laid_out(module: nn.Module, x: Tensor) -> Tensor:
 
     Converted once, not in each half: a block that gets channels-last gives channels-last.
     """
-    if isinstance(x, torch.fx.Proxy) or module.training or x.dim() != 4:
+    compiling = torch.compiler.is_compiling()
+    if module.training or isinstance(x, torch.fx.Proxy) or x.dim() != 4:
         return x
-    if not torch.compiler.is_compiling() and x.is_contiguous(memory_format=torch.channels_last):
+    if not compiling and (reason_observed(x) or x.is_contiguous(memory_format=torch.channels_last)):
         return x
-    if torch.compiler.is_compiling():
-        serve = backends.compiled_kernels_run(x.device, x.dtype)
-    elif torch._C._get_tracing_state():
-        return x
-    else:
-        serve = backends.gpu_kernels_run(x.device, x.dtype)
-    return x.contiguous(memory_format=torch.channels_last) if serve else x
+    serve = backends.compiled_kernels_run if compiling else backends.gpu_kernels_run
+    return x.contiguous(memory_format=torch.channels_last) if serve(x.device, x.dtype) else x
+
+
+def _by_stock(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``forward(x)``, in channels-last where PyTorch is faster than the engine.
+
+    The result has the layout of ``x``.
+    """
+    if module.training or torch.compiler.is_compiling() or isinstance(x, torch.fx.Proxy):
+        return forward(x)
+    if x.device.type != "cpu" or reason_observed(x) or x.dim() != 4:
+        return forward(x)
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    if memory_format_of(x) == torch.channels_last or not backends.stock_runs(x.device, dtype):
+        return forward(x)
+    return forward(x.contiguous(memory_format=torch.channels_last)).contiguous()
 
 
 class MixerStack(_FusedSequential):
@@ -770,7 +697,7 @@ class MixerStack(_FusedSequential):
     def forward(self, x: Tensor) -> Tensor:
         if not self._modules or not _stacks_run_on(x):
             if not self._modules or not self._may_be_steady(x):
-                return super().forward(x)
+                return _by_stock(self, super().forward, x)
             if self._graphs is not None or self._depth_first:
                 return self._on_gpu(x)
             return self._one_by_one(x)
@@ -781,7 +708,7 @@ class MixerStack(_FusedSequential):
             self._packed.plan = None
         wholes: list[_Whole] = []
         for block in self._modules.values():
-            if not isinstance(block, MixerBlock) or _hooked(block):
+            if not is_exactly(block, MixerBlock):
                 return super().forward(x)
             whole = block._whole(x)
             if whole is None or (wholes and whole[2:] != wholes[0][2:]):
@@ -850,15 +777,15 @@ class MixerStack(_FusedSequential):
     def _halves_on(self, x: Tensor) -> Iterator[Half]:
         """The halves of the blocks that kernels compute on ``x``, up to the first they do not."""
         for block in self._modules.values():
-            if not isinstance(block, MixerBlock) or _hooked(block) or len(block) != 4:
+            if not is_exactly(block, MixerBlock) or len(block) != 4:
                 return
             spatial, conv, act, bn = block
-            if not isinstance(spatial, DepthwiseMix) or _hooked(spatial):
+            if not is_exactly(spatial, DepthwiseMix):
                 return
             branch: Any = spatial._modules[spatial._branch]
-            if spatial._why_composed(branch, x) or not is_pointwise(conv):
+            if spatial._reason_composed(branch, x):
                 return
-            if _why_composed(conv, act, bn, x, "pointwise_mix"):
+            if reason_not_fusible(POINTWISE, conv, act, bn, x, "pointwise_mix"):
                 return
             depthwise, spatial_act, spatial_bn = branch
             yield Half(depthwise, spatial_act, spatial_bn, spatial._packed)
@@ -925,19 +852,15 @@ def _fused_pointwise(
     act: nn.Module,
     bn: nn.Module,
     x: Tensor,
-    stem: bool = False,
+    kind: Kind = POINTWISE,
 ) -> Tensor | None:
     """``bn(act(conv(x)))`` as one operator, or None where the three must run one by one."""
-    if stem and not is_patchwise(conv):
-        why = "the convolution is not one of square patches that do not overlap"
-    elif not stem and not is_pointwise(conv):
-        why = "the convolution is not a plain dense 1x1 one"
-    else:
-        why = _why_composed(conv, act, bn, x, "patch_embed" if stem else "pointwise_mix")
-        if not why and not torch.compiler.is_compiling():
-            out = _planned(cache, conv, act, bn, x)
-            if out is not None:
-                return out
+    op = "patch_embed" if kind is PATCHWISE else "pointwise_mix"
+    why = reason_not_fusible(kind, conv, act, bn, x, op)
+    if not why and not torch.compiler.is_compiling():
+        out = _planned(cache, conv, act, bn, x)
+        if out is not None:
+            return out
     if not owner._decide("pointwise_mix", why, x, conv, act):
         return None
     weight, bias, scale, shift = _operands(cache, conv, bn, x, depthwise=False)
@@ -959,3 +882,6 @@ def refresh(model: nn.Module) -> None:
             module._halves.clear()
         if isinstance(module, MixerStack) and module._graphs is not None:
             module._graphs.clear()
+
+
+watch_classes(DropPath, DepthwiseMix, MixerBlock)

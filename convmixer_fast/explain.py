@@ -82,6 +82,6 @@ def _records(model: nn.Module, x: Tensor) -> list[backends.Record]:
         name: fake.from_tensor(tensor)
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]
     }
-    with fake, backends.recording(whole_blocks=not compiled) as records:
+    with fake, backends.recording(whole_blocks=not compiled, modes=1) as records:
         torch.func.functional_call(model, state, (fake.from_tensor(x),))
     return records

@@ -33,9 +33,8 @@ from .blocks import (
     _Fused,
     _FusedSequential,
     dtype_of_pixels,
-    is_depthwise,
-    is_pointwise,
 )
+from .fusible import CALL_PATH, is_depthwise, is_pointwise, watch_classes
 from .graphs import StackGraphs
 from .ops.stem import normalized
 from .reference import Residual
@@ -59,6 +58,7 @@ _STATE = frozenset(nn.Module().__dict__)
 #: Attributes of the fused modules themselves.
 _OWN = frozenset(
     {"_packed", "_halves", "_branch", "_original", "_graphs", "_depth_first", "drop_path"}
+    | {"_idle_in_eval"}
 )
 #: Methods of `nn.Module` that a container may define without computing or storing anything else.
 _HARMLESS = frozenset(
@@ -505,10 +505,11 @@ def _check_chain(module: nn.Module) -> None:
 
 def _check_untouched(module: nn.Module, what: str) -> None:
     """Raise `_Refused` where this object runs something else than its class's forward."""
-    if "forward" in module.__dict__:
-        raise _Refused(f"{what} has a forward of its own, set on the object")
-    if module._compiled_call_impl is not None:
+    if module.__dict__.get("_compiled_call_impl") is not None:
         raise _Refused(f"{what} was compiled in place: optimize first, then compile")
+    for name in CALL_PATH:
+        if name in module.__dict__:
+            raise _Refused(f"{what} has a {name} of its own, set on the object")
 
 
 def _check_container(module: nn.Module) -> None:
@@ -665,8 +666,12 @@ def _fuse(finding: _Finding, fused: Mapping[int, nn.Module]) -> nn.Module:
         assert branch is not None
         kind = SequentialDepthwiseMix if isinstance(old, nn.Sequential) else DepthwiseMix
         new = kind.from_parts(old._modules[branch], branch)  # type: ignore[arg-type]
+        drop_path = old._modules.get("drop_path")
         if "drop_path" in old._modules:
             del new.__dict__["drop_path"]
+        if drop_path is not None:
+            new._idle_in_eval = type(drop_path)
+            watch_classes(type(drop_path))
     else:
         assert finding.target is not None
         new = finding.target.from_parts(*parts)  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import _native
+from .fusible import CALL_PATH, is_patched, is_touched
 from .kernels import support
 from .kernels.precision import dot_precision
 from .ops import backends, first_use, gpu
@@ -35,7 +36,6 @@ _GEOMETRY_NAMES = (
     *("kernel_size", "stride", "padding", "dilation", "groups", "in_channels", "out_channels"),
     "padding_mode",
 )
-_STATE = operator.itemgetter(*_STATE_NAMES)
 _GEOMETRY = operator.itemgetter(*_GEOMETRY_NAMES)
 
 
@@ -88,13 +88,12 @@ class Watched(NamedTuple):
     def unchanged(self) -> bool:
         """Whether a call of each runs what it ran, in eval mode, and nobody watches."""
         if _native.load() is not None:
-            return _native.modules_unchanged(self.modules, self.acts, _STATE_NAMES)
+            return _native.modules_unchanged(self.modules, self.acts, _STATE_NAMES, CALL_PATH)
         for module, cls, children in self.modules:
             own = module.__dict__
             if (
-                any(_STATE(own))
-                # Offloading and adapter libraries set a forward on the object instead of a hook.
-                or "forward" in own
+                module.training
+                or is_touched(module)
                 or module.__class__ is not cls
                 or tuple(own["_modules"].values()) != children
             ):
@@ -285,12 +284,14 @@ class SteadyOnCpu(NamedTuple):
             and not _is_watched()
             # Before the shape, which a tracer would warn about.
             and not _modes_are_set("cpu", self.autocast, x.dtype)
+            and x.layout is torch.strided
             and x.dim() == 4
             and x.shape[1] == self.channels
             and x.dtype is self.dtype
             and x.device.type == "cpu"
             and self.epoch == support.epoch()
             and self.asked == backends.requested_backend()
+            and not backends.stock_runs(x.device, x.dtype)
             and self.watched.unchanged()
             and _native.parameters_unchanged(self.halves, _GEOMETRY_NAMES, self.copies.stamps)
             and self.copies.fresh()
@@ -304,13 +305,14 @@ class SteadyOnCpu(NamedTuple):
 
 
 def _is_watched() -> bool:
-    """Whether somebody follows which operators are called, and is to see each, or gradients are."""
+    """Whether a mode, a profiler, autograd or a patch must see each operator."""
     return bool(
         torch.is_grad_enabled()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch.autograd.profiler._is_profiler_enabled
         or backends.is_recording()
+        or is_patched()
     )
 
 

@@ -292,14 +292,16 @@ std::uint64_t fingerprint(const py::list& pieces) {
   std::vector<cmf::Piece> list;
   list.reserve(pieces.size());
   for (const py::handle piece : pieces) {
-    if (!PyTuple_Check(piece.ptr()) || PyTuple_GET_SIZE(piece.ptr()) != 2) {
-      throw py::type_error("pieces: must be tuples (address, bytes)");
+    if (!PyTuple_Check(piece.ptr()) || PyTuple_GET_SIZE(piece.ptr()) != 3) {
+      throw py::type_error("pieces: must be tuples (address, bytes, bytes of a row)");
     }
-    const std::size_t address = PyLong_AsSize_t(PyTuple_GET_ITEM(piece.ptr(), 0));
-    const std::size_t bytes = PyLong_AsSize_t(PyTuple_GET_ITEM(piece.ptr(), 1));
-    if (PyErr_Occurred() != nullptr) throw py::error_already_set();
-    require(address != 0 || bytes == 0, "pieces: a null address has no bytes");
-    list.push_back({pointer<const void>(address), bytes});
+    std::size_t numbers[3];
+    for (Py_ssize_t i = 0; i < 3; ++i) {
+      numbers[i] = PyLong_AsSize_t(PyTuple_GET_ITEM(piece.ptr(), i));
+      if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+    }
+    require(numbers[0] != 0 || numbers[1] == 0, "pieces: a null address has no bytes");
+    list.push_back({pointer<const void>(numbers[0]), numbers[1], numbers[2]});
   }
   return cmf::fingerprint(list.data(), list.size());
 }
@@ -368,16 +370,17 @@ PYBIND11_MODULE(_cpu, m) {
         "the columns left and right of it that are the map's own; z_strides n, c, a channel's "
         "pixels are contiguous. z must not overlap x.");
   m.def("fingerprint", &fingerprint, py::arg("pieces"),
-        "A 64-bit hash of 16 samples of 8 bytes of each (address, bytes) piece.");
+        "A 64-bit hash of the contents of (address, bytes, bytes of a row) pieces: small ones whole, of "
+        "larger ones a sample a row.");
   m.def("modules_unchanged", &cmf::modules_unchanged, py::arg("modules"), py::arg("acts"),
-        py::arg("falsy"),
+        py::arg("falsy"), py::arg("methods"),
         "Whether calls of modules, (module, class, children) each, run what they ran, in eval mode, and "
         "nobody watches. acts: (module, its `approximate` or None) each; falsy: names of what must be "
-        "false or empty in a module.");
+        "false or empty in a module; methods: names that must not be set on its object.");
   m.def("parameters_unchanged", &cmf::parameters_unchanged, py::arg("halves"), py::arg("settings"),
         py::arg("stamps"),
         "Whether halves, (convolution, norm, its settings, eps) each, have the settings, and their tensors "
-        "the stamps, (weak reference, version, address, dtype) each, that they had.");
+        "the stamps, (tensor, version, address, dtype, shape, strides) each, that they had.");
   m.def(
       "multiply_add_rate",
       [](int threads, double seconds) {

@@ -15,7 +15,6 @@ PyObject* name(const char* text) {
 }
 
 struct Names {
-  PyObject* forward = name("forward");
   PyObject* modules = name("_modules");
   PyObject* parameters = name("_parameters");
   PyObject* buffers = name("_buffers");
@@ -28,6 +27,8 @@ struct Names {
   PyObject* version = name("_version");
   PyObject* data_ptr = name("data_ptr");
   PyObject* dtype = name("dtype");
+  PyObject* shape = name("shape");
+  PyObject* stride = name("stride");
 };
 
 const Names& names() {
@@ -86,7 +87,7 @@ bool has_children(PyObject* own, PyObject* children) {
   return true;
 }
 
-bool module_unchanged(PyObject* row, PyObject* falsy) {
+bool module_unchanged(PyObject* row, PyObject* falsy, PyObject* methods) {
   PyObject* module = item(row, 0);
   const Ref own(PyObject_GenericGetDict(module, nullptr));
   if (own.get() == nullptr || reinterpret_cast<PyObject*>(Py_TYPE(module)) != item(row, 1)) return false;
@@ -94,8 +95,11 @@ bool module_unchanged(PyObject* row, PyObject* falsy) {
     PyObject* value = entry(own.get(), item(falsy, i));
     if (value == nullptr || PyObject_IsTrue(value) != 0) return false;
   }
-  // Offloading and adapter libraries set a forward on the object instead of a hook.
-  return entry(own.get(), names().forward) == nullptr && has_children(own.get(), item(row, 2));
+  // Offloading and adapter libraries set a method on the object instead of a hook.
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(methods); ++i) {
+    if (entry(own.get(), item(methods, i)) != nullptr) return false;
+  }
+  return has_children(own.get(), item(row, 2));
 }
 
 bool act_unchanged(PyObject* row) {
@@ -106,10 +110,12 @@ bool act_unchanged(PyObject* row) {
 }
 
 bool stamped(PyObject* tensor, PyObject* stamp) {
-  if (!Ref(PyObject_CallNoArgs(item(stamp, 0))).is(tensor)) return false;
-  return Ref(PyObject_GetAttr(tensor, names().version)).equals(item(stamp, 1)) &&
+  return item(stamp, 0) == tensor &&
+         Ref(PyObject_GetAttr(tensor, names().version)).equals(item(stamp, 1)) &&
          Ref(PyObject_CallMethodNoArgs(tensor, names().data_ptr)).equals(item(stamp, 2)) &&
-         Ref(PyObject_GetAttr(tensor, names().dtype)).is(item(stamp, 3));
+         Ref(PyObject_GetAttr(tensor, names().dtype)).is(item(stamp, 3)) &&
+         Ref(PyObject_GetAttr(tensor, names().shape)).equals(item(stamp, 4)) &&
+         Ref(PyObject_CallMethodNoArgs(tensor, names().stride)).equals(item(stamp, 5));
 }
 
 // `next`: of the stamps; moves past those of this half.
@@ -151,11 +157,12 @@ bool answer(bool unchanged) {
 
 }  // namespace
 
-bool modules_unchanged(const py::tuple& modules, const py::tuple& acts, const py::tuple& falsy) {
+bool modules_unchanged(const py::tuple& modules, const py::tuple& acts, const py::tuple& falsy,
+                       const py::tuple& methods) {
   require_tuples(modules, 3, "modules");
   require_tuples(acts, 2, "acts");
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(modules.ptr()); ++i) {
-    if (!module_unchanged(item(modules.ptr(), i), falsy.ptr())) return answer(false);
+    if (!module_unchanged(item(modules.ptr(), i), falsy.ptr(), methods.ptr())) return answer(false);
   }
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(acts.ptr()); ++i) {
     if (!act_unchanged(item(acts.ptr(), i))) return answer(false);
@@ -165,7 +172,7 @@ bool modules_unchanged(const py::tuple& modules, const py::tuple& acts, const py
 
 bool parameters_unchanged(const py::tuple& halves, const py::tuple& settings, const py::tuple& stamps) {
   require_tuples(halves, 4, "halves");
-  require_tuples(stamps, 4, "stamps");
+  require_tuples(stamps, 6, "stamps");
   Py_ssize_t next = 0;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(halves.ptr()); ++i) {
     if (!half_unchanged(item(halves.ptr(), i), settings.ptr(), stamps.ptr(), next)) return answer(false);

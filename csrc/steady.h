@@ -11,14 +11,15 @@ namespace convmixer_fast {
 
 // Whether calls of these modules run what they ran, in eval mode, and nobody watches them.
 //   modules: (module, its class, its children) each; acts: (module, its attribute `approximate` or None)
-//   each; falsy: the names of what must be false or empty in a module.
+//   each; falsy: the names of what must be false or empty in a module; methods: the names that must not
+//   be set on its object.
 bool modules_unchanged(const pybind11::tuple& modules, const pybind11::tuple& acts,
-                       const pybind11::tuple& falsy);
+                       const pybind11::tuple& falsy, const pybind11::tuple& methods);
 
 // Whether parameters and settings of halves of blocks are what they were.
 //   halves: (convolution, norm, values of the convolution's settings, eps) each; settings: their names;
-//   stamps: (weak reference, version, address, dtype) of each parameter and statistic of all halves that
-//   is not None: weight and bias of the convolution, those of the norm, its mean and variance.
+//   stamps: (tensor, version, address, dtype, shape, strides) of each parameter and statistic of all
+//   halves that is not None: weight and bias of the convolution, those of the norm, its mean and variance.
 bool parameters_unchanged(const pybind11::tuple& halves, const pybind11::tuple& settings,
                           const pybind11::tuple& stamps);
 

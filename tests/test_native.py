@@ -705,18 +705,38 @@ def test_fingerprint_sees_every_dense_write(
     assert torch.equal(old, changed) == (before == _native.fingerprint(tensors))
 
 
-def test_fingerprint_sees_the_first_and_last_bytes_and_sizes() -> None:
-    t = torch.randn(1000)
-    before = _native.fingerprint([t])
-    for index in (0, -1):
-        kept = t[index].item()
-        t.data[index] += 1
-        assert _native.fingerprint([t]) != before
-        t.data[index] = kept
-    assert _native.fingerprint([t]) == before
+def test_fingerprint_sees_every_byte_of_a_small_tensor_and_sizes() -> None:
+    for t in (torch.randn(1000), torch.randn(9000), torch.randn(25, 3, 7), torch.randn(11).half()):
+        before = _native.fingerprint([t])
+        for index in (0, t.numel() // 3, -1):
+            kept = t.flatten()[index].item()
+            t.data.view(-1)[index] += 1
+            assert _native.fingerprint([t]) != before
+            t.data.view(-1)[index] = kept
+        assert _native.fingerprint([t]) == before
     zeros = [torch.zeros(n) for n in (0, 1, 2, 3, 33, 1000, 1001)]
     assert len({_native.fingerprint([z]) for z in zeros}) == len(zeros)
     assert _native.fingerprint(zeros) != _native.fingerprint(zeros[::-1])
+
+
+@given(
+    rows=st.integers(1, 300),
+    columns=st.integers(1, 300),
+    place=st.integers(0, 299),
+    column=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+)
+@settings(max_examples=80, deadline=None, derandomize=True)
+def test_fingerprint_sees_a_write_to_one_row_or_column(rows, columns, place, column, dtype) -> None:
+    t = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)).to(dtype)
+    before, plain = _native.fingerprint([t]), _native._plain_fingerprint([_native.span_of(t)])
+    # The diagonal crosses every column of a matrix that has as many rows.
+    if column and rows < columns:
+        column = False
+    line = t.data[:, place % columns] if column else t.data[place % rows]
+    line.mul_(3).add_(0.5)
+    assert _native.fingerprint([t]) != before
+    assert _native._plain_fingerprint([_native.span_of(t)]) != plain
 
 
 def test_fingerprint_reads_just_the_elements_of_a_view() -> None:
@@ -733,23 +753,23 @@ def test_fingerprint_reads_just_the_elements_of_a_view() -> None:
 def test_fingerprint_takes_addresses_and_channels_last() -> None:
     t = torch.randn(2, 8, 5, 5).contiguous(memory_format=torch.channels_last)
     by_tensor = _native.fingerprint([t])
-    assert by_tensor == _native.fingerprint([(t.data_ptr(), t.nbytes)])
+    assert by_tensor == _native.fingerprint_of([(t.data_ptr(), t.nbytes, t.nbytes // 2)])
     with pytest.raises(ValueError, match="CPU tensors"):
         _native.fingerprint([torch.empty(3, device="meta")])
 
 
 @needs_engine
-def test_fingerprint_of_takes_pairs_alone() -> None:
+def test_fingerprint_of_takes_spans_alone() -> None:
     t = torch.randn(3, 5)
-    assert _native.fingerprint_of([(t.data_ptr(), t.nbytes)]) == _native.fingerprint([t])
+    assert _native.fingerprint_of([(t.data_ptr(), t.nbytes, 20)]) == _native.fingerprint([t])
     engine = _native.load()
     assert engine is not None
     for pieces, error in (
         ([t.data_ptr()], TypeError),
-        ([(t.data_ptr(),)], TypeError),
-        ([("", 4)], TypeError),
-        ([(-1, 4)], OverflowError),
-        ([(0, 4)], ValueError),
+        ([(t.data_ptr(), t.nbytes)], TypeError),
+        ([("", 4, 0)], TypeError),
+        ([(-1, 4, 0)], OverflowError),
+        ([(0, 4, 0)], ValueError),
     ):
         with pytest.raises(error):
             engine.fingerprint(pieces)

@@ -269,3 +269,112 @@ def test_many_threads_with_updates_in_between(model):
         assert len(results) == 20
         assert all(torch.equal(r, results[0]) for r in results)
         assert_fresh(model)
+
+
+def of_the_stem(net: ConvMixer) -> dict[str, torch.Tensor]:
+    conv, _, norm = net.stem
+    return {
+        "stem.weight": conv.weight,
+        "stem.bias": conv.bias,
+        "stem.norm": norm.weight,
+        "stem.mean": norm.running_mean,
+    }
+
+
+#: Other views of the same memory: the address stays, what the kernels would read does not.
+VIEWS = {
+    "transposed": lambda t: t.transpose(-1, -2) if t.shape[-1] > 1 else t.transpose(0, 1),
+    "expanded": lambda t: t[:1].expand(t.shape),
+    "every row the first": lambda t: t.as_strided(t.shape, (0, *t.stride()[1:])),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("name", [*NAMES, "stem.weight", "stem.bias", "stem.norm", "stem.mean"])
+def test_another_view_of_the_same_memory_is_seen(model, name, view):
+    tensor = (parts(model) | of_the_stem(model))[name]
+    if tensor.dim() == 1 and view == "transposed":
+        view = "expanded"
+    x = torch.randn(SHAPE)
+    with torch.no_grad():
+        before = model(x)
+        address, version = tensor.data_ptr(), tensor._version
+        tensor.data = VIEWS[view](tensor.data)
+        assert (tensor.data_ptr(), tensor._version) == (address, version)
+        assert not torch.allclose(model(x), before, rtol=1e-4, atol=1e-4)
+    assert_fresh(model)
+
+
+#: Places of a wide tensor that one write changes. "element" only where tensors are hashed whole.
+WRITES = {
+    "row": lambda t, i: t[i % len(t)],
+    "column": lambda t, i: t[:, i % t.shape[1]] if t.dim() > 1 else t[i % len(t)],
+    "element": lambda t, i: t.view(-1)[i : i + 1],
+}
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole blocks", "halves"])
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_write_through_data_to_one_channel_is_seen(name, write, whole):
+    net = trained_like_(ConvMixer(160, 2, 5, 4, num_classes=6), SHAPE)
+    if not whole:
+        for block in net.blocks:
+            block[0].register_forward_hook(nothing)
+    tensor = parts(net)[name]
+    if tensor.nbytes > 32 * 1024:
+        # Sampled once a row: `refresh` is for a write to one element.
+        write = "row" if write == "element" else write
+    x = torch.randn(SHAPE)
+    with torch.no_grad():
+        net(x)
+        for i in range(3, 160, 13):
+            before = net(x)
+            place = WRITES[write](tensor.data, i)
+            kept = place.clone()
+            place.mul_(3).add_(0.5)
+            got = net(x)
+            assert not torch.equal(got, before), i
+            with use_backend("reference"):
+                torch.testing.assert_close(got, net(x), rtol=1e-3, atol=1e-3)
+            place.copy_(kept)
+            assert torch.equal(net(x), before), i
+
+
+def test_parameters_can_be_swapped_by_conversions(model):
+    """`torch.utils.swap_tensors` refuses tensors that anybody holds a weak reference to."""
+    x = torch.randn(SHAPE)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        with torch.no_grad():
+            before = model(x)
+            model.bfloat16()(x.bfloat16())
+            assert not torch.equal(model.float()(x), before)
+        assert_fresh(model)
+        model.load_state_dict(model.double().state_dict(), assign=False)
+        model.float()
+        assert_fresh(model)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_gradients_after_a_look_in_inference_mode(frozen):
+    """Evaluate, then a saliency map: copies made in inference mode could not be saved."""
+    net = trained_like_(ConvMixer(16, 2, 5, 4, num_classes=6), SHAPE)
+    net.requires_grad_(not frozen)
+    for hooked in (False, True):
+        if hooked:
+            refresh(net)
+            for block in net.blocks:
+                block[0].register_forward_hook(nothing)
+        with torch.inference_mode():
+            net(torch.randn(SHAPE))
+        grads = []
+        image = torch.randn(SHAPE)
+        for backend in ("auto", "reference"):
+            x = image.clone().requires_grad_()
+            with use_backend(backend):
+                net(x)[:, 1].sum().backward()
+            grads.append(x.grad)
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)

@@ -497,15 +497,19 @@ def test_the_engine_reads_modules_as_python_does():
     falsy = ("training", "_forward_hooks")
 
     def modules(*rows, acts=()):
-        return _native.modules_unchanged(rows, acts, falsy)
+        return _native.modules_unchanged(rows, acts, falsy, ("forward", "_conv_forward"))
 
     assert modules()
     assert modules((conv, nn.Conv2d, ()), (outer, nn.Sequential, (conv, act)))
+    for method in ("forward", "_conv_forward"):
+        conv.__dict__[method] = getattr(nn.Conv2d, method)
+        assert not modules((conv, nn.Conv2d, ()))
+        del conv.__dict__[method]
     assert not modules((conv, nn.Conv1d, ()))
     for children in ((), (conv,), (act, conv), (conv, act, norm), [conv, act]):
         assert not modules((outer, nn.Sequential, children))
     assert not modules((object(), object, ()))
-    assert not _native.modules_unchanged(((conv, nn.Conv2d, ()),), (), ("no such name",))
+    assert not _native.modules_unchanged(((conv, nn.Conv2d, ()),), (), ("no such name",), ())
     outer.__dict__["_modules"] = OrderedDict(outer._modules)
     assert modules((outer, nn.Sequential, (conv, act)))
     outer._modules.move_to_end("0")
@@ -520,13 +524,8 @@ def test_the_engine_reads_modules_as_python_does():
         modules(acts=(act,))
 
     def stamps():
-        return tuple(
-            (weakref.ref(t), t._version, t.data_ptr(), t.dtype)
-            for t in (conv.weight, conv.bias, norm.weight, norm.bias)
-        ) + tuple(
-            (weakref.ref(t), t._version, t.data_ptr(), t.dtype)
-            for t in (norm.running_mean, norm.running_var)
-        )
+        tensors = (conv.weight, conv.bias, *norm.parameters(), norm.running_mean, norm.running_var)
+        return tuple((t, t._version, t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors)
 
     half = (conv, norm, ((1, 1), 2), 1e-5)
     settings = ("kernel_size", "in_channels")
@@ -538,12 +537,12 @@ def test_the_engine_reads_modules_as_python_does():
     assert not _native.parameters_unchanged((half,), (*settings, "stride"), known)
     assert not _native.parameters_unchanged(((conv, norm, ((1, 1), 3), 1e-5),), settings, known)
     assert not _native.parameters_unchanged(((conv, norm, ((1, 1), 2), 1e-3),), settings, known)
-    for i, other in enumerate((weakref.ref(conv.bias), 99, 99, torch.float64)):
+    for i, other in enumerate((conv.bias, 99, 99, torch.float64, (2, 2), (1, 2, 1, 1))):
         stamp = (*known[0][:i], other, *known[0][i + 1 :])
         assert not _native.parameters_unchanged((half,), settings, (stamp, *known[1:]))
     with pytest.raises(TypeError, match="halves: must be tuples of 4"):
         _native.parameters_unchanged(((conv, norm),), settings, known)
-    with pytest.raises(TypeError, match="stamps: must be tuples of 4"):
+    with pytest.raises(TypeError, match="stamps: must be tuples of 6"):
         _native.parameters_unchanged((half,), settings, ((),))
     del conv.weight
     conv.weight = torch.ones(2, 2, 1, 1)  # no parameter: the caller asks the slow way

@@ -38,7 +38,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import _native
-from ..blocks import DepthwiseMix, MixerBlock, _laid_out, _stacks_run_on, _Whole, is_depthwise
+from ..blocks import DepthwiseMix, MixerBlock, _laid_out, _stacks_run_on, _Whole
+from ..fusible import is_depthwise
 
 #: A band has at least so many patches where memory allows: a few tiles of the matrix product.
 _BAND_PATCHES = 8192

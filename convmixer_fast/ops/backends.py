@@ -22,6 +22,7 @@ from ..kernels import precision, support
 from ..kernels.configs import TRITON, CudaConfig, ProductConfig, lookup_order, why_slower
 from . import first_use, verdicts
 from .cases import UINT8_STEM, Case, case_of
+from .stock import reason_stock_is_faster
 
 ENVIRONMENT = "CONVMIXER_FAST_BACKEND"
 #: From the most general to the most special.
@@ -30,6 +31,7 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 _requested: ContextVar[str] = ContextVar("convmixer_fast_backend", default="auto")
 _log: ContextVar[list[Record] | None] = ContextVar("convmixer_fast_log", default=None)
 _whole: ContextVar[bool] = ContextVar("convmixer_fast_whole", default=True)
+_modes: ContextVar[int] = ContextVar("convmixer_fast_modes", default=0)
 
 
 class BackendError(RuntimeError):
@@ -226,6 +228,8 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, call: Call | None 
         return _choose_gpu(asked, op, device, dtype, call)
     why_not_cpu = _why_not_cpu(op, device, dtype)
     if asked == "auto":
+        # First the reason for which no kernel would be wanted.
+        why_not_cpu = stock_runs(device, dtype) or why_not_cpu
         if why_not_cpu:
             return Choice("reference", f"cpu: {why_not_cpu}")
         return Choice("cpu", _CPU_KERNELS[op])
@@ -449,12 +453,22 @@ def _refuse(asked: str, why_not: str) -> None:
         )
 
 
+def stock_runs(device: torch.device, dtype: torch.dtype) -> str:
+    """Why ``auto`` leaves activations of that device and dtype to PyTorch, where it is faster.
+
+    ``""`` where it does not, and where a backend was asked for by name.
+    """
+    if device.type != "cpu" or requested_backend() != "auto":
+        return ""
+    return reason_stock_is_faster(dtype)
+
+
 def whole_blocks_run(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `mixer_stack` serves activations of that device and dtype.
 
     Never raises: where it does not, each half of a block asks for itself.
     """
-    if not _whole.get():
+    if not _whole.get() or stock_runs(device, dtype):
         return False
     return requested_backend() in ("auto", "cpu") and not _why_not_cpu("mixer_stack", device, dtype)
 
@@ -469,19 +483,26 @@ class Record(NamedTuple):
 
 
 @contextmanager
-def recording(whole_blocks: bool = True) -> Iterator[list[Record]]:
+def recording(whole_blocks: bool = True, modes: int = 0) -> Iterator[list[Record]]:
     """Collect what fused modules report inside the block.
 
     Args:
         whole_blocks: False for what a compiler gets to see: each half of a block by itself.
+        modes: dispatch modes that the caller sets himself, which watch nothing.
     """
     rows: list[Record] = []
-    log, whole = _log.set(rows), _whole.set(whole_blocks)
+    log, whole, own = _log.set(rows), _whole.set(whole_blocks), _modes.set(modes)
     try:
         yield rows
     finally:
         _log.reset(log)
         _whole.reset(whole)
+        _modes.reset(own)
+
+
+def modes_of_recording() -> int:
+    """How many dispatch modes are those of `recording` itself."""
+    return _modes.get()
 
 
 def is_recording() -> bool:

@@ -1,24 +1,26 @@
-"""When are copies made of parameters still true?
+"""Packed copies of parameters, and the rule by which one is still true.
 
 The kernels want a convolution's weight in their own order and BatchNorm's four vectors as one scale
-and one shift. Those copies are a cache beside the parameters, never instead of them, and every use
-asks first whether the parameters are still the ones that were copied:
+and one shift. Those copies are a cache beside the parameters, never instead of them. A copy is true
+while everything that decides the values a kernel reads is what it was:
 
-* the tensor objects are the same (``load_state_dict(assign=True)``, a replaced parameter),
-* their memory is at the same address, of the same dtype and device (``.to()``, ``.data = ...``),
-* torch's version counters stand still (optimizers, ``copy_``, ``load_state_dict``),
-* a sampled fingerprint of their bits is unchanged: writes through ``.data`` or numpy do not count
-  as versions, and every dense one (an EMA's, an old optimizer's) changes samples. On a GPU the
-  samples are compared by the GPU itself, so that nothing waits for it, and the answer can be a
-  second late: see `watch`.
+* the tensor objects (``load_state_dict(assign=True)``, a replaced parameter),
+* their memory: address, shape, strides, dtype and device (``.to()``, ``.data = ...``),
+* torch's version counters (optimizers, ``copy_``, ``load_state_dict``),
+* a fingerprint of their bits: writes through ``.data`` or numpy do not count as versions. Vectors
+  and tensors of at most 32 KiB are hashed whole, larger ones once a row, so that a write to most of
+  a tensor, to one output channel or filter, or to one input channel is noticed. On a GPU the
+  comparison runs on the GPU, so that nothing waits for it, and the answer can be a second late: see
+  `watch`.
 
-A write that passes all four, such as one element set through ``.data``, needs `refresh`; so does
-one through ``.data`` to a parameter on a GPU whose effect is wanted at once.
+A write that passes all four, such as one element of a large tensor set through ``.data``, needs
+`refresh`; so does one through ``.data`` to a parameter on a GPU whose effect is wanted at once.
+
+Copies are made outside inference mode, so that a later call with gradients can save them.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -90,16 +92,38 @@ def cacheable(sources: tuple[Tensor, ...]) -> bool:
 
 
 class _Stamp(NamedTuple):
-    tensor: weakref.ReferenceType[Tensor]
+    """The identity of one tensor.
+
+    The tensor is held: a weak reference would keep torch from swapping it
+    (`torch.utils.swap_tensors`), and an address is free for others once its tensor is gone.
+    """
+
+    tensor: Tensor
     version: int
     address: int
     dtype: torch.dtype
+    shape: torch.Size
+    strides: tuple[int, ...]
+
+    @classmethod
+    def of(cls, t: Tensor) -> _Stamp:
+        return cls(t, t._version, t.data_ptr(), t.dtype, t.shape, t.stride())
+
+    def is_of(self, t: Tensor) -> bool:
+        return (
+            self.tensor is t
+            and self.version == t._version
+            and self.address == t.data_ptr()
+            and self.dtype is t.dtype
+            and self.shape == t.shape
+            and self.strides == t.stride()
+        )
 
 
 class _Entry(NamedTuple):
     key: Any
     stamps: tuple[_Stamp, ...]
-    spans: list[tuple[int, int]]
+    spans: list[_native.Span]
     fingerprint: int
     packed: Any
     made: _Made | None
@@ -154,7 +178,7 @@ class JoinedCopies(NamedTuple):
     caches: tuple[PackedCache[Any], ...]
     entries: tuple[_Entry, ...]
     stamps: tuple[_Stamp, ...]
-    spans: list[tuple[int, int]]
+    spans: list[_native.Span]
     fingerprint: int
 
     @classmethod
@@ -193,15 +217,7 @@ class JoinedCopies(NamedTuple):
 
 def _are_stamped(stamps: Sequence[_Stamp], tensors: Sequence[Tensor]) -> bool:
     """Whether these are the very tensors, in the same memory, and no write was counted."""
-    for (ref, version, address, dtype), tensor in zip(stamps, tensors, strict=True):
-        if (
-            ref() is not tensor
-            or version != tensor._version
-            or address != tensor.data_ptr()
-            or dtype is not tensor.dtype
-        ):
-            return False
-    return True
+    return all(stamp.is_of(tensor) for stamp, tensor in zip(stamps, tensors, strict=True))
 
 
 class PackedCache(Generic[T]):
@@ -249,24 +265,22 @@ class PackedCache(Generic[T]):
         Args:
             key: compared by equality; anything besides tensors that ``pack`` depends on.
             sources: what `sources_of` names; must be `cacheable`.
-            pack: makes the copy; called without autograd.
+            pack: makes the copy; called without autograd and outside inference mode.
         """
         known = self.fresh(key, sources)
         if known is not None:
             return known
-        stamps = tuple(_Stamp(weakref.ref(t), t._version, t.data_ptr(), t.dtype) for t in sources)
-        spans = [
-            (t.data_ptr(), t.numel() * t.element_size()) for t in sources if t.device.type == "cpu"
-        ]
+        stamps = tuple(map(_Stamp.of, sources))
+        spans = [_native.span_of(t) for t in sources if t.device.type == "cpu"]
         # Stamps and fingerprint before the copy: a write in between makes the entry stale, where
         # the other order would make a stale entry look true.
         fingerprint = _native.fingerprint_of(spans) if spans else 0
         on_gpu = tuple(t for t in sources if t.device.type == "cuda")
         if on_gpu and torch.cuda.is_current_stream_capturing():
             # Made inside a CUDA graph, a copy is true only while that graph is replayed.
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():
                 return pack()
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             watch = Watch(on_gpu) if on_gpu else None
             packed = pack()
         made = _Made.now(on_gpu[0].device) if on_gpu else None

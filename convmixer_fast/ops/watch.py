@@ -20,17 +20,25 @@ from torch import Tensor
 #: Seconds between comparisons. Each is a handful of launches of a few microseconds for each half of
 #: a block: a few milliseconds of launching a second for 32 blocks, under 1 %.
 CADENCE = 1.0
-_SAMPLES = 16
+_WHOLE_BYTES = 32 * 1024
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def sample(tensors: Sequence[Tensor]) -> Tensor:
-    """About 16 elements of each tensor, as bits, on their device; no gradient, no waiting."""
+    """Elements of each tensor as bits, on their device: no gradient, no waiting.
+
+    The elements that a fingerprint on a CPU covers: all of a small tensor or a vector, else the
+    diagonal of its rows.
+    """
     picked = []
     for tensor in tensors:
-        flat = tensor.detach().flatten()
-        step = max(1, (flat.numel() - 1) // (_SAMPLES - 1)) if flat.numel() else 1
-        picked.append(flat[::step].view(_BITS[flat.element_size()]).to(torch.int64))
+        flat = tensor.detach().flatten().view(_BITS[tensor.element_size()])
+        if tensor.dim() > 1 and tensor.nbytes > _WHOLE_BYTES:
+            rows, columns = len(tensor), flat.numel() // len(tensor)
+            # Row r at column r modulo the columns: a stride of columns + 1 that begins again.
+            row = torch.arange(rows, device=tensor.device, dtype=torch.int64)
+            flat = flat[row * columns + row % columns]
+        picked.append(flat.to(torch.int64))
     return torch.cat(picked)
 
 

@@ -691,18 +691,25 @@ void test_mixer(Random& random, const std::vector<std::string>& isas) {
 }
 
 void test_fingerprint(Random& random) {
-  const int64_t size = random.chance(50) ? random.integer(0, 300) : random.integer(300, 5000);
+  // Whole pieces, and matrices of which rows are sampled.
+  const bool sampled = random.chance(50);
+  const int64_t row = sampled ? random.integer(64, 700) : random.integer(0, 80);
+  const int64_t rows = sampled ? static_cast<int64_t>(cmf::kWholeBytes) / row + random.integer(1, 300) : 0;
+  const int64_t size = sampled ? row * rows : random.integer(0, 5000);
   const int64_t offset = random.integer(0, 7);
   std::vector<unsigned char> memory(static_cast<std::size_t>(size + offset)), other;
   for (unsigned char& byte : memory) byte = static_cast<unsigned char>(random.bits());
   other.assign(memory.begin() + offset, memory.end());
-  const cmf::Piece here = {memory.data() + offset, static_cast<std::size_t>(size)};
-  const cmf::Piece copy = {other.data(), static_cast<std::size_t>(size)};
-  const std::string problem = text("fingerprint of ", size, " bytes at offset ", offset);
+  const auto bytes = static_cast<std::size_t>(size);
+  const cmf::Piece here = {memory.data() + offset, bytes, static_cast<std::size_t>(row)};
+  const cmf::Piece copy = {other.data(), bytes, static_cast<std::size_t>(row)};
+  const std::string problem = text("fingerprint of ", size, " bytes, rows of ", row, ", offset ", offset);
   const uint64_t hash = cmf::fingerprint(&here, 1);
   if (hash != cmf::fingerprint(&copy, 1)) throw Failure(problem + ": depends on the address");
   if (size == 0) return;
-  for (unsigned char& byte : other) byte ^= 0x80;
+  // One byte of a whole piece, one row of a sampled one.
+  const int64_t at = sampled ? random.integer(0, rows - 1) * row : random.integer(0, size - 1);
+  for (int64_t i = 0; i < (sampled ? row : 1); ++i) other[static_cast<std::size_t>(at + i)] ^= 0x80;
   if (hash == cmf::fingerprint(&copy, 1)) throw Failure(problem + ": does not see a write");
 }
 

@@ -223,7 +223,7 @@ void test_operators(Random& random, const std::string& isa) {
   cmf::set_isa(isa);
   const Problem p(random);
   const Floats block = p.packed();
-  const cmf::Piece piece = {block.data(), block.size() * sizeof(float)};
+  const cmf::Piece piece = {block.data(), block.size() * sizeof(float), 0};
   const std::vector<Floats> alone = {
       p.depthwise(Layout::planar, 1), p.depthwise(Layout::channels_last, 1),
       p.epilogue(Layout::planar, 1),  p.epilogue(Layout::channels_last, 1),

@@ -1,0 +1,284 @@
+"""Conditions under which a fused kernel computes exactly what a call of the plain children would.
+
+Three of them, each in one function: the children are PyTorch's own modules, untouched on the object
+and on the class (`reason_not_plain`, `is_touched`, `is_patched`); nothing watches or transforms the
+operators that the children would call (`reason_observed`); and the input is one that they take as
+it is (`reason_not_fusible`, which asks the other two). A reason is one line for `explain`; ``""``
+means that fusing is the same.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from types import BuiltinFunctionType, FunctionType
+from typing import Any, NamedTuple, TypeGuard, TypeVar
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._device import DeviceContext
+
+from .arch import ACTIVATIONS, activation_name
+from .ops import backends
+
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
+#: What a call of a module goes through. None may be set on an object or patched on a class.
+CALL_PATH = (
+    "forward",
+    "_conv_forward",
+    "_check_input_dim",
+    "_call_impl",
+    "_wrapped_call_impl",
+    "_compiled_call_impl",
+)
+_FUNCTIONS = ("conv2d", "batch_norm", "gelu", "relu", "silu", "hardswish")
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+
+
+def is_depthwise(conv: nn.Module) -> bool:
+    """Whether ``conv`` is what `depthwise_mix` takes: depthwise, square, stride 1, "same"."""
+    if type(conv) is not nn.Conv2d:
+        return False
+    k = conv.kernel_size[0]
+    padded = conv.padding == "same" or (k % 2 == 1 and conv.padding == (k // 2, k // 2))
+    if k == 1:
+        padded = padded or conv.padding == "valid"
+    return (
+        padded
+        and conv.kernel_size == (k, k)
+        and k <= 31
+        and conv.groups == conv.in_channels == conv.out_channels
+        and conv.stride == (1, 1)
+        and conv.dilation == (1, 1)
+        and (conv.padding_mode == "zeros" or k == 1)
+    )
+
+
+def is_pointwise(conv: nn.Module) -> bool:
+    """Whether ``conv`` is the 1x1 convolution of `pointwise_mix`: dense, stride 1, no padding."""
+    return (
+        type(conv) is nn.Conv2d
+        and conv.kernel_size == (1, 1)
+        and conv.groups == 1
+        and conv.stride == (1, 1)
+        and conv.padding in ((0, 0), "same", "valid")
+    )
+
+
+def is_patchwise(conv: nn.Module) -> bool:
+    """Whether ``conv`` is a dense convolution of square patches that do not overlap: a stem's."""
+    return (
+        type(conv) is nn.Conv2d
+        and conv.kernel_size == conv.stride
+        and conv.kernel_size[0] == conv.kernel_size[1]
+        and conv.groups == 1
+        and conv.dilation == (1, 1)
+        and conv.padding in ((0, 0), "valid")
+    )
+
+
+class Kind(NamedTuple):
+    """The convolution that a fused operator stands for, and what to say of another."""
+
+    fits: Any
+    otherwise: str
+
+
+DEPTHWISE = Kind(is_depthwise, 'the convolution is not a plain "same" depthwise one')
+POINTWISE = Kind(is_pointwise, "the convolution is not a plain dense 1x1 one")
+PATCHWISE = Kind(is_patchwise, "the convolution is not one of square patches that do not overlap")
+
+
+def is_touched(module: nn.Module) -> bool:
+    """Whether a call of this object runs more or other code than its class's forward."""
+    own = module.__dict__
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        # Offloading and adapter libraries set a method on the object instead of a hook.
+        or any(name in own for name in CALL_PATH)
+    )
+
+
+_M = TypeVar("_M", bound=nn.Module)
+
+
+def is_exactly(module: nn.Module, cls: type[_M]) -> TypeGuard[_M]:
+    """Whether a call of ``module`` runs the forward of ``cls`` and nothing else."""
+    kind = type(module)
+    return (
+        isinstance(module, cls)
+        and kind.forward is cls.forward
+        and kind.__call__ is nn.Module.__call__
+        and not is_touched(module)
+    )
+
+
+class _EntryPoint(NamedTuple):
+    owner: Any
+    name: str
+    original: Any
+
+
+def _is_torchs_own(value: Any) -> bool:
+    if isinstance(value, FunctionType):
+        return value.__code__.co_filename.startswith(_TORCH)
+    return value is None or isinstance(value, BuiltinFunctionType)
+
+
+def _entry_points() -> Iterator[_EntryPoint]:
+    for cls in (nn.Conv2d, *_NORMS, nn.Sequential, *ACTIVATIONS.values()):
+        for name in CALL_PATH:
+            if hasattr(cls, name):
+                yield _EntryPoint(cls, name, getattr(cls, name))
+    for name in _FUNCTIONS:
+        yield _EntryPoint(F, name, getattr(F, name))
+
+
+_watched = list(_entry_points())
+_CALL = nn.Module.__call__
+#: Patched before this package was imported: never fused.
+_PATCHED_EARLY = not all(_is_torchs_own(point.original) for point in _watched)
+
+
+def watch_classes(*classes: type[nn.Module]) -> None:
+    """Add the fused modules' own forwards to what `is_patched` compares."""
+    _watched.extend(_EntryPoint(cls, "forward", cls.forward) for cls in classes)
+
+
+def is_patched() -> bool:
+    """Whether a class or function that the plain children go through was replaced by the user.
+
+    Tilers patch ``nn.Conv2d._conv_forward``, profilers patch `torch.nn.functional`.
+    """
+    if _PATCHED_EARLY:
+        return True
+    # torch.export patches it itself while it traces.
+    if nn.Module.__call__ is not _CALL and not torch.compiler.is_compiling():
+        return True
+    return any(getattr(owner, name) is not original for owner, name, original in _watched)
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler and Triton here.
+is_patched._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def is_under_mode() -> bool:
+    """Whether a mode sees every operator or function call.
+
+    The mode that `torch.set_default_device` sets changes factory calls alone, and the one in which
+    `explain` runs a model is its own.
+    """
+    if torch._C._len_torch_dispatch_stack() > backends.modes_of_recording():
+        return True
+    return any(
+        not isinstance(torch._C._get_function_stack_at(i), DeviceContext)
+        for i in range(torch._C._len_torch_function_stack())
+    )
+
+
+def reason_observed(x: Any) -> str:
+    """Why operators on ``x`` must be PyTorch's own, one by one, whoever the modules are."""
+    if isinstance(x, torch.fx.Proxy):
+        return _TRACED
+    if torch.compiler.is_compiling():
+        return _PATCHED if is_patched() else ""
+    if torch._C._get_tracing_state():
+        return _TRACED
+    if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
+        return "torch.func and forward-mode gradients see plain operators"
+    if is_under_mode():
+        return "a dispatch or function mode sees plain operators"
+    if _has_any_global_hook():
+        return "hooks are set on all modules"
+    if is_patched():
+        return _PATCHED
+    if x.layout != torch.strided:
+        return f"the input has the layout {x.layout}"
+    if type(x) not in (Tensor, nn.Parameter) and not backends.modes_of_recording():
+        return f"the input is a {type(x).__name__}"
+    return ""
+
+
+_TRACED = "torch.fx and torch.jit.trace see plain modules"
+_PATCHED = "a class or function of torch.nn was patched"
+
+
+def reason_not_plain(kind: Kind, conv: Any, act: nn.Module, bn: Any) -> str:
+    """Why a call of these three children is not the formula of the fused operator in eval mode."""
+    if not kind.fits(conv):
+        return kind.otherwise
+    if type(bn) not in _NORMS:
+        return f"the norm is a {type(bn).__name__}, not a BatchNorm2d"
+    statistics = bn._buffers.get("running_mean")
+    if bn.training or statistics is None or bn._buffers.get("running_var") is None:
+        return "BatchNorm gathers batch statistics"
+    if activation_name(act) is None:
+        return f"no fused form of the activation {act}"
+    if is_touched(conv) or is_touched(act) or is_touched(bn):
+        return "a child module has hooks or a method of its own"
+    k = conv.kernel_size[0]
+    shape = (conv.out_channels, conv.in_channels // conv.groups, k, k)
+    weight, bias = conv.weight, conv.bias
+    if weight.shape != shape or statistics.shape != shape[:1]:
+        return "the parameters do not have the shapes that the modules were built for"
+    if bias is not None and bias.dtype != weight.dtype:
+        return f"the convolution's bias is {bias.dtype}, its weight {weight.dtype}"
+    if weight.layout != torch.strided:
+        return f"the weight has the layout {weight.layout}"
+    return ""
+
+
+def reason_not_fusible(
+    kind: Kind,
+    conv: Any,
+    act: nn.Module,
+    bn: Any,
+    x: Tensor,
+    op: str,
+    dtype: torch.dtype | None = None,
+) -> str:
+    """Why these three children must run one by one on ``x``; ``""`` when fusing is the same.
+
+    Args:
+        kind: of convolution that the operator stands for.
+        op: the operator's name.
+        dtype: that ``x`` is converted to on the way, where it is another than its own.
+    """
+    why = reason_observed(x) or reason_not_plain(kind, conv, act, bn)
+    if why:
+        return why
+    if x.dim() != 4:
+        return f"the input has {x.dim()} dimensions"
+    if x.shape[1] != conv.in_channels:
+        return f"the input has {x.shape[1]} channels, the convolution takes {conv.in_channels}"
+    weight = conv.weight
+    device = x.device.type
+    dtype = dtype or x.dtype
+    if device == "meta":
+        return "meta tensors hold no values"
+    if torch.is_autocast_enabled(device):
+        if dtype != torch.get_autocast_dtype(device):
+            return "autocast changes the input's dtype"
+    elif dtype != weight.dtype:
+        return f"the input is {dtype}, the weights {weight.dtype}"
+    if not dtype.is_floating_point:
+        return f"the input is {dtype}"
+    if x.device != weight.device:
+        return f"the input is on {x.device}, the weights on {weight.device}"
+    if torch.compiler.is_compiling():
+        # The operator is opaque to the compiler; where no kernel of ours stands behind it, the
+        # plain operators are the faster graph.
+        if device != "cpu" and not backends.compiled_kernels_run(x.device, dtype, op):
+            return "no fused kernel for this device: the compiler gets plain operators"
+        return ""
+    if type(weight) not in (Tensor, nn.Parameter) and not backends.modes_of_recording():
+        return f"the weight is a {type(weight).__name__}"
+    return ""
