@@ -872,8 +872,8 @@ def _fused_pointwise(
 def refresh(model: nn.Module) -> None:
     """Drop every packed copy of parameters in ``model``: the next forward makes them anew.
 
-    Needed only after writes that torch cannot see and that leave most of a tensor as it was, such
-    as one element set through ``.data``; all others are noticed.
+    Needed only after writes that torch cannot see to a few elements of a large tensor, such as one
+    weight set through ``.data``; all others are noticed.
     """
     for module in model.modules():
         if isinstance(module, _Fused):
