@@ -135,7 +135,7 @@ def _read_dead(path: Path) -> dict[str, Any] | None:
     """What a mark says; None where its process lives and found nothing yet, or has just ended."""
     try:
         with open(path, encoding="utf-8") as file:
-            held = json.load(file)
+            held: dict[str, Any] = dict(json.load(file))
             if "found" not in held:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             # A check that ended between the two took the name away first.
