@@ -800,7 +800,7 @@ class MixerStack(_FusedSequential):
         if packed is None:
             return super().forward(x)
         laid_out = _laid_out(self, x)
-        if self._graphs is not None and x.shape[0] <= graphs.MAX_BATCH:
+        if self._graphs is not None and not self._graphs.why_not and x.shape[0] <= graphs.MAX_BATCH:
             out = self._graphs.run(graphs.key_of(laid_out), packed, super().forward, laid_out)
             if steady is None:
                 self._packed.plan = self._made_steady(x)

@@ -1,4 +1,4 @@
-"""What is installed here, which backends run, why do the others not, and are results right?"""
+"""What is installed, which backends run, why others do not, and whether results are right."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ from torch import Tensor
 from . import __version__, _native, _native_cuda
 from .arch import ACTIVATIONS
 from .blocks import MixerBlock
+from .kernels import support
 from .ops import (
     BackendError,
     available_backends,
     depthwise_mix,
     first_use,
+    markers,
     pointwise_mix,
     use_backend,
 )
@@ -229,12 +231,23 @@ def examine() -> dict[str, Any]:
         "extension": _extension(),
         "cuda_extension": _cuda_extension(),
         "backends": backends,
-        # What became of GPU kernels at their first use; of a fresh process, in the checks above.
-        "kernels": {str(case): why for case, why in first_use.results().items()},
+        "compiler": {"path": support.compiler(), "lacks": support.lacks_for_compiling()},
+        # What became of GPU kernels at their first use: in the checks above, and in earlier
+        # processes that died of one.
+        "kernels": {str(case): why for case, why in first_use.results().items()} | _left_behind(),
         "kernels_without_copy_engine": {str(c): why for c, why in first_use.retreats().items()},
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(PREFIX)},
         "environment_error": _environment_error(backends),
         "self_check": self_check,
+    }
+
+
+def _left_behind() -> dict[str, str]:
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return {
+        kernel: why
+        for index in range(devices)
+        for kernel, why in markers.all_left(torch.device("cuda", index)).items()
     }
 
 
@@ -278,6 +291,15 @@ def _cuda_extension_rows(extension: dict[str, Any]) -> list[tuple[str, str]]:
         return [("not usable", extension["reason"]), *rows]
     rows += [("kernels", ", ".join(extension["kernels"])), ("for", extension["architectures"])]
     return rows + [("left out", f"{name}: {why}") for name, why in build.get("omitted", {}).items()]
+
+
+def _compiler_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    if not report["triton"]:
+        return []
+    found = report["compiler"]
+    if found["lacks"]:
+        return [("C compiler", f"Triton needs one at run time and {found['lacks']}")]
+    return [("C compiler", f"{found['path'] or 'not needed here'}, for Triton")]
 
 
 def render(report: dict[str, Any]) -> str:
@@ -332,7 +354,7 @@ def render(report: dict[str, Any]) -> str:
         _section("Backends", backends),
         _section(
             "Optional",
-            [("triton", report["triton"] or "not installed")]
+            [("triton", report["triton"] or "not installed"), *_compiler_rows(report)]
             + [(name, optional(name)) for name in report["optional"]],
         ),
     ]

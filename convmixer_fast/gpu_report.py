@@ -1,19 +1,24 @@
-"""How right and how fast is every operator on this GPU? One JSON file, made to be sent in.
+"""Errors and times of every operator on this GPU: one JSON file, made to be sent in.
 
-``convmixer-fast doctor --gpu`` writes it. It holds the GPU's name and limits, versions, and a row
-for each operator, dtype and published width: errors against float64 beside PyTorch's own, and times
+``convmixer-fast doctor --gpu`` writes it. Each operator has a process of its own, so that a fault
+of one does not take the others. The file holds the GPU's name and limits, versions, and a row for
+each operator, dtype and published width: errors against float64 beside PyTorch's own, and times
 beside PyTorch's in both layouts. No paths, no names of hosts or users.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import platform
+import signal
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .arch import VARIANTS
 from .files import write_whole
@@ -29,6 +34,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BATCHES = (1, 64)
 #: The name of the times of a tile that took the place of a wrong one.
 WITHOUT_TMA = "triton without TMA"
+#: Seconds after which a process that works on one row is taken for hung.
+PATIENCE = 600.0
 
 
 class Problem(NamedTuple):
@@ -49,10 +56,14 @@ class Problem(NamedTuple):
         k = self.kernel_size
         inputs = 1 if self.op == "depthwise_mix" else self.channels
         one = torch.empty((), dtype=self.dtype, device=device)
-        x = one.expand(n, self.channels, h, w)
+        with FakeTensorMode():  # contiguous, as images come
+            x = torch.empty((n, self.channels, h, w), dtype=self.pixels(), device=device)
         weight = one.expand(self.out_channels, inputs, k, k)
         op = "pointwise_mix" if self.op == "patch_embed" else self.op
         return case_of(op, x, weight, one.expand(self.out_channels), self.act, self.dtype)
+
+    def pixels(self) -> torch.dtype:
+        return torch.uint8 if self.op == UINT8_STEM else self.dtype
 
     def macs(self) -> int:
         n, h, w = self.shape
@@ -69,8 +80,7 @@ class Problem(NamedTuple):
         stride = k if self.op in STEMS else 1
         weight = d * k * k * (1 if self.op == "depthwise_mix" else c)
         out = n * (h // stride) * (w // stride) * d
-        pixel = 1 if self.op == UINT8_STEM else self.dtype.itemsize
-        return pixel * n * h * w * c + self.dtype.itemsize * (out + weight)
+        return self.pixels().itemsize * n * h * w * c + self.dtype.itemsize * (out + weight)
 
 
 def problems(
@@ -112,7 +122,7 @@ def report(
     Args:
         device: the current GPU by default.
         which: `problems` by default.
-        timer: seconds of a call.
+        timer: seconds of a call; on a GPU a function that a process of its own can import.
         progress: is told a line for each row.
 
     Returns:
@@ -129,12 +139,13 @@ def report(
         raise BackendError(f"there is no GPU to report on: {why_not}")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
+    chosen = problems() if which is None else which
+    run = partial(_row, device=device, timer=timer)
     rows = []
-    with torch.no_grad():
-        for problem in problems() if which is None else which:
-            row = _row(problem, device, timer)
-            rows.append(row)
-            progress(line(row))
+    # What emulates a GPU is in this process alone.
+    for row in isolated(chosen, run) if device.type == "cuda" else map(run, chosen):
+        rows.append(row)
+        progress(line(row))
     return {
         "format": FORMAT,
         "machine": verdicts.machine(device) | _limits(device),
@@ -159,18 +170,94 @@ def _limits(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _row(
-    problem: Problem, device: torch.device, timer: Callable[[Callable[[], Any]], float]
-) -> dict[str, Any]:
-    case = problem.case(device)
-    row: dict[str, Any] = problem._asdict() | {
+def isolated(
+    problems: Iterable[Problem], run: Callable[[Problem], dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """The row of each problem, made by a process of its operator.
+
+    A process that made a row with a ``reason`` makes no other: its GPU context may be lost. Of one
+    that dies or hangs, the row says so.
+
+    Args:
+        run: makes a row; picklable.
+    """
+    workers: dict[str, _Worker] = {}
+    try:
+        for problem in problems:
+            worker = workers.get(problem.op) or _Worker(run)
+            workers[problem.op] = worker
+            row = worker.row(problem)
+            if "reason" in row:
+                workers.pop(problem.op).end()
+            yield row
+    finally:
+        for worker in workers.values():
+            worker.end()
+
+
+class _Worker:
+    """A process that makes rows, one at a time."""
+
+    def __init__(self, run: Callable[[Problem], dict[str, Any]]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_work, args=(theirs, run), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def row(self, problem: Problem) -> dict[str, Any]:
+        try:
+            self._pipe.send(problem)
+            if self._pipe.poll(PATIENCE):
+                row: dict[str, Any] = self._pipe.recv()
+                return row
+            why = f"no answer in {PATIENCE:.0f} s"
+        except (EOFError, OSError):
+            self._process.join(PATIENCE)
+            code = self._process.exitcode or 0
+            how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            why = f"its process ended by {how}"
+        return _described(problem) | {"ok": False, "reason": why}
+
+    def end(self) -> None:
+        self._pipe.close()
+        self._process.kill()
+        self._process.join()
+
+
+def _work(pipe: Any, run: Callable[[Problem], dict[str, Any]]) -> None:
+    while True:
+        try:
+            problem = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(run(problem))
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the others need the room
+
+
+def _described(problem: Problem) -> dict[str, Any]:
+    return problem._asdict() | {
         "dtype": str(problem.dtype).removeprefix("torch."),
         "shape": list(problem.shape),
         "macs": problem.macs(),
         "bytes": problem.bytes(),
         "seconds": {},
     }
-    row |= _errors(case, None)
+
+
+@torch.no_grad()
+def _row(
+    problem: Problem, device: torch.device, timer: Callable[[Callable[[], Any]], float]
+) -> dict[str, Any]:
+    with support.on_device(device):
+        return _checked_and_timed(problem, problem.case(device), timer)
+
+
+def _checked_and_timed(
+    problem: Problem, case: Case, timer: Callable[[Callable[[], Any]], float]
+) -> dict[str, Any]:
+    row = _described(problem) | _errors(case, None)
     # A speed of wrong numbers is none. Where the copy engine's form is wrong, users get another.
     right: dict[str, Config | None] = {"triton": None} if row["ok"] else {}
     tile = None if row["ok"] else gpu.plainer_tile(case)
@@ -182,7 +269,8 @@ def _row(
     try:
         operands = gpu.operands_for(case, problem.shape)
         for name, config in right.items():
-            row["seconds"][name] = timer(gpu.launcher(case, operands, config))
+            with first_use.trying(case, config):
+                row["seconds"][name] = timer(gpu.launcher(case, operands, config))
         row["others"] = _others(case, problem.shape, operands, timer, row["seconds"])
         wanted = layout_of(case, operands[0])
         for name, memory_format in LAYOUTS.items():
@@ -196,9 +284,12 @@ def _row(
 def _errors(case: Case, config: Config | None) -> dict[str, Any]:
     """Whether the kernel with that tile is right, and its errors, or the reason why it failed."""
     try:
-        errors = gpu.measure_errors(case, REFERENCES[case.op], config)
+        with first_use.trying(case, config):
+            errors = gpu.measure_errors(case, REFERENCES[case.op], config)
     except Exception as error:  # as above
         return {"ok": False, "reason": first_use.describe(error)}
+    if errors.ok:
+        first_use.found_right(case, config)
     return {
         "ok": errors.ok,
         "max_error": errors.max_error,
@@ -223,9 +314,10 @@ def _others(
         return faults
     for config in (configs.ProductConfig(), *backends.cuda_candidates(case, shape)):
         try:
-            faults[str(config)] = gpu.check(case, REFERENCES[case.op], config)
-            if not faults[str(config)]:
-                seconds[str(config)] = timer(gpu.launcher(case, operands, config))
+            with first_use.trying(case, config):
+                faults[str(config)] = gpu.check(case, REFERENCES[case.op], config)
+                if not faults[str(config)]:
+                    seconds[str(config)] = timer(gpu.launcher(case, operands, config))
         except Exception as error:  # as above
             faults[str(config)] = first_use.describe(error)
     return {name: why for name, why in faults.items() if why}

@@ -1,4 +1,4 @@
-"""How does a stack of blocks run on a GPU with fewer launches, or with fewer trips to memory?
+"""A stack of blocks on a GPU with fewer launches, or with fewer trips to memory.
 
 Two ways to run the same blocks, both off until asked for (`convmixer_fast.optimize`):
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import operator
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, Protocol
@@ -22,6 +23,8 @@ import torch
 from torch import Tensor
 
 from .kernels import precision
+from .kernels.support import on_device
+from .ops import first_use
 from .ops.backends import requested_backend
 
 #: Larger batches keep the GPU busy for longer than their launches take.
@@ -92,27 +95,48 @@ def key_of(x: Tensor) -> Hashable:
 
 
 class Recorder(Protocol):
-    """Makes a callable that repeats what a call of ``run`` launched, on the same memory."""
+    """Makes a callable that repeats what a call of ``run`` launched, on the same memory.
+
+    Called with the device of the launches as the current one.
+    """
 
     def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]: ...
 
 
 def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """A CUDA graph of ``run`` and the tensor that its replays write.
+    """A CUDA graph of ``run`` on the current device, and the tensor that its replays write.
 
     ``run`` is called twice: once before, as libraries want for what they set up at a first call on
     a stream, and once to be captured.
     """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
+    # `torch.cuda.graph` keeps one stream of its own for all devices: the one of its first capture.
+    side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+    side.wait_stream(current)
+    graph = torch.cuda.CUDAGraph()
+    # A capture that fails leaves its stream the current one: the outer block ends that.
     with torch.cuda.stream(side):
         run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    # Other threads may go on allocating and launching.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        out = run()
+        # Other threads may go on allocating and launching.
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+            out = run()
+    current.wait_stream(side)
     return graph.replay, out
+
+
+def _is_written(replay: Callable[[], None], result: Tensor, want: Tensor) -> bool:
+    """Whether a replay writes ``result``, and what a call outside of it gave.
+
+    A capture on another device or stream than that of the launches holds nothing, and its replays
+    leave the result as it is.
+    """
+    result.fill_(0.0 if want.isnan().any() else float("nan"))
+    replay()
+    if torch.equal(result, want):
+        return True
+    # NaN, and libraries that add up in another order at every call.
+    scale = want.abs().nan_to_num(posinf=0.0).max().item()
+    bar = torch.finfo(want.dtype).eps ** 0.5
+    return torch.allclose(result, want, rtol=bar, atol=bar * scale, equal_nan=True)
 
 
 class _Captured(NamedTuple):
@@ -129,7 +153,8 @@ class StackGraphs:
 
     A kind of input is captured at its second call with the same packed copies: at the first,
     kernels are compiled and checked, and a model whose weights change at every call never pays for
-    captures that it would not use.
+    captures that it would not use. A capture that fails, or whose replay is not what the blocks
+    give, is refused with a warning, and the stack runs without graphs until `clear`.
 
     Args:
         record: see `Recorder`; `capture` by default.
@@ -139,6 +164,8 @@ class StackGraphs:
         self._record = record
         self._graphs: OrderedDict[Hashable, _Captured] = OrderedDict()
         self._last: dict[Hashable, tuple[Any, ...]] = {}
+        #: Why no graph is captured any more; "" for nothing.
+        self.why_not = ""
         self._lock = threading.Lock()
 
     def run(
@@ -155,7 +182,7 @@ class StackGraphs:
             packed: the packed copies that the blocks would use now, compared by identity.
         """
         # Buffers are shared: what a call copies in, replays and copies out belongs together.
-        with self._lock:
+        with self._lock, on_device(x.device):
             known = self._graphs.get(key)
             if known is not None and not _same(known.held, packed):
                 del self._graphs[key]
@@ -166,20 +193,53 @@ class StackGraphs:
                     while len(self._last) > MAX_GRAPHS:
                         del self._last[next(iter(self._last))]
                     return blocks(x)
-                given = x.clone(memory_format=torch.preserve_format)
-                replay, result = self._record(lambda: blocks(given))
-                known = self._graphs[key] = _Captured(packed, given, replay, result)
-                while len(self._graphs) > MAX_GRAPHS:
-                    self._graphs.popitem(last=False)
+                want = blocks(x)
+                if not self.why_not:
+                    self._add(key, packed, blocks, x, want)
+                return want
             self._graphs.move_to_end(key)
             known.given.copy_(x)
             known.replay()
             return known.result.clone(memory_format=torch.preserve_format)
 
+    def _add(
+        self,
+        key: Hashable,
+        packed: tuple[Any, ...],
+        blocks: Callable[[Tensor], Tensor],
+        x: Tensor,
+        want: Tensor,
+    ) -> None:
+        """Capture ``blocks`` on inputs like ``x``, which gave ``want``; or say why not.
+
+        Raises:
+            ContextLostError: the capture lost the GPU's context.
+        """
+        try:
+            given = x.clone(memory_format=torch.preserve_format)
+            replay, result = self._record(lambda: blocks(given))
+            if _is_written(replay, result, want):
+                self._graphs[key] = _Captured(packed, given, replay, result)
+                while len(self._graphs) > MAX_GRAPHS:
+                    self._graphs.popitem(last=False)
+                return
+            self.why_not = "its replay does not give what the blocks give"
+        except first_use.ContextLostError:
+            raise
+        except Exception as error:  # a capture can fail in as many ways as a launch
+            first_use.raise_if_lost(x.device, "a CUDA graph's capture", error)
+            self.why_not = first_use.describe(error)
+        warnings.warn(
+            f"the blocks run without a CUDA graph on {x.device}: {self.why_not}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
     def clear(self) -> None:
         with self._lock:
             self._graphs.clear()
             self._last.clear()
+            self.why_not = ""
 
     def __len__(self) -> int:
         return len(self._graphs)

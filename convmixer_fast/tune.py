@@ -107,15 +107,15 @@ def tune(
     dtype = torch.float32 if parameter is None else parameter.dtype
     calls: dict[tuple[Case, tuple[int, int, int]], None] = {}
     for given in shapes:
-        x = given if isinstance(given, Tensor) else torch.empty(0, dtype=dtype, device=device)
         if not isinstance(given, Tensor):
-            x = x.new_empty(()).expand(tuple(given))
-        for call in recorded_calls(model, x):
+            # Memory of its own: strides are part of a stem's form.
+            given = torch.empty(tuple(given), dtype=dtype, device=device)
+        for call in recorded_calls(model, given):
             calls[call.case._replace(tile=""), call.shape] = None
     report = TuneReport()
     found: dict[tuple[Case, tuple[int, int, int]], verdicts.Verdict] = {}
     for case, shape in calls:
-        with torch.no_grad():
+        with torch.no_grad(), support.on_device(device):
             row = _measure(case, shape, timer or gpu_seconds)
         found[case, shape] = row.verdict
         report.append(row)
@@ -146,16 +146,20 @@ def _measure(
         if isinstance(config, configs.DepthwiseConfig | configs.PointwiseConfig):
             name = f"triton {config}"
         tiles[name] = config
+        why = first_use.left(case, config)
         try:
-            why = gpu.check(case, reference, config)
-        except torch.OutOfMemoryError:
+            if not why:
+                with first_use.trying(case, config):
+                    why = gpu.check(case, reference, config)
+        except (torch.OutOfMemoryError, first_use.ContextLostError):
             raise
         except Exception as error:  # a tile that does not fit this GPU is no candidate
             why = first_use.describe(error)
         if why:
             skipped[name] = why
             continue
-        seconds[name] = timer(gpu.launcher(case, operands, config))
+        with first_use.trying(case, config):
+            seconds[name] = timer(gpu.launcher(case, operands, config))
     for name, memory_format in LAYOUTS.items():
         arguments = (memory_format, wanted, reference, *operands)
         seconds[name] = timer(partial(gpu.in_layout, *arguments))

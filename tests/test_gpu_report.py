@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
+import signal
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from gpu_double import installed
 from convmixer_fast import BackendError, cli, gpu_report
 from convmixer_fast.arch import VARIANTS
 from convmixer_fast.gpu_report import Problem
-from convmixer_fast.kernels import configs
+from convmixer_fast.kernels import configs, support
 from convmixer_fast.ops import gpu
 
 CPU = torch.device("cpu")
@@ -115,6 +118,43 @@ def test_a_tile_of_the_copy_engine_that_fails_is_timed_without_it(monkeypatch, w
     assert ("without TMA ok; triton without TMA 1 ms" in text) is works
     assert ("TFLOP/s" in text) is works
     assert not gpu_report.healthy(report)
+
+
+def in_its_own_process(problem: Problem) -> dict:
+    """A row that says where it was made; a depthwise one of 8 channels takes its process along."""
+    row = problem._asdict() | {"ok": True, "pid": os.getpid()}
+    if problem.op == "depthwise_mix" and problem.channels == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if problem.op == "pointwise_mix" and problem.channels == 8:
+        return row | {"ok": False, "reason": "the GPU context is lost"}
+    return row
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs signals")
+def test_a_fault_of_one_operator_does_not_take_the_others():
+    _, _, depthwise, pointwise = SMALL
+    others = (depthwise._replace(channels=4), pointwise._replace(channels=4))
+    given = (others[1], pointwise, depthwise, *others, others[1])
+    rows = list(gpu_report.isolated(given, in_its_own_process))
+    assert [row["op"] for row in rows] == [problem.op for problem in given]
+    assert [row["ok"] for row in rows] == [True, False, False, True, True, True]
+    assert rows[2]["reason"] == "its process ended by SIGKILL"
+    assert "FAILED: its process ended by SIGKILL" in gpu_report.line(rows[2])
+    pids = [row.get("pid") for row in rows]
+    assert pids[0] == pids[1]  # one process an operator
+    assert pids[4] == pids[5]
+    assert len({os.getpid(), pids[0], pids[3], pids[4]}) == 4  # and another after a fault
+
+
+def test_a_gpus_rows_are_made_in_other_processes_and_the_emulators_here(monkeypatch):
+    seen = []
+    monkeypatch.setattr(support, "why_not", lambda device: "")
+    monkeypatch.setattr(gpu_report.verdicts, "machine", lambda device: {})
+    monkeypatch.setattr(gpu_report, "_limits", lambda device: {})
+    monkeypatch.setattr(gpu_report, "isolated", lambda which, run: seen.append(run) or iter(()))
+    assert gpu_report.report(torch.device("cuda", 0), which=SMALL)["rows"] == []
+    (run,) = seen
+    pickle.loads(pickle.dumps(run))
 
 
 def test_no_gpu_is_one_line_on_the_command_line(capsys, monkeypatch, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -208,6 +209,162 @@ def test_depth_first_gives_the_same(double, monkeypatch):
         torch.testing.assert_close(want, net(x), rtol=1e-4, atol=1e-4)
     assert isinstance(net.blocks[:2], MixerStack)
     assert net.blocks[:2]._depth_first
+
+
+class Empty(Tape):
+    """A capture that holds nothing: on another device or stream than the launches."""
+
+    def __call__(self, run):
+        self.captures += 1
+        return lambda: None, run()
+
+
+class Failing(Tape):
+    def __call__(self, run):
+        self.captures += 1
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("recorder", "why"),
+    [(Empty, "its replay does not give what the blocks give"), (Failing, "not permitted")],
+)
+def test_a_capture_that_holds_nothing_or_fails_is_refused(double, model, recorder, why):
+    tape = recorder()
+    model.blocks._graphs = StackGraphs(tape)
+
+    def calls() -> None:
+        for _ in range(5):
+            assert_true(model, torch.randn(IMAGES))
+            assert_true(model, torch.randn(1, 3, 20, 20))
+
+    with pytest.warns(RuntimeWarning, match=f"run without a CUDA graph.*{why}") as seen:
+        calls()
+    assert len(seen) == 1
+    assert (tape.captures, len(model.blocks._graphs)) == (1, 0)
+    assert why in model.blocks._graphs.why_not
+    refresh(model)
+    assert model.blocks._graphs.why_not == ""
+    with pytest.warns(RuntimeWarning, match=why):
+        calls()
+
+
+@torch.no_grad()
+def test_a_graph_of_results_that_are_not_finite_is_no_empty_one(double, model, tape):
+    model.blocks[1][1].weight[0].fill_(float("nan"))
+    model.blocks[2][3].bias[1] = float("inf")
+    for _ in range(3):
+        model(torch.randn(IMAGES))
+    assert (tape.captures, len(model.blocks._graphs)) == (1, 1)
+
+
+class OnDevice1(torch.Tensor):
+    """CPU memory that says it is on a GPU."""
+
+    device = property(lambda self: torch.device("cuda", 1))
+
+
+class Cuda:
+    """What `torch.cuda` has for streams and graphs, of two devices with a current stream each.
+
+    `launch` runs work at once, or keeps it for the graph that its stream records. Like torch's own,
+    `graph` has one stream for all captures that bring none, on the device of the first.
+    """
+
+    def __init__(self, monkeypatch) -> None:
+        owner, self.current_device, self.captures = self, 0, []
+
+        class Stream:
+            cuda_stream = 0
+
+            def __init__(self, device=None) -> None:
+                self.index = owner.current_device if device is None else device
+                self.recording = None
+
+            def wait_stream(self, other) -> None:
+                assert other.index == self.index
+
+        self.streams = [Stream(0), Stream(1)]
+
+        class CUDAGraph:
+            def __init__(self) -> None:
+                self.nodes = []
+
+            def replay(self) -> None:
+                for node in self.nodes:
+                    node()
+
+        @contextmanager
+        def device(which):
+            before, self.current_device = self.current_device, torch.device(which).index
+            try:
+                yield
+            finally:
+                self.current_device = before
+
+        @contextmanager
+        def stream(which):
+            with device(torch.device("cuda", which.index)):
+                before, self.streams[which.index] = self.streams[which.index], which
+                try:
+                    yield
+                finally:
+                    self.streams[which.index] = before
+
+        default = []
+
+        @contextmanager
+        def graph(graph, stream=None, capture_error_mode="global"):
+            if stream is None:
+                stream = default[0] if default else default.append(Stream()) or default[0]
+            with contexts["stream"](stream):
+                stream.recording = graph.nodes
+                try:
+                    yield
+                finally:
+                    stream.recording = None
+                    self.captures.append((stream.index, len(graph.nodes)))
+
+        def current_stream(which=None):
+            index = None if which is None else torch.device(which).index
+            return self.streams[self.current_device if index is None else index]
+
+        contexts = {"device": device, "stream": stream, "graph": graph}
+        found = {"Stream": Stream, "CUDAGraph": CUDAGraph, "current_stream": current_stream}
+        for name, what in (contexts | found).items():
+            monkeypatch.setattr(torch.cuda, name, what)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: self.current_device)
+
+    def launch(self, device: torch.device, work) -> None:
+        stream = torch.cuda.current_stream(device)
+        if stream.recording is None:
+            work()
+        else:
+            stream.recording.append(work)
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_a_model_on_a_device_that_is_not_current(monkeypatch, guarded):
+    cuda, weight = Cuda(monkeypatch), object()
+    if not guarded:
+        monkeypatch.setattr(graphs, "on_device", lambda device: nullcontext())
+
+    def blocks(x: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros_like(x)
+        cuda.launch(x.device, lambda: out.copy_(x * 2))
+        return out
+
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):  # somebody's capture on the current device
+        pass
+    stack = StackGraphs()
+    with nullcontext() if guarded else pytest.warns(RuntimeWarning, match="without a CUDA graph"):
+        for _ in range(5):
+            x = torch.randn(2, 3).as_subclass(OnDevice1)
+            assert torch.equal(stack.run("a kind", (weight,), blocks, x), x * 2)
+    assert cuda.captures[1:] == ([(1, 1)] if guarded else [(0, 0)])
+    assert len(stack) == guarded
+    assert cuda.current_device == 0
 
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")

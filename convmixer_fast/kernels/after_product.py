@@ -26,14 +26,15 @@ TILE, TILE_FLOAT64 = (16, 256), (8, 128)
 DTYPES = (*operands.DTYPES, torch.float64)
 
 
-# M changes with every batch size and says nothing about alignment: no kernel of its own for it.
+# M changes with every batch size and says nothing about alignment: no kernel of its own for it, and
+# none for M beyond 32 bits.
 @triton.jit(do_not_specialize=["M"])
 def after_product_kernel(
     h,
     bias,
     scale,
     shift,
-    M,
+    M: tl.int64,
     n_vectors,
     ACT: tl.constexpr,
     VECTOR_N: tl.constexpr,

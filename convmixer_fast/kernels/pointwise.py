@@ -33,7 +33,8 @@ from .precision import dot_precision
 from .support import cdiv
 
 
-# M changes with every batch size and says nothing about alignment: no kernel of its own for it.
+# M changes with every batch size and says nothing about alignment: no kernel of its own for it, and
+# none for M beyond 32 bits.
 @triton.jit(do_not_specialize=["M"])
 def pointwise_kernel(
     x,
@@ -42,7 +43,7 @@ def pointwise_kernel(
     scale,
     shift,
     out,
-    M,
+    M: tl.int64,
     n_vectors,
     k_vectors,
     stride_vectors,

@@ -28,7 +28,7 @@ from . import operands
 from .configs import PointwiseConfig, lookup_stem
 from .epilogue import finish, tile_of
 from .precision import dot_precision
-from .support import cdiv
+from .support import cdiv, is_capturing
 
 
 @triton.jit(do_not_specialize=["M", "patches", "patches_w"])
@@ -41,7 +41,7 @@ def stem_kernel(
     out,
     gain,
     offset,
-    M,
+    M: tl.int64,
     patches,
     patches_w,
     n_vectors,
@@ -228,7 +228,7 @@ def _gain_and_offset(
         both[1, c].fill_(m / s)
     gain, offset = both.unbind()
     if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
+        if is_capturing(device):
             return gain, offset  # true only where the graph that is recorded is replayed
         # Other streams will read them.
         torch.cuda.current_stream(device).synchronize()

@@ -9,11 +9,16 @@ bring a simulator.
 from __future__ import annotations
 
 import os
+import shutil
+import sys
+import sysconfig
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -76,6 +81,23 @@ def is_kernel_device(device: torch.device) -> bool:
     return device.type == "cuda" or (device.type == "cpu" and is_emulated())
 
 
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a GPU the current one. Triton, CUDA graphs and new streams and events use the current
+    device and its current stream."""
+    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether the current stream of ``device`` records a CUDA graph. Nothing may wait for the GPU
+    then."""
+    if device.type != "cuda":
+        return False
+    with on_device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
 def architecture(device: torch.device) -> int:
     """Compute capability of ``device`` as in sm_89; 0 under ROCm, and 80 for tensors on the CPU."""
     if device.type != "cuda":
@@ -99,7 +121,7 @@ def why_not(device: torch.device) -> str:
         return _why_no_triton()
     if device.type != "cuda":
         return f"the tensors are on {device.type}"
-    why = _why_no_triton() or _why_not_gpu(device.index)
+    why = _why_no_triton() or _why_not_gpu(device.index) or why_no_compiler()
     if not why and device.index is not None:
         _capable.add(device.index)
     return why
@@ -121,6 +143,68 @@ def _why_no_triton() -> str:
         wanted = ".".join(map(str, MIN_TRITON))
         return f"Triton {version} is too old: the kernels need {wanted}"
     return ""
+
+
+def compiler() -> str | None:
+    """The C compiler that Triton finds: ``CC``, else gcc, else clang; None where there is none."""
+    named = os.environ.get("CC")
+    if named is not None:
+        return shutil.which(named)
+    return shutil.which("gcc") or shutil.which("clang")
+
+
+def why_no_compiler() -> str:
+    """Why Triton cannot compile its launcher, the C module that every kernel is started by.
+
+    ``""`` where it can, or where that is not known beforehand: with another builder, or with a
+    launcher in Triton's cache.
+    """
+    variables = ("CC", "PATH", "CPATH", "C_INCLUDE_PATH")
+    places = ("TRITON_CACHE_MANAGER", "TRITON_CACHE_DIR", "TRITON_HOME")
+    return _why_no_compiler(*map(os.environ.get, (*variables, *places)))
+
+
+@cache
+def _why_no_compiler(*environment: str | None) -> str:
+    if os.environ.get("TRITON_CACHE_MANAGER"):
+        return ""
+    why = lacks_for_compiling()
+    if not why or _has_a_launcher():
+        return ""
+    loaded = sys.modules.get("triton.knobs")
+    if loaded is not None and getattr(loaded.build, "impl", None) is not None:
+        return ""
+    return f"Triton compiles its launcher at run time and {why}"
+
+
+def lacks_for_compiling() -> str:
+    """What Triton would fail at if it had to compile its launcher now, and the remedy; ``""`` for
+    nothing, and where Triton brings a compiler along."""
+    if sys.platform != "linux":
+        return ""
+    if compiler() is None:
+        named = os.environ.get("CC")
+        if named is not None:
+            return f"CC names {named!r}, which is no program: unset CC or name a C compiler"
+        other = shutil.which("cc")
+        if other is not None:
+            return f"finds neither gcc nor clang: set CC={other}"
+        return "finds no C compiler: install gcc or clang, or name a compiler in CC"
+    # As in triton.runtime.build. The two variables are the compiler's own search path.
+    scheme = sysconfig.get_default_scheme()
+    scheme = "posix_prefix" if scheme == "posix_local" else scheme
+    header = Path(sysconfig.get_path("include", scheme), "Python.h")
+    if header.exists() or os.environ.get("CPATH") or os.environ.get("C_INCLUDE_PATH"):
+        return ""
+    return f"{header} is missing: install Python's headers (python3-dev or python3-devel)"
+
+
+def _has_a_launcher() -> bool:
+    """Whether Triton's cache holds a compiled launcher of this Python, of whatever Triton."""
+    home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
+    folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path(home, ".triton", "cache"))
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    return any(folder.glob(f"*/*_utils{suffix}"))
 
 
 def triton_version() -> str:

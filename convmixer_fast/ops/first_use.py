@@ -1,4 +1,4 @@
-"""Does a kernel compute the right numbers on this very GPU? Checked before its first result.
+"""The self-check of a GPU kernel, before its first result.
 
 A kernel that was compiled for a device, a dtype and a size for the first time is run on a small
 random input and held against PyTorch by the numerics rule (`convmixer_fast.testing`). Where it
@@ -6,6 +6,10 @@ disagrees, or cannot be compiled or launched, one warning says so and PyTorch's 
 that case for as long as the process lives; `explain` and ``convmixer-fast doctor`` show it.
 A kernel that moves its tiles by the copy engine (TMA) is tried without it before that, and a
 warning says so too. ``CONVMIXER_FAST_VERIFY=0`` switches the check off.
+
+Some faults leave nothing of a process's GPU context. After every caught error the GPU is
+synchronized; where that fails, too, `ContextLostError` says so. A kernel that took a context or a
+whole process with it in its check is not tried again by later ones (`markers`).
 
 The check waits for the GPU, so it does not run while a CUDA graph is captured: a case that comes up
 there for the first time is PyTorch's until a call outside a capture.
@@ -16,12 +20,15 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from ..kernels import support
+from ..kernels.support import is_capturing as is_capturing
+from . import markers
 from .cases import Case
 
 ENVIRONMENT = "CONVMIXER_FAST_VERIFY"
@@ -33,14 +40,26 @@ _retreats: dict[Case, tuple[Any, str]] = {}
 _lock = threading.RLock()
 
 
+class ContextLostError(RuntimeError):
+    """The GPU runs nothing more in this process."""
+
+
 def is_on() -> bool:
     return os.environ.get(ENVIRONMENT, "1") != "0"
 
 
 def verdict(case: Case) -> str | None:
     """``""`` for a case that was checked and is right, the reason for one that is PyTorch's, else
-    None."""
-    return _verdicts.get(case)
+    None. What an earlier process left is a verdict, too."""
+    known = _verdicts.get(case)
+    if known is None and is_on():
+        why = markers.left(case)
+        if why:
+            with _lock:
+                if case not in _verdicts:
+                    _settle(case, why)
+            return _verdicts.get(case)
+    return known
 
 
 def results() -> dict[Case, str]:
@@ -68,11 +87,6 @@ def forget() -> None:
         support.new_epoch()
 
 
-def is_capturing(device: torch.device) -> bool:
-    """Whether the current stream records a CUDA graph, when nothing may wait for the GPU."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 def ready(
     case: Case, check: Callable[[Any], str], plainer: Callable[[], Any] = lambda: None
 ) -> bool:
@@ -83,8 +97,11 @@ def ready(
             what is wrong, or raises. `torch.OutOfMemoryError` proves nothing: PyTorch serves this
             call, the next one checks.
         plainer: the tile to try where the case's own is not right; None for none.
+
+    Raises:
+        ContextLostError: the check, or what ran before it, lost the GPU's context.
     """
-    known = _verdicts.get(case)
+    known = verdict(case)
     if known is not None:
         return not known
     if not is_on():
@@ -95,10 +112,12 @@ def ready(
     with _lock:
         known = _verdicts.get(case)
         if known is None:
+            # What went wrong before is no fault of the kernel.
+            raise_if_lost(torch.device(case.device), f"what ran before the check of {case}")
             try:
-                known = _found(check, None)
+                known = _found(case, check, None)
                 tile = plainer() if known else None
-                if tile is not None and not _found(check, tile):
+                if tile is not None and not _found(case, check, tile):
                     _retreats[case] = (tile, known)
                     _warn(
                         f"the copy engine's form of the Triton kernel for {case} is not used", known
@@ -110,17 +129,87 @@ def ready(
     return not known
 
 
-def _found(check: Callable[[Any], str], tile: Any) -> str:
+def _found(case: Case, check: Callable[[Any], str], tile: Any) -> str:
+    why = left(case, tile)
+    if why:
+        return why
     try:
-        return check(tile)
-    except torch.OutOfMemoryError:
+        with trying(case, tile):
+            return check(tile)
+    except (torch.OutOfMemoryError, ContextLostError):
         raise
     except Exception as error:  # whatever a compiler or a driver raises is the finding
         return describe(error)
 
 
+def _tiled(case: Case, tile: Any) -> Case:
+    return case if tile is None else case._replace(tile=str(tile))
+
+
+@contextmanager
+def trying(case: Case, tile: Any = None) -> Iterator[None]:
+    """Mark on disk that the kernel of ``case``, with ``tile`` if any, is tried inside the block.
+
+    Raises:
+        ContextLostError: the block raised, and the GPU's context is lost. The mark stays.
+    """
+    case = _tiled(case, tile)
+    with markers.marked(case) as marker:
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            try:
+                raise_if_lost(torch.device(case.device), str(case), error)
+            except ContextLostError:
+                marker.keep(case, f"the GPU's context was lost in its check: {describe(error)}")
+                raise
+            raise
+
+
+def left(case: Case, tile: Any = None) -> str:
+    """Why an earlier process says that a kernel is not to be tried; ``""`` where none does."""
+    return markers.left(_tiled(case, tile))
+
+
+def found_right(case: Case, tile: Any = None) -> None:
+    """A kernel that an earlier process left a mark of is right after all: remove the mark."""
+    markers.clear(_tiled(case, tile))
+
+
+def raise_if_lost(device: torch.device, what: str, error: BaseException | None = None) -> None:
+    """Synchronize a GPU after a caught error: a fault of the context shows there again.
+
+    Nothing is waited for while a CUDA graph is captured.
+
+    Args:
+        what: ran there, for the message.
+
+    Raises:
+        ContextLostError: it cannot be synchronized.
+    """
+    if device.type != "cuda" or is_capturing(device):
+        return
+    try:
+        torch.cuda.synchronize(device)
+    except Exception as fault:
+        if "captur" in str(fault):  # another thread's graph forbids to wait
+            return
+        raise ContextLostError(
+            f"the GPU context of {device} is lost after {what}: {describe(error or fault)}. This "
+            "process can run nothing more there: start it again, with CONVMIXER_FAST_BACKEND="
+            "reference to go on without kernels"
+        ) from (error or fault)
+
+
 def fail(case: Case, error: BaseException) -> None:
-    """A kernel that was right once could not be launched: PyTorch serves ``case`` from now on."""
+    """A kernel that was right once could not be launched: PyTorch serves ``case`` from now on.
+
+    Raises:
+        ContextLostError: the GPU's context is lost.
+    """
+    raise_if_lost(torch.device(case.device), f"the launch of {case}", error)
     with _lock:
         if not _verdicts.get(case):
             _settle(case, describe(error))

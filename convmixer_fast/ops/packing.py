@@ -166,7 +166,7 @@ def now_on(device: torch.device) -> Now:
     if device.type != "cuda":
         return Now(None, 0, False)
     stream = torch.cuda.current_stream(device)
-    return Now(stream, stream.cuda_stream, torch.cuda.is_current_stream_capturing())
+    return Now(stream, stream.cuda_stream, gpu.is_capturing(device))
 
 
 T = TypeVar("T")
@@ -276,7 +276,7 @@ class PackedCache(Generic[T]):
         # the other order would make a stale entry look true.
         fingerprint = _native.fingerprint_of(spans) if spans else 0
         on_gpu = tuple(t for t in sources if t.device.type == "cuda")
-        if on_gpu and torch.cuda.is_current_stream_capturing():
+        if on_gpu and gpu.is_capturing(on_gpu[0].device):
             # Made inside a CUDA graph, a copy is true only while that graph is replayed.
             with torch.inference_mode(False), torch.no_grad():
                 return pack()

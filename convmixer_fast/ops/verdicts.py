@@ -105,9 +105,14 @@ def _driver() -> str:
     return "unknown"
 
 
-def file_for(device: torch.device) -> Path:
+def machine_key(device: torch.device) -> str:
+    """`machine` as a part of file names."""
     text = json.dumps(machine(device), sort_keys=True)
-    return folder() / f"tuned-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_for(device: torch.device) -> Path:
+    return folder() / f"tuned-{machine_key(device)}.json"
 
 
 _known: dict[Path, dict[str, Verdict]] = {}

@@ -26,7 +26,7 @@ def build(architecture: int, kind: str, act: str) -> Any:
     vectors = "*fp64" if kind == "fp64" else "*fp32"
     signature = {
         **{"h": f"*{kind}", "bias": f"*{kind}", "scale": vectors, "shift": vectors},
-        **{"M": "i32", "n_vectors": "i32"},
+        **{"M": "i64", "n_vectors": "i32"},
     }
     constants = {"ACT": act, "VECTOR_N": 16, "BLOCK_M": tile[0], "BLOCK_N": tile[1]}
     return ptxsim().sass.aot(after_product_kernel, signature, constants, architecture, num_warps=4)
