@@ -40,7 +40,7 @@ class _Answer:
     def __init__(self, value: Tensor) -> None:
         self._event: torch.cuda.Event | None = None
         if value.device.type == "cuda":
-            self._value = torch.empty((), dtype=torch.bool, pin_memory=True)
+            self._value = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
             self._value.copy_(value, non_blocking=True)
             self._event = torch.cuda.current_stream(value.device).record_event()
         else:
