@@ -85,9 +85,9 @@ def pre_hook(module: nn.Module) -> None:
     module.register_forward_pre_hook(lambda module, args: (shifted(args[0]),))
 
 
-def forward_on_the_object(module: nn.Module) -> None:
-    plain = module.forward
-    module.forward = lambda *args: shifted(plain(*args))
+def forward_on_the_object(module: nn.Module, name: str = "forward") -> None:
+    plain = getattr(module, name)
+    setattr(module, name, lambda *args, **more: shifted(plain(*args, **more)))
 
 
 def class_of_its_own(module: nn.Module) -> None:
@@ -162,6 +162,13 @@ REPLACEMENTS: dict[str, Callable[[Any], Any]] = {
         nn.Conv2d(DIM, DIM, 3, padding="same", groups=DIM, padding_mode="circular"),
     ),
     "overlapping stem": overlapping_stem,
+    "no 1x1 convolution": lambda m: put(m, "blocks.1.1", nn.Identity()),
+    "two 1x1 convolutions": lambda m: put(
+        m, "blocks.1.1", nn.Sequential(m.blocks[1][1], nn.Conv2d(DIM, DIM, 1))
+    ),
+    "a 3x3 convolution for the 1x1": lambda m: put(
+        m, "blocks.1.1", nn.Conv2d(DIM, DIM, 3, padding=1)
+    ),
     "another block": lambda m: put(m, "blocks.1", nn.Conv2d(DIM, DIM, 3, padding=1)),
     "a block more": lambda m: m.blocks.append(nn.AvgPool2d(3, 1, 1).eval()),
     "a module more in the stem": lambda m: m.stem.append(nn.AvgPool2d(3, 1, 1).eval()),
@@ -201,14 +208,6 @@ def own_method(name: str) -> Callable[[Any], None]:
     return touch
 
 
-def own_method_on_the_object(name: str) -> Callable[[Any], None]:
-    def touch(model: nn.Module) -> None:
-        plain = getattr(model, name)
-        setattr(model, name, lambda *args, **more: shifted(plain(*args, **more)))
-
-    return touch
-
-
 STEPS = ("forward", "forward_features", "forward_head", "_run_stem", "__call__")
 TOUCHES: dict[str, Callable[[Any], Any]] = {
     **{
@@ -222,12 +221,20 @@ TOUCHES: dict[str, Callable[[Any], Any]] = {
         f"a wrapper around {place}": (
             lambda m, place=place: put(m, place, Wrapper(m.get_submodule(place)))
         )
-        for place in ("stem.2", "blocks.0", "blocks.1.0.fn.0", "blocks.1.0.fn.2", "blocks.1.3",
-                      "global_pool", "head_drop", "head")
+        for place in ("stem.0", "stem.2", "blocks.0", "blocks.1.0", "blocks.1.0.fn",
+                      "blocks.1.0.fn.0", "blocks.1.0.fn.2", "blocks.1.1", "blocks.1.2",
+                      "blocks.1.3", "global_pool", "head_drop", "head")
+    },
+    **{
+        f"_conv_forward set on {place}": (
+            lambda m, place=place: forward_on_the_object(m.get_submodule(place), "_conv_forward")
+        )
+        for place in ("stem.0", "blocks.1.0.fn.0", "blocks.1.1")
     },
     **REPLACEMENTS,
     **{f"a subclass's {name}": own_method(name) for name in STEPS},
-    **{f"{name} set on the object": own_method_on_the_object(name) for name in STEPS[:4]},
+    **{f"{name} set on the object": (lambda m, name=name: forward_on_the_object(m, name))
+       for name in STEPS[1:4]},
 }  # fmt: skip
 
 # Comparing

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from ..blocks import is_patchwise
 from ..files import whole_or_absent
 from .ambient import autocast
 from .separable import check_eval, reason_not_separable
@@ -78,6 +79,9 @@ def check_mean_pooling(model: nn.Module) -> None:
             f"{type(head).__name__}: reset_classifier(num_classes) makes one"
         )
     reason = reason_not_separable(model, "global_pool", "head_drop", "head")
+    stem: Any = getattr(model, "stem", None)
+    if not reason and not is_patchwise(stem[0]):
+        reason = f"stem.0 is not a convolution of square patches that do not overlap: {stem[0]}"
     if reason:
         raise ValueError(f"there is no class activation map of this model: {reason}")
 
