@@ -132,7 +132,8 @@ class ConvMixer(nn.Module):
         self.pretrained_cfg: dict[str, Any] = {}
 
         self.stem = PatchEmbed(in_chans, dim, patch_size, act_layer, device, dtype, normalize)
-        rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
+        # In Python: under FakeTensorMode a tensor has no values.
+        rates = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = MixerStack(
             *[
                 MixerBlock(dim, kernel_size, act_layer, rate, device=device, dtype=dtype)

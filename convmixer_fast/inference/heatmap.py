@@ -80,8 +80,9 @@ def check_mean_pooling(model: nn.Module) -> None:
         )
     reason = reason_not_separable(model, "global_pool", "head_drop", "head")
     stem: Any = getattr(model, "stem", None)
-    if not reason and not is_patchwise(stem[0]):
-        reason = f"stem.0 is not a convolution of square patches that do not overlap: {stem[0]}"
+    first = next(iter(stem.children()), stem) if isinstance(stem, nn.Sequential) else stem
+    if not reason and not is_patchwise(first):
+        reason = f"its stem does not begin with square patches that do not overlap: {first}"
     if reason:
         raise ValueError(f"there is no class activation map of this model: {reason}")
 
