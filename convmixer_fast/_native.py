@@ -146,7 +146,7 @@ def depthwise_mix(
     vectors = [
         None if v is None else v.detach().resolve_neg().contiguous() for v in (bias, scale, shift)
     ]
-    out = torch.empty(x.shape, dtype=torch.float32, memory_format=memory_format)
+    out = torch.empty(x.shape, dtype=torch.float32, device="cpu", memory_format=memory_format)
     engine.depthwise_mix(
         x.data_ptr(),
         x.stride(),
@@ -206,7 +206,7 @@ def channel_mix(
         None if t is None else t.detach().resolve_neg().contiguous()
         for t in (weight, bias, scale, shift)
     ]
-    out = torch.empty((n, d, h // p, w // p), dtype=torch.float32)
+    out = torch.empty((n, d, h // p, w // p), dtype=torch.float32, device="cpu")
     engine.channel_mix(
         x.data_ptr(),
         x.stride(),
@@ -266,7 +266,7 @@ def _launch_mix(
     n, _, h, w = shape
     if h < p or w < p:
         raise ValueError(f"x of {h} x {w} is smaller than a patch of {p} x {p}")
-    out = torch.empty((n, d, h // p, w // p), dtype=torch.float32)
+    out = torch.empty((n, d, h // p, w // p), dtype=torch.float32, device="cpu")
     _engine().channel_mix(
         x.data_ptr(),
         x.stride(),
@@ -363,7 +363,7 @@ def mixer_pack(
         None if t is None else t.detach().resolve_neg().contiguous()
         for t in (taps, bias1, scale1, shift1, bias2, scale2, shift2)
     ]
-    packed = torch.empty(engine.mixer_packed_floats(c, k), dtype=torch.float32)
+    packed = torch.empty(engine.mixer_packed_floats(c, k), dtype=torch.float32, device="cpu")
     engine.mixer_pack([0 if t is None else t.data_ptr() for t in parts], c, k, packed.data_ptr())
     return packed
 
@@ -421,7 +421,7 @@ def mixer_stack(
     x = x.detach().resolve_neg().contiguous()
     matrices = [weight.detach().resolve_neg().contiguous() for weight in weights]
     if out is None:
-        out = torch.empty((n, c, h, w), dtype=torch.float32)
+        out = torch.empty((n, c, h, w), dtype=torch.float32, device="cpu")
     _check("out", out, (n, c, h, w))
     if not out.is_contiguous():
         raise ValueError(f"out must be contiguous, got strides {out.stride()}")
@@ -482,7 +482,7 @@ def _launch_stack(
     x: Tensor,
 ) -> Tensor:
     """``kept``: the tensors that ``packed`` and ``weights`` are the addresses of."""
-    out = torch.empty(x.shape, dtype=torch.float32)
+    out = torch.empty(x.shape, dtype=torch.float32, device="cpu")
     _engine().mixer_stack(
         x.data_ptr(),
         out.data_ptr(),

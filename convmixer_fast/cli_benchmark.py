@@ -290,7 +290,7 @@ class _Bench:
         if self.args.grad_checkpointing:
             model.set_grad_checkpointing()
         x = self._images(batch)
-        target = torch.randint(model.num_classes, (batch,), device=self.device)
+        target = torch.randint(model.num_classes, (batch,), dtype=torch.int64, device=self.device)
         loss_of = nn.CrossEntropyLoss()
         optimizer: torch.optim.Optimizer
         if self.args.opt == "sgd":

@@ -59,8 +59,9 @@ def digits_split() -> tuple[Digits, Digits]:
         ImportError: scikit-learn is missing.
     """
     data = _sklearn("load_digits")()
-    images = torch.tensor((data.images - _MEAN) / _STD, dtype=torch.float32)[:, None]
-    targets = torch.tensor(data.target, dtype=torch.int64)
+    pixels = (data.images - _MEAN) / _STD
+    images = torch.tensor(pixels, dtype=torch.float32, device="cpu")[:, None]
+    targets = torch.tensor(data.target, dtype=torch.int64, device="cpu")
     order = torch.from_numpy(np.random.RandomState(SPLIT_SEED).permutation(len(targets)))
     held_out, train = order[:HELD_OUT], order[HELD_OUT:]
     return Digits(images[train], targets[train]), Digits(images[held_out], targets[held_out])

@@ -156,10 +156,10 @@ def check_backend(name: str) -> list[dict[str, Any]]:
     """
     device = "cuda" if name in ("triton", "cuda") else "cpu"
     dtype = _dtype_of(name)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
 
     rows = []
     ops = {"depthwise_mix": depthwise_mix, "pointwise_mix": pointwise_mix, "block": None}

@@ -103,11 +103,11 @@ def trained_like_(model: nn.Module, input_shape: tuple[int, ...], seed: int = 0)
     every rounding error by 1.2 a layer: activations that are mostly open (the positive biases),
     and no channel whose variance on a few random images was zero by chance.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
 
     def draw(like: Tensor, normal: bool = True) -> Tensor:
         make = torch.randn if normal else torch.rand
-        return make(like.shape, generator=generator, dtype=torch.float32).to(like)
+        return make(like.shape, generator=generator, dtype=torch.float32, device="cpu").to(like)
 
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for m in model.modules():
@@ -125,8 +125,8 @@ def trained_like_(model: nn.Module, input_shape: tuple[int, ...], seed: int = 0)
         n.momentum = 1.0
     model.train()
     parameter = next(model.parameters())
-    images = torch.randn(input_shape, generator=generator, dtype=torch.float32).to(parameter)
-    model(images)
+    images = torch.randn(input_shape, generator=generator, dtype=torch.float32, device="cpu")
+    model(images.to(parameter))
     for n, momentum in zip(norms, momenta, strict=True):
         n.momentum = momentum
         if n.running_mean is not None and n.running_var is not None:

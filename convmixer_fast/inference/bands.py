@@ -243,7 +243,9 @@ class NativeBlocks:
 
     def run(self, i: int, window: Tensor, band: tuple[int, int, int, int], out: Tensor) -> None:
         whole = self._wholes[i]
-        dense = out if out[0, 0].is_contiguous() else torch.empty(out.shape, dtype=out.dtype)
+        dense = out
+        if not out[0, 0].is_contiguous():
+            dense = torch.empty(out.shape, dtype=out.dtype, device=out.device)
         _native.mixer_band(
             window,
             band,
@@ -365,7 +367,7 @@ class Spill(Memory):
         if into.numel() == 0:
             return
         n, c, r, w = into.shape
-        dense = torch.empty((r, n, c, w), dtype=into.dtype)
+        dense = torch.empty((r, n, c, w), dtype=into.dtype, device="cpu")
         self._file.seek(self._places[key])
         if self._file.readinto(_bytes_of(dense)) < dense.nbytes:
             raise OSError("the file of kept rows was cut short: is its disk full?")

@@ -78,7 +78,7 @@ class _Slots:
         """Where an image of this shape, float32, is to be written."""
         with self._lock:
             if self.room is None:
-                self.room = torch.empty(self._count, *shape)
+                self.room = torch.empty(self._count, *shape, dtype=torch.float32, device="cpu")
         return self.room[i]
 
     def put(self, i: int, image: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class _Slots:
             return image
         with self._lock:
             if self.room is None:
-                self.room = torch.empty(self._count, *image.shape, dtype=image.dtype)
+                self.room = torch.empty(self._count, *image.shape, dtype=image.dtype, device="cpu")
         place = self.room[i]
         if place.shape != image.shape or place.dtype != image.dtype:
             return image

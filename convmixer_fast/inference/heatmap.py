@@ -19,7 +19,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from ..blocks import is_patchwise
 from ..files import whole_or_absent
+from .ambient import autocast
+from .separable import check_eval, reason_not_separable
 
 #: Colours from a map's lowest to its highest value, dark to bright.
 _COLOURS = np.array(
@@ -52,7 +55,7 @@ class Heatmap(NamedTuple):
         """(N,) the mean over the image, of cells by their area: the logits of ``classes``."""
 
         def sides(size: int) -> Tensor:
-            begins = torch.arange(0, size, self.cell)
+            begins = torch.arange(0, size, self.cell, dtype=torch.int64, device="cpu")
             return (size - begins).clamp(max=self.cell).double() / size
 
         area = sides(self.size[0])[:, None] * sides(self.size[1])
@@ -60,10 +63,10 @@ class Heatmap(NamedTuple):
 
 
 def check_mean_pooling(model: nn.Module) -> None:
-    """A class activation map needs a mean pool and a linear classifier.
+    """A class activation map needs a mean pool and a linear classifier, and nothing besides.
 
     Raises:
-        ValueError: the model has others.
+        ValueError: the model has others, or its call is more than its parts.
     """
     pool: Any = getattr(model, "global_pool", None)
     kind = getattr(pool, "pool_type", "avg")
@@ -75,6 +78,13 @@ def check_mean_pooling(model: nn.Module) -> None:
             "a class activation map needs a linear classifier, the model has "
             f"{type(head).__name__}: reset_classifier(num_classes) makes one"
         )
+    reason = reason_not_separable(model, "global_pool", "head_drop", "head")
+    stem: Any = getattr(model, "stem", None)
+    first = next(iter(stem.children()), stem) if isinstance(stem, nn.Sequential) else stem
+    if not reason and not is_patchwise(first):
+        reason = f"its stem does not begin with square patches that do not overlap: {first}"
+    if reason:
+        raise ValueError(f"there is no class activation map of this model: {reason}")
 
 
 def check_target(head: nn.Linear, target: int | None) -> None:
@@ -109,9 +119,10 @@ def class_scores(
     if target is None:
         classes = logits.argmax(1)
     else:
-        classes = torch.full((maps.shape[0],), target, device=maps.device)
+        classes = torch.full((maps.shape[0],), target, dtype=torch.int64, device=maps.device)
     weight = head.weight.detach()[classes].float()
-    scores = torch.einsum("nchw,nc->nhw", maps.float(), weight)
+    with autocast(maps.device):
+        scores = torch.einsum("nchw,nc->nhw", maps.float(), weight)
     if head.bias is not None:
         scores = scores + head.bias.detach()[classes].float()[:, None, None]
     return scores.cpu(), classes.cpu()
@@ -130,8 +141,10 @@ def class_activation_map(model: nn.Module, x: Tensor, target: int | None = None)
         A `Heatmap` of (N, H // p, W // p) scores.
 
     Raises:
-        ValueError: the model pools in another way, has no classifier, or no class ``target``.
+        ValueError: the model pools in another way, has no classifier, no class ``target``, or
+            hooks or replaced parts that the map would leave out, or is in training mode.
     """
+    check_eval(model)
     check_mean_pooling(model)
     parts: Any = model
     maps: Tensor = parts.forward_features(x)

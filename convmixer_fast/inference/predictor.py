@@ -6,7 +6,6 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -18,14 +17,16 @@ from torch import Tensor, nn
 from ..model import ConvMixer
 from ..ops import use_backend
 from ..ops.backends import recording
+from .ambient import autocast
 from .batches import Prepare, Prepared, image_batches, in_one_piece, load_image
 from .heatmap import Heatmap, HeatmapFolder, check_mean_pooling, check_target, heatmap_of
 from .labels import class_labels
 from .preprocessing import NativeSize, preprocessing_for
 from .remote import located
 from .results import Columns, Failure, Row, rows_of
+from .separable import check_eval, reason_called_otherwise, reason_not_separable
 from .sources import Source, open_source
-from .streaming import Pixels, StreamStats, can_stream, stream, whole_image_bytes
+from .streaming import Pixels, StreamStats, reason_not_streamable, stream, whole_image_bytes
 
 #: What ``batch_size="auto"`` starts from, by the device's type. On a CPU the time of an image
 #: hardly depends on it.
@@ -77,6 +78,11 @@ class Predictor:
     bit. Objects can be pickled, and copied to other processes and machines: the weights travel with
     them.
 
+    The model may change after this: every call looks at it again. Scores are those of ``model(x)``
+    whatever its hooks, a forward of its own or replaced children do; such a model is called, and
+    neither taken apart nor streamed. A call while it is in training mode is refused: its state is
+    the caller's. Autocast around a call has no effect; see ``amp_dtype``.
+
     Args:
         model: any module (N, C, H, W) -> (N, num_classes), or a checkpoint's file name in any
             published format. It is put, itself, into eval mode, onto the device and to the dtype.
@@ -91,14 +97,17 @@ class Predictor:
         max_memory: bytes that the image and its maps may take, else it is streamed within them;
             default: `MAX_MEMORY`. Streaming under autocast is not done.
         topk: classes in a `Prediction`; None for the scores of all.
-        output_type: "prob", "logit", or "embedding" (pooled features, before the classifier).
+        output_type: "prob", "logit", or "embedding" (pooled features, before the classifier:
+            ``model.forward_head(model.forward_features(x), pre_logits=True)``, as in timm).
         labels: class names, one for each output; default: ImageNet's for 1000 classes where timm
             or torchvision is installed, else the indices.
         act: the activation, for checkpoints that do not tell; see `ConvMixer.from_checkpoint`.
         backend: see `use_backend`.
 
     Raises:
-        ValueError: a setting makes no sense for this model, or the model's output is not finite.
+        ValueError: a setting makes no sense for this model, or the model's output is not finite;
+            (of calls) the model is in training mode, or embeddings or heatmaps are asked for and
+            the model's call is more than its parts.
         CheckpointError: the file cannot be read.
         ImageError: (of calls) an image cannot be read; see `predict_files` for going on without.
         MemoryError: (of calls) not even one image fits into memory.
@@ -174,11 +183,19 @@ class Predictor:
         self._most = size if isinstance(size, int) else known.get(self.device.type, known["cpu"])
         self._told = False
         self._memory = self._max_memory or MAX_MEMORY.get(self.device.type, MAX_MEMORY["cpu"])
-        # Autocast chooses dtypes by the operator, and a stream has operators of its own.
-        self._streams = self._amp is None and can_stream(self.model)
+
+    def _reason_not_streamed(self) -> str:
+        """Why an image that is too large cannot be streamed; ``""`` where it can be."""
+        if self._amp is not None:
+            # Autocast chooses dtypes by the operator, and a stream has operators of its own.
+            return "the model runs under autocast"
+        output = "embedding" if self.columns.output_type == "embedding" else "logits"
+        return reason_not_streamable(self.model, output)
 
     def _is_large(self, height: int, width: int) -> bool:
-        return self._streams and whole_image_bytes(self.model, height, width) > self._memory
+        if whole_image_bytes(self.model, height, width) <= self._memory:
+            return False
+        return not self._reason_not_streamed()
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -214,7 +231,17 @@ class Predictor:
     ) -> tuple[Tensor, list[Heatmap]]:
         """`scores`, and a heatmap of each image (N = 1) if there is a folder for them."""
         if not len(images):
-            return torch.zeros(0, 0), []
+            return torch.zeros(0, 0, dtype=torch.float32, device="cpu"), []
+        check_eval(self.model)
+        if heatmaps is not None:
+            self.check_heatmaps(heatmaps.target)
+        if self.columns.output_type == "embedding":
+            reason = reason_called_otherwise(self.model)
+            if reason:
+                raise ValueError(
+                    f"{reason}, which embeddings (forward_features, then forward_head) would "
+                    "leave out: ask for output_type='logit'"
+                )
         groups: dict[torch.Size, list[int]] = {}
         tensors: dict[int, Tensor] = {}
         found: dict[int, Tensor] = {}
@@ -257,19 +284,17 @@ class Predictor:
         batch = in_one_piece(images)
         dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
         batch = batch.to(device=self.device, dtype=dtype, memory_format=self._layout)
-        amp: Any = nullcontext()
-        if self._amp is not None:
-            amp = torch.autocast(self.device.type, dtype=self._amp)
+        amp = autocast(self.device, self._amp)
         drawn: list[Heatmap] = []
         with use_backend(self.backend), torch.inference_mode(), amp, recording() as calls:
             model: Any = self.model
-            ours = isinstance(model, ConvMixer) and self.device.type == "cpu"
+            # The last bits of PyTorch's Linear depend on the batch. A run that goes on after a
+            # kill, or on several machines, has other batches and is to give the same rows.
+            ours = self.device.type == "cpu" and not reason_not_separable(model, "head")
             if self.columns.output_type == "embedding":
                 out = model.forward_head(model.forward_features(batch), pre_logits=True)
             elif ours or heatmaps is not None:
                 maps = model.forward_features(batch)
-                # The last bits of PyTorch's Linear depend on the batch. A run that goes on after
-                # a kill, or on several machines, has other batches and is to give the same rows.
                 if ours:
                     pooled = model.forward_head(maps, pre_logits=True).split(1)
                     out = torch.cat([model.head(one) for one in pooled])
@@ -311,12 +336,13 @@ class Predictor:
         """After a batch that did not fit: the next are smaller; True for an image to stream."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        if size == 1 and self._streams:
-            return True
         if size == 1:
+            reason = self._reason_not_streamed()
+            if not reason:
+                return True
             raise MemoryError(
-                f"not enough memory on {self.device} for one image of {shape[1]}x{shape[2]} px: "
-                "make images smaller, or take another device"
+                f"not enough memory on {self.device} for one image of {shape[1]}x{shape[2]} px, "
+                f"and it cannot be streamed ({reason}): make images smaller, or take another device"
             )
         self._most = size // 2
         if not self._told:
@@ -368,7 +394,8 @@ class Predictor:
 
         Raises:
             ValueError: the model pools in another way, has no classifier, or no class ``target``,
-                or the answers are embeddings, which are of no class.
+                its call is more than its parts, or the answers are embeddings, which are of no
+                class.
         """
         if self.columns.output_type == "embedding":
             raise ValueError("a heatmap is of a class: ask for prob or logit, not for embeddings")
@@ -435,7 +462,7 @@ class Predictor:
         return rows
 
     def _sized(self) -> Prepare:
-        if not (isinstance(self.preprocessing, NativeSize) and self._streams):
+        if not isinstance(self.preprocessing, NativeSize):
             return self.preprocessing
         return _Sized(self.preprocessing, self._is_large)
 

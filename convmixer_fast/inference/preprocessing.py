@@ -248,7 +248,7 @@ def _normalised(
     channels = len(mean)
     pixels = np.asarray(image, dtype=np.uint8).reshape(image.height, image.width, channels)
     if out is None:
-        out = torch.empty(channels, image.height, image.width)
+        out = torch.empty(channels, image.height, image.width, dtype=torch.float32, device="cpu")
     # One plane after the other: it stays in the cache from the first step to the last.
     for plane, values, center, scale in zip(
         out.numpy(), pixels.transpose(2, 0, 1), mean, std, strict=True

@@ -103,7 +103,7 @@ class ArraySource(Source):
         self._array, self._layout, self._granule, self.name = array, layout, granule, name
         self.images, self.channels = sizes.get("N", 1), sizes.get("C", 1)
         self.height, self.width = sizes["H"], sizes["W"]
-        self._held = (0, torch.empty(0))
+        self._held = (0, torch.empty(0, dtype=torch.uint8, device="cpu"))
         self._file = file
 
     def close(self) -> None:
@@ -215,7 +215,9 @@ class BandSource(Source):
                 f"{self.name} ended after {self._at} rows of {self.height}: it is too short"
             )
         if not found:
-            return torch.empty(self.images, self.channels, 0, self.width, dtype=torch.uint8)
+            return torch.empty(
+                *(self.images, self.channels, 0, self.width), dtype=torch.uint8, device="cpu"
+            )
         return found[0] if len(found) == 1 else torch.cat(found, 2)
 
     def _pull(self) -> bool:

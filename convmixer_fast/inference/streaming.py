@@ -25,12 +25,14 @@ from torch import Tensor, nn
 
 from ..arch import IMAGENET_MEAN, IMAGENET_STD
 from ..files import whole_or_absent
-from ..model import ConvMixer
+from ..model import GlobalPool
+from .ambient import autocast
 from .bands import BandFlow, Plan, blocks_of
 from .heatmap import Heatmap, check_mean_pooling, class_scores
 from .identity import model_digest
 from .images import ImageError
 from .preprocessing import Preprocessing
+from .separable import check_eval, reason_not_separable
 from .sources import Source, StackSource, forget, open_source
 
 OUTPUTS = ("logits", "embedding", "features", "heatmap")
@@ -74,8 +76,10 @@ class Pixels:
 
     def __init__(self, preprocessing: Preprocessing, dtype: torch.dtype, device: Any) -> None:
         view = (1, -1, 1, 1)
-        self._mean = torch.tensor(preprocessing.mean).view(view)
-        self._std = torch.tensor(preprocessing.std).view(view)
+        self._mean, self._std = (
+            torch.tensor(values, dtype=torch.float32, device="cpu").view(view)
+            for values in (preprocessing.mean, preprocessing.std)
+        )
         self._dtype, self._device = dtype, device
 
     def __call__(self, rows: Tensor) -> Tensor:
@@ -123,23 +127,27 @@ class _Reduced:
         self.cell, self._width = cell, width
         #: Every so many pixels of the image, for a picture of it.
         self._every = max(1, cell * patch // PICTURE_PIXELS)
-        self.picture = torch.empty(
-            images, 0, -(-width * patch // self._every), 3, dtype=torch.uint8
-        )
+        shape = (images, 0, -(-width * patch // self._every), 3)
+        self.picture = torch.empty(shape, dtype=torch.uint8, device="cpu")
         self._shape = (images, dim, -(-width // cell))
         self._device = device
-        self.sums = torch.zeros(0, *self._shape, device=device)
+        self.sums = self._zeros(0)
         self._rows = 0
+
+    def _zeros(self, rows: int) -> Tensor:
+        return torch.zeros(rows, *self._shape, dtype=torch.float32, device=self._device)
+
+    def _range(self, *bounds: int) -> Tensor:
+        return torch.arange(*bounds, dtype=torch.int64, device=self._device)
 
     def add(self, row: int, column: int, values: Tensor) -> None:
         rows, columns = values.shape[2:]
-        down = torch.arange(row, row + rows, device=self._device) // self.cell
-        across = torch.arange(column, column + columns, device=self._device) // self.cell
+        down = self._range(row, row + rows) // self.cell
+        across = self._range(column, column + columns) // self.cell
         missing = int(down[-1]) + 1 - self.sums.shape[0]
         if missing > 0:
-            more = torch.zeros(missing, *self._shape, device=self._device)
-            self.sums = torch.cat((self.sums, more))
-        summed = torch.zeros(rows, *self._shape, device=self._device)
+            self.sums = torch.cat((self.sums, self._zeros(missing)))
+        summed = self._zeros(rows)
         summed.index_add_(3, across, values.permute(2, 0, 1, 3).float())
         self.sums.index_add_(0, down, summed)
         self._rows = max(self._rows, row + rows)
@@ -154,7 +162,7 @@ class _Reduced:
         """(N, C, cells down, cells across)"""
 
         def sizes(count: int) -> Tensor:
-            whole = torch.arange(0, count, self.cell, device=self._device)
+            whole = self._range(0, count, self.cell)
             return (count - whole).clamp(max=self.cell).float()
 
         area = sizes(self._rows)[:, None, None, None] * sizes(self._width)
@@ -209,8 +217,10 @@ def stream(
     as they do on other backends (`Plan.exact` tells, ``CONVMIXER_FAST_STRASSEN=0`` joins none).
 
     Args:
-        model: a `ConvMixer`, or a model with its ``stem``, ``blocks``, ``global_pool`` and ``head``
-            that `convmixer_fast.optimize` has been through; in eval mode.
+        model: a `ConvMixer`, or timm's after `convmixer_fast.optimize`, in eval mode. It is taken
+            apart, so hooks, replaced methods and layers whose answer for a pixel depends on the
+            whole map (GroupNorm, BatchNorm without running statistics...) are refused; the
+            classifier and what stands before it are called, and may be any modules.
         source: a path (.npy, .zarr, TIFF, JPEG, PNG...), array, memory map, tensor, zarr array, an
             iterator of bands of rows, or a list of these: images of one size pass together, the
             sizes one after the other; see `open_source`. Whole numbers are scaled to 0..1 and
@@ -249,7 +259,8 @@ def stream(
         ValueError: an argument makes no sense, ``max_memory`` is too small, the model is in
             training mode, the checkpoint is of another run, or there is one, or an ``out``, for
             images of several sizes.
-        TypeError: the model has no blocks that can be streamed.
+        TypeError: bands of the image through the model's parts may not give ``model(image)``; the
+            message names the part.
         OSError: a file cannot be written.
     """
     run = _Run(model, output, preprocessing)
@@ -257,20 +268,21 @@ def stream(
     opened: list[Source] = []
 
     def one_pass(of: Source, stats: StreamStats) -> Any:
-        return run(
-            of,
-            out=None if out is None else Path(out),
-            max_memory=max_memory,
-            band_rows=band_rows,
-            strip_columns=strip_columns,
-            scratch=None if scratch is None else os.fspath(scratch),
-            checkpoint=None if checkpoint is None else Path(checkpoint),
-            checkpoint_rows=checkpoint_rows,
-            target=target,
-            cell=cell,
-            progress=progress,
-            stats=stats,
-        )
+        with autocast(run.device):
+            return run(
+                of,
+                out=None if out is None else Path(out),
+                max_memory=max_memory,
+                band_rows=band_rows,
+                strip_columns=strip_columns,
+                scratch=None if scratch is None else os.fspath(scratch),
+                checkpoint=None if checkpoint is None else Path(checkpoint),
+                checkpoint_rows=checkpoint_rows,
+                target=target,
+                cell=cell,
+                progress=progress,
+                stats=stats,
+            )
 
     stats = stats or StreamStats()
     try:
@@ -321,25 +333,25 @@ def _some_of(result: Any, begin: int, end: int) -> Any:
     return result._replace(**cut)
 
 
-@torch.inference_mode()
-def can_stream(model: nn.Module) -> bool:
-    """Whether `stream` gives a model's logits."""
-    parts: Any = model
+def reason_not_streamable(model: nn.Module, output: str = "logits") -> str:
+    """Why `stream` cannot give this output of a model in eval mode; ``""`` where it can."""
     try:
-        run = _Run(model, "logits", None)
-        blocks_of(parts.blocks, parts.stem[0], parts.stem(run.probe()))
-    except (TypeError, ValueError, AttributeError, IndexError):
-        return False
-    return True
+        _Run(model, output, None)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return ""
 
 
 def whole_image_bytes(model: nn.Module, height: int, width: int) -> int:
-    """What a model that `can_stream` holds of one image, at least, when it takes it as a whole.
+    """What a model that can be streamed holds of one image, at least, when it takes it as a whole.
 
     The image as numbers, and three maps: a block's input, its output, and one between its halves.
+    0 for a model without a stem.
     """
-    parts: Any = model
-    conv = parts.stem[0]
+    stem = getattr(model, "stem", None)
+    conv = stem[0] if isinstance(stem, nn.Sequential) and len(stem) else None
+    if not isinstance(conv, nn.Conv2d):
+        return 0
     patch = int(conv.kernel_size[0])
     values = conv.in_channels * height * width
     values += 3 * conv.out_channels * (height // patch) * (width // patch)
@@ -352,26 +364,26 @@ class _Run:
     def __init__(self, model: nn.Module, output: str, preprocessing: Preprocessing | None) -> None:
         if output not in OUTPUTS:
             raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
-        if any(module.training for module in model.modules()):
-            raise ValueError("streaming is inference: call model.eval() first")
+        check_eval(model)
         parts: Any = model
-        missing = [p for p in ("stem", "blocks", "head") if not hasattr(model, p)]
-        if missing:
+        if output == "heatmap":
+            check_mean_pooling(model)
+        pooled = () if output == "features" else ("global_pool",)
+        reason = reason_not_separable(model, "stem", "blocks", *pooled)
+        if reason:
             raise TypeError(
-                f"{type(model).__name__} has no {' and no '.join(missing)}: stream takes "
-                "convmixer_fast.ConvMixer; ConvMixer.from_checkpoint reads any published format"
+                f"{reason}: stream takes a convmixer_fast.ConvMixer without hooks or replaced "
+                "parts; ConvMixer.from_checkpoint reads any published format"
             )
         self.model, self.output, self._parts = model, output, parts
         conv = parts.stem[0]
         self.patch, self.in_chans = int(conv.kernel_size[0]), int(conv.in_channels)
         self.dtype, self.device = conv.weight.dtype, conv.weight.device
-        if output in ("logits", "embedding") and isinstance(model, ConvMixer):
-            if model.global_pool.is_identity():
-                raise ValueError(
-                    f"the model has no pooling, so there are no {output}: use output='features'"
-                )
-        elif output == "heatmap":
-            check_mean_pooling(model)
+        self._pool = GlobalPool(parts.global_pool.pool_type) if pooled else None
+        if self._pool is not None and self._pool.is_identity():
+            raise ValueError(
+                f"the model has no pooling, so there are no {output}: use output='features'"
+            )
         self.preprocessing = preprocessing or default_preprocessing(model)
         self.pixels = Pixels(self.preprocessing, self.dtype, self.device)
 
@@ -537,11 +549,10 @@ class _Run:
         stats.height = source.height or stats.height
 
     def _pooled(self, pool: _Pool) -> Tensor:
+        assert self._pool is not None
         mean = (pool.sum / pool.pixels).to(self.dtype)
-        pooling: Any = getattr(self.model, "global_pool", None)
-        if not isinstance(self.model, ConvMixer):
-            return mean
-        pooled: Tensor = pooling.of_statistics(mean, pool.peak.to(self.dtype))
+        pooled: Tensor = self._pool.of_statistics(mean, pool.peak.to(self.dtype))
+        pooled = self._parts.head_drop(pooled)
         return pooled
 
     def _logits(self, pool: _Pool) -> Tensor:
@@ -596,7 +607,7 @@ class _Features:
         self._path, self._height = path, 0
         if path is None:
             if height is not None:
-                self._whole: Tensor | None = torch.empty(self._shape, dtype=dtype)
+                self._whole: Tensor | None = torch.empty(self._shape, dtype=dtype, device="cpu")
             else:
                 self._whole = None
             return
@@ -631,7 +642,8 @@ class _Features:
             # The height is not known: room for twice as many rows.
             n, c, _, w = self._shape
             held = self._whole
-            self._whole = torch.empty(n, c, 2 * (row + rows), w, dtype=self._dtype)
+            shape = (n, c, 2 * (row + rows), w)
+            self._whole = torch.empty(shape, dtype=self._dtype, device="cpu")
             if held is not None:
                 self._whole[:, :, : held.shape[2]] = held
         self._whole[:, :, row : row + rows, column : column + columns] = values
@@ -770,7 +782,7 @@ class _Checkpoint:
                     sinks.sums = _read(file, "cells", sinks.sums)
                     sinks.picture = _read(file, "picture", sinks.picture)
                     sinks._rows = head["heatmap rows"]
-                like = torch.empty(0, dtype=flow.blocks.dtype)
+                like = torch.empty(0, dtype=flow.blocks.dtype, device="cpu")
                 for piece, _ in flow.pieces():
                     flow.put_back(piece, _read(file, f"{piece[0]}-{piece[1]}", like))
         except (zipfile.BadZipFile, KeyError, json.JSONDecodeError) as error:

@@ -221,7 +221,7 @@ def _gain_and_offset(
     found = _normal.get(key)
     if found is not None:
         return found
-    both = torch.empty(2, len(mean), device=device)
+    both = torch.empty(2, len(mean), dtype=torch.float32, device=device)
     # Filled by kernels, which a CUDA graph may record, unlike copies from the host.
     for c, (m, s) in enumerate(zip(mean, std, strict=True)):
         both[0, c].fill_(1 / (255 * s))
