@@ -295,7 +295,8 @@ class DepthwiseMix(_Fused):
         kernel_size: k, odd or even.
         act_layer: a class or factory of activation modules, or a name in `arch.ACTIVATIONS`.
         drop_path: probability of dropping a sample's branch in training.
-        device, dtype: as for `nn.Conv2d`.
+        device: as for `nn.Conv2d`.
+        dtype: as for `nn.Conv2d`.
 
     Source: Trockman and Kolter 2022, section 2.
     """
@@ -379,9 +380,11 @@ class PointwiseMix(_FusedSequential):
     (1x1), ``1`` activation, ``2`` BatchNorm2d.
 
     Args:
-        in_dim, out_dim: channels; ``out_dim`` defaults to ``in_dim``.
+        in_dim: channels of the input.
+        out_dim: channels of the output; None for ``in_dim``.
         act_layer: a class or factory of activation modules, or a name in `arch.ACTIVATIONS`.
-        device, dtype: as for `nn.Conv2d`.
+        device: as for `nn.Conv2d`.
+        dtype: as for `nn.Conv2d`.
 
     Source: Trockman and Kolter 2022, section 2.
     """
@@ -433,10 +436,12 @@ class PatchEmbed(_FusedSequential):
     stride p), ``1`` activation, ``2`` BatchNorm2d.
 
     Args:
-        in_chans, dim: channels of the image and of the map.
+        in_chans: channels of the image.
+        dim: channels of the map.
         patch_size: p.
         act_layer: a class or factory of activation modules, or a name in `arch.ACTIVATIONS`.
-        device, dtype: as for `nn.Conv2d`.
+        device: as for `nn.Conv2d`.
+        dtype: as for `nn.Conv2d`.
         normalize: (mean, std), a number for each channel of both: uint8 images are taken too, and
             become ``(x / 255 - mean) / std``, inside the kernel on a GPU. Other images are left as
             they are.
@@ -585,7 +590,8 @@ class MixerBlock(_FusedSequential):
         kernel_size: k of the depthwise convolution, odd or even.
         act_layer: a class or factory of activation modules, or a name in `arch.ACTIVATIONS`.
         drop_path: probability of dropping a sample's residual branch in training.
-        device, dtype: as for `nn.Conv2d`.
+        device: as for `nn.Conv2d`.
+        dtype: as for `nn.Conv2d`.
 
     Source: Trockman and Kolter 2022, section 2.
     """

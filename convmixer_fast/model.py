@@ -80,7 +80,8 @@ class ConvMixer(nn.Module):
             ``num_classes=0``.
         drop_rate: dropout before the classifier.
         act_layer: a class or factory of activation modules, or a name in `arch.ACTIVATIONS`.
-        device, dtype: of the parameters, as for `nn.Conv2d`.
+        device: of the parameters, as for `nn.Conv2d`.
+        dtype: of the parameters, as for `nn.Conv2d`.
         drop_path_rate: stochastic depth of the residual branches, growing linearly with depth
             from 0 to this.
         n_classes: the original repository's name for ``num_classes``.
