@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.fx
@@ -33,34 +33,17 @@ from .ops.mixer import mixer_stack
 from .ops.packing import Packed, PackedCache, batch_norm_affine, cacheable, sources_of
 from .ops.pointwise import pointwise_mix
 from .ops.stem import normalized, patch_embed_uint8
+from .reference import (
+    DropPath,
+    Normalization,
+    in_turn,
+    normalized_in_turn,
+    residual,
+    scripted_as,
+)
 from .steady import Half, Plan, SteadyOnCpu, SteadyStack
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
-#: (mean, std) of images in [0, 1], a number for each channel of both.
-Normalization = tuple[Sequence[float], Sequence[float]]
-
-
-class DropPath(nn.Module):
-    """Stochastic depth: in training, drops samples with probability ``p`` and scales the rest.
-
-    Source: Huang et al., "Deep Networks with Stochastic Depth", 2016.
-    """
-
-    def __init__(self, p: float = 0.0) -> None:
-        super().__init__()
-        if not 0.0 <= p < 1.0:
-            raise ValueError(f"drop_path must be in [0, 1), got {p}")
-        self.p = p
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0.0:
-            return x
-        keep = 1.0 - self.p
-        mask = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(keep)
-        return x * mask.div_(keep)
-
-    def extra_repr(self) -> str:
-        return f"p={self.p}"
 
 
 def is_depthwise(conv: nn.Module) -> bool:
@@ -249,6 +232,15 @@ class _Fused(nn.Module):
     """What the fused modules share: a cache that no copy or pickle carries, and a report."""
 
     _packed: PackedCache[Any]
+    #: What belongs to fusion: neither TorchScript nor a plain module in this one's place has it.
+    __jit_ignored_attributes__ = (
+        "_packed",
+        "_halves",
+        "_branch",
+        "_original",
+        "_graphs",
+        "_depth_first",
+    )
 
     def _decide(
         self,
@@ -343,6 +335,7 @@ class DepthwiseMix(_Fused):
         self.training = fn.training
         return self
 
+    @scripted_as(residual)
     def forward(self, x: Tensor) -> Tensor:
         fn: Any = getattr(self, self._branch)
         why = self._why_composed(fn, x)
@@ -420,6 +413,7 @@ class PointwiseMix(_FusedSequential):
         self.training = bn.training
         return self
 
+    @scripted_as(in_turn)
     def forward(self, x: Tensor) -> Tensor:
         if len(self) != 3:
             return super().forward(x)
@@ -452,7 +446,8 @@ class PatchEmbed(_FusedSequential):
     Source: Trockman and Kolter 2022, section 2.
     """
 
-    normalize: Normalization | None = None
+    # Not annotated: TorchScript would take the annotation for the attribute's type.
+    normalize = cast("Normalization | None", None)
 
     def __init__(
         self,
@@ -476,6 +471,7 @@ class PatchEmbed(_FusedSequential):
     def extra_repr(self) -> str:
         return "" if self.normalize is None else f"normalize={self.normalize}"
 
+    @scripted_as(normalized_in_turn)
     def forward(self, x: Tensor) -> Tensor:
         normalize = self.normalize
         # torch.fx sees a stem of floats.
@@ -633,6 +629,7 @@ class MixerBlock(_FusedSequential):
         self.training = bn.training
         return self
 
+    @scripted_as(in_turn)
     def forward(self, x: Tensor) -> Tensor:
         if len(self) != 4:
             return super().forward(x)
@@ -773,6 +770,7 @@ class MixerStack(_FusedSequential):
             return part.train(self.training)
         return super().__getitem__(index)
 
+    @scripted_as(in_turn)
     def forward(self, x: Tensor) -> Tensor:
         if not self._modules or not _stacks_run_on(x):
             if not self._modules or not self._may_be_steady(x):
