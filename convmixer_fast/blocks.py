@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.fx
@@ -45,33 +45,15 @@ from .ops.mixer import mixer_stack
 from .ops.packing import Packed, PackedCache, batch_norm_affine, cacheable, sources_of
 from .ops.pointwise import pointwise_mix
 from .ops.stem import normalized, patch_embed_uint8
+from .reference import (
+    DropPath,
+    Normalization,
+    in_turn,
+    normalized_in_turn,
+    residual,
+    scripted_as,
+)
 from .steady import Half, Plan, SteadyOnCpu, SteadyStack
-
-#: (mean, std) of images in [0, 1], a number for each channel of both.
-Normalization = tuple[Sequence[float], Sequence[float]]
-
-
-class DropPath(nn.Module):
-    """Stochastic depth: in training, drops samples with probability ``p`` and scales the rest.
-
-    Source: Huang et al., "Deep Networks with Stochastic Depth", 2016.
-    """
-
-    def __init__(self, p: float = 0.0) -> None:
-        super().__init__()
-        if not 0.0 <= p < 1.0:
-            raise ValueError(f"drop_path must be in [0, 1), got {p}")
-        self.p = p
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0.0:
-            return x
-        keep = 1.0 - self.p
-        mask = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(keep)
-        return x * mask.div_(keep)
-
-    def extra_repr(self) -> str:
-        return f"p={self.p}"
 
 
 def _operands(
@@ -156,6 +138,16 @@ class _Fused(nn.Module):
     """What the fused modules share: a cache that no copy or pickle carries, and a report."""
 
     _packed: PackedCache[Any]
+    #: What belongs to fusion: neither TorchScript nor a plain module in this one's place has it.
+    __jit_ignored_attributes__ = (
+        "_packed",
+        "_halves",
+        "_branch",
+        "_original",
+        "_graphs",
+        "_depth_first",
+        "_idle_in_eval",
+    )
 
     def _decide(
         self,
@@ -202,7 +194,8 @@ class DepthwiseMix(_Fused):
         kernel_size: k, odd or even.
         act_layer: a class or factory of activation modules, or a name in `arch.ACTIVATIONS`.
         drop_path: probability of dropping a sample's branch in training.
-        device, dtype: as for `nn.Conv2d`.
+        device: as for `nn.Conv2d`.
+        dtype: as for `nn.Conv2d`.
 
     Source: Trockman and Kolter 2022, section 2.
     """
@@ -252,6 +245,7 @@ class DepthwiseMix(_Fused):
         self.training = fn.training
         return self
 
+    @scripted_as(residual)
     def forward(self, x: Tensor) -> Tensor:
         fn: Any = getattr(self, self._branch)
         why = self._reason_composed(fn, x)
@@ -290,9 +284,11 @@ class PointwiseMix(_FusedSequential):
     (1x1), ``1`` activation, ``2`` BatchNorm2d.
 
     Args:
-        in_dim, out_dim: channels; ``out_dim`` defaults to ``in_dim``.
+        in_dim: channels of the input.
+        out_dim: channels of the output; None for ``in_dim``.
         act_layer: a class or factory of activation modules, or a name in `arch.ACTIVATIONS`.
-        device, dtype: as for `nn.Conv2d`.
+        device: as for `nn.Conv2d`.
+        dtype: as for `nn.Conv2d`.
 
     Source: Trockman and Kolter 2022, section 2.
     """
@@ -328,6 +324,7 @@ class PointwiseMix(_FusedSequential):
         self.training = bn.training
         return self
 
+    @scripted_as(in_turn)
     def forward(self, x: Tensor) -> Tensor:
         if len(self) != 3:
             return super().forward(x)
@@ -344,10 +341,12 @@ class PatchEmbed(_FusedSequential):
     stride p), ``1`` activation, ``2`` BatchNorm2d.
 
     Args:
-        in_chans, dim: channels of the image and of the map.
+        in_chans: channels of the image.
+        dim: channels of the map.
         patch_size: p.
         act_layer: a class or factory of activation modules, or a name in `arch.ACTIVATIONS`.
-        device, dtype: as for `nn.Conv2d`.
+        device: as for `nn.Conv2d`.
+        dtype: as for `nn.Conv2d`.
         normalize: (mean, std), a number for each channel of both: uint8 images are taken too, and
             become ``(x / 255 - mean) / std``, inside the kernel on a GPU. Other images are left as
             they are.
@@ -358,7 +357,8 @@ class PatchEmbed(_FusedSequential):
     Source: Trockman and Kolter 2022, section 2.
     """
 
-    normalize: Normalization | None = None
+    # Not annotated: TorchScript would take the annotation for the attribute's type.
+    normalize = cast("Normalization | None", None)
 
     def __init__(
         self,
@@ -382,6 +382,7 @@ class PatchEmbed(_FusedSequential):
     def extra_repr(self) -> str:
         return "" if self.normalize is None else f"normalize={self.normalize}"
 
+    @scripted_as(normalized_in_turn)
     def forward(self, x: Tensor) -> Tensor:
         normalize = self.normalize
         # torch.fx sees a stem of floats.
@@ -496,7 +497,8 @@ class MixerBlock(_FusedSequential):
         kernel_size: k of the depthwise convolution, odd or even.
         act_layer: a class or factory of activation modules, or a name in `arch.ACTIVATIONS`.
         drop_path: probability of dropping a sample's residual branch in training.
-        device, dtype: as for `nn.Conv2d`.
+        device: as for `nn.Conv2d`.
+        dtype: as for `nn.Conv2d`.
 
     Source: Trockman and Kolter 2022, section 2.
     """
@@ -538,6 +540,7 @@ class MixerBlock(_FusedSequential):
         self.training = bn.training
         return self
 
+    @scripted_as(in_turn)
     def forward(self, x: Tensor) -> Tensor:
         if len(self) != 4:
             return super().forward(x)
@@ -694,6 +697,7 @@ class MixerStack(_FusedSequential):
             return part.train(self.training)
         return super().__getitem__(index)
 
+    @scripted_as(in_turn)
     def forward(self, x: Tensor) -> Tensor:
         if not self._modules or not _stacks_run_on(x):
             if not self._modules or not self._may_be_steady(x):

@@ -1,6 +1,7 @@
-"""Which model replaces timm's `ConvMixer`? This one: its signature, parameter names and methods."""
+"""Which model replaces timm's `ConvMixer`? This one: its signature, parameter names and methods.
 
-from __future__ import annotations
+As `reference`, this module does without ``from __future__ import annotations``.
+"""
 
 import fnmatch
 import os
@@ -11,47 +12,70 @@ from typing import Any
 
 import torch
 import torch.fx
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import checkpoint as checkpoints
 from .arch import VARIANTS, Arch, Variant, activation_layer, activation_name, find_variant
-from .blocks import MixerBlock, MixerStack, Normalization, PatchEmbed
+from .blocks import MixerBlock, MixerStack, PatchEmbed
+from .reference import Normalization
 
-#: Pooling before the classifier, and how many times the channels it hands on.
-_POOLS = {"": 1, "avg": 1, "max": 1, "avgmax": 1, "catavgmax": 2}
+
+class AdaptiveAvgMaxPool2d(nn.Module):
+    """(N, C, H, W) -> (N, C, 1, 1): half the sum of the mean and the maximum of each channel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * (F.adaptive_avg_pool2d(x, 1) + F.adaptive_max_pool2d(x, 1))
+
+
+class AdaptiveCatAvgMaxPool2d(nn.Module):
+    """(N, C, H, W) -> (N, 2C, 1, 1): the means of all channels, then their maxima."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat((F.adaptive_avg_pool2d(x, 1), F.adaptive_max_pool2d(x, 1)), 1)
+
+
+#: Pooling before the classifier, under timm's names.
+_POOLS: dict[str, Callable[[], nn.Module]] = {
+    "": nn.Identity,
+    "avg": lambda: nn.AdaptiveAvgPool2d(1),
+    "max": lambda: nn.AdaptiveMaxPool2d(1),
+    "avgmax": AdaptiveAvgMaxPool2d,
+    "catavgmax": AdaptiveCatAvgMaxPool2d,
+}
 
 
 class GlobalPool(nn.Module):
     """(N, C, H, W) -> (N, C), or (N, 2C) for ``catavgmax``, or the map itself for ``''``.
 
+    Children are timm's, ``pool`` and ``flatten``, of the same classes: profilers and feature
+    extractors find them by name and class.
+
     Args:
         pool_type: ``avg``, ``max``, ``avgmax`` (their mean), ``catavgmax`` (both), or ``''``;
-            timm's ``fast`` prefix is accepted and changes nothing.
+            timm's ``fast`` prefix is accepted and changes nothing, ``fast`` alone is ``avg``.
     """
 
     def __init__(self, pool_type: str = "avg") -> None:
         super().__init__()
-        self.pool_type = (pool_type or "").removeprefix("fast")
+        name = pool_type or ""
+        self.pool_type = "avg" if name == "fast" else name.removeprefix("fast")
         if self.pool_type not in _POOLS:
             raise ValueError(
                 f"unknown global_pool {pool_type!r}: one of {', '.join(map(repr, _POOLS))}"
             )
+        self.pool = _POOLS[self.pool_type]()
+        self.flatten = nn.Flatten(1) if self.pool_type else nn.Identity()
 
     def feat_mult(self) -> int:
-        return _POOLS[self.pool_type]
+        return 2 if self.pool_type == "catavgmax" else 1
 
     def is_identity(self) -> bool:
         return not self.pool_type
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.pool_type == "":
-            return x
-        if self.pool_type == "avg":
-            return x.mean(dim=(2, 3))
-        if self.pool_type == "max":
-            return x.amax(dim=(2, 3))
-        return self.of_statistics(x.mean(dim=(2, 3)), x.amax(dim=(2, 3)))
+        return self.flatten(self.pool(x))
 
     def of_statistics(self, mean: Tensor, peak: Tensor) -> Tensor:
         """The same from a map's mean and maximum, each (N, C), where there is pooling at all."""
@@ -80,7 +104,8 @@ class ConvMixer(nn.Module):
             ``num_classes=0``.
         drop_rate: dropout before the classifier.
         act_layer: a class or factory of activation modules, or a name in `arch.ACTIVATIONS`.
-        device, dtype: of the parameters, as for `nn.Conv2d`.
+        device: of the parameters, as for `nn.Conv2d`.
+        dtype: of the parameters, as for `nn.Conv2d`.
         drop_path_rate: stochastic depth of the residual branches, growing linearly with depth
             from 0 to this.
         n_classes: the original repository's name for ``num_classes``.
@@ -95,6 +120,8 @@ class ConvMixer(nn.Module):
 
     Source: Trockman and Kolter, "Patches Are All You Need?", 2022, arXiv:2201.09792.
     """
+
+    __jit_unused_properties__ = ("arch", "default_cfg")
 
     def __init__(
         self,
@@ -143,13 +170,15 @@ class ConvMixer(nn.Module):
         self.feature_info = [
             {"num_chs": dim, "reduction": patch_size, "module": f"blocks.{i}"} for i in range(depth)
         ]
+        # In timm's order.
+        self.global_pool = GlobalPool(global_pool)
         self.head_drop = nn.Dropout(drop_rate)
-        self._set_head(num_classes, global_pool, {"device": device, "dtype": dtype})
+        self._set_head(num_classes, self.global_pool, {"device": device, "dtype": dtype})
 
     @classmethod
     def from_checkpoint(
         cls, path: str | os.PathLike[str], act: str | None = None, **kwargs: Any
-    ) -> ConvMixer:
+    ) -> "ConvMixer":
         """The model that a file holds, in eval mode; its numbers are read off the shapes.
 
         Args:
@@ -193,8 +222,7 @@ class ConvMixer(nn.Module):
             act=activation_name(self.stem[1]),
         )
 
-    def _set_head(self, num_classes: int, global_pool: str, factory: dict[str, Any]) -> None:
-        pool = GlobalPool(global_pool)
+    def _set_head(self, num_classes: int, pool: GlobalPool, factory: dict[str, Any]) -> None:
         if pool.is_identity() and num_classes > 0:
             raise ValueError(
                 "global_pool='' leaves a map, which the classifier cannot take: "
@@ -208,14 +236,17 @@ class ConvMixer(nn.Module):
             else nn.Identity()
         )
 
+    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Regular expressions of parameter groups, for timm's layer-wise learning rates."""
         return {"stem": r"^stem", "blocks": r"^blocks\.(\d+)"}
 
+    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only each block's input for the backward pass and run the block again there."""
         self.grad_checkpointing = enable
 
+    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         return self.head
 
@@ -226,36 +257,36 @@ class ConvMixer(nn.Module):
             ValueError: the pooling is unknown or cannot feed a classifier.
         """
         weight: Any = self.stem[0].weight
-        pool = self.global_pool.pool_type if global_pool is None else global_pool
+        pool = self.global_pool if global_pool is None else GlobalPool(global_pool)
         self._set_head(num_classes, pool, {"device": weight.device, "dtype": weight.dtype})
         self.num_classes = num_classes
         self.global_pool.train(self.training)
         self.head.train(self.training)
 
-    def _run_block(self, block: nn.Module, x: Tensor) -> Tensor:
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            out: Tensor = checkpoint(block, x, use_reentrant=False)
-            return out
-        return block(x)
-
     def _run_stem(self, x: Tensor) -> Tensor:
-        # No compiler's or tracer's graph is to hold a check of one example's shape.
-        if not (
-            torch.compiler.is_compiling()
-            or torch._C._get_tracing_state()
-            or isinstance(x, torch.fx.Proxy)
-        ):
+        if not torch.jit.is_scripting():
             _check_image(x, self.stem)
         return self.stem(x)
 
+    def _maps(self, x: Tensor, take: list[int], blocks: int) -> tuple[Tensor, list[Tensor]]:
+        """The map after so many ``blocks``, and the maps after those whose index is in ``take``."""
+        x = self._run_stem(x)
+        maps: list[Tensor] = []
+        for i, block in enumerate(self.blocks):
+            if i < blocks:
+                if self.grad_checkpointing and not torch.jit.is_scripting():
+                    x = checkpoint(block, x, use_reentrant=False)
+                else:
+                    x = block(x)
+                if i in take:
+                    maps.append(x)
+        return x, maps
+
     def forward_features(self, x: Tensor) -> Tensor:
         """(N, in_chans, H, W) -> (N, dim, H // patch, W // patch)."""
-        x = self._run_stem(x)
-        if not (self.grad_checkpointing and torch.is_grad_enabled()):
-            return self.blocks(x)
-        for block in self.blocks:
-            x = self._run_block(block, x)
-        return x
+        if self.grad_checkpointing and not torch.jit.is_scripting() and torch.is_grad_enabled():
+            return self._maps(x, [], len(self.blocks))[0]
+        return self.blocks(self._run_stem(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The map to (N, num_classes), or to the pooled features with ``pre_logits``."""
@@ -291,14 +322,7 @@ class ConvMixer(nn.Module):
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
         take, last = _take_indices(len(self.blocks), indices)
-        x = self._run_stem(x)
-        maps: list[Tensor] = []
-        for i, block in enumerate(self.blocks):
-            if stop_early and i > last:
-                break
-            x = self._run_block(block, x)
-            if i in take:
-                maps.append(x)
+        x, maps = self._maps(x, take, last + 1 if stop_early else len(self.blocks))
         return maps if intermediates_only else (x, maps)
 
     def prune_intermediate_layers(
@@ -323,7 +347,7 @@ class FeatureInfo:
         last = range(-out_indices, 0) if isinstance(out_indices, int) else out_indices
         self.out_indices = tuple(last)
 
-    def from_other(self, out_indices: int | Sequence[int]) -> FeatureInfo:
+    def from_other(self, out_indices: int | Sequence[int]) -> "FeatureInfo":
         """The same rows, and other maps put out: the last n for an int."""
         return FeatureInfo(self.info, out_indices)
 
@@ -373,12 +397,9 @@ class FeatureExtractor(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        maps = self.model.forward_intermediates(
-            x, indices=self.out_indices, intermediates_only=True
-        )
-        assert isinstance(maps, list)
-        return maps
+        return self.model._maps(x, self.out_indices, len(self.model.blocks))[1]
 
+    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.model.set_grad_checkpointing(enable)
 
@@ -509,6 +530,13 @@ def _take_indices(blocks: int, indices: int | Sequence[int] | None) -> tuple[lis
 
 def _check_image(x: Tensor, whole: nn.Sequential) -> None:
     """One line for the inputs that PyTorch would answer with a riddle."""
+    # No compiler's or tracer's graph is to hold a check of one example's shape.
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state()
+        or isinstance(x, torch.fx.Proxy)
+    ):
+        return
     stem = whole[0]
     if not isinstance(stem, nn.Conv2d):
         return

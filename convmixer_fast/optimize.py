@@ -20,24 +20,21 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.fx
-from torch import Tensor, nn
+from torch import nn
 
 from .arch import activation_name
 from .blocks import (
     DepthwiseMix,
     MixerBlock,
     MixerStack,
-    Normalization,
     PatchEmbed,
     PointwiseMix,
     _Fused,
     _FusedSequential,
-    dtype_of_pixels,
 )
 from .fusible import CALL_PATH, is_depthwise, is_pointwise, watch_classes
 from .graphs import StackGraphs
-from .ops.stem import normalized
-from .reference import Residual
+from .reference import NormalizedSequential, Residual, ResidualSequential
 
 
 class SequentialDepthwiseMix(DepthwiseMix, _FusedSequential):
@@ -56,10 +53,7 @@ _FUSED_TYPES = (
 #: What every module has: children, tensors, hooks, training. All else is the class's or the user's.
 _STATE = frozenset(nn.Module().__dict__)
 #: Attributes of the fused modules themselves.
-_OWN = frozenset(
-    {"_packed", "_halves", "_branch", "_original", "_graphs", "_depth_first", "drop_path"}
-    | {"_idle_in_eval"}
-)
+_OWN = frozenset({*_Fused.__jit_ignored_attributes__, "drop_path"})
 #: Methods of `nn.Module` that a container may define without computing or storing anything else.
 _HARMLESS = frozenset(
     {"__init__", "forward", "extra_repr", "__repr__", "_get_name", "__dir__"}
@@ -701,7 +695,7 @@ def _unfuse(module: nn.Module) -> nn.Module:
     if original is not None and not (drops and "drop_path(" not in _formula(original[0])):
         plain = original[0]
     elif isinstance(module, PatchEmbed) and module.normalize is not None:
-        plain = NormalizedSequential()
+        plain = NormalizedSequential(normalize=module.normalize)
     elif not isinstance(module, DepthwiseMix):
         plain = nn.Sequential()
     elif module._branch == "fn" and not drops:
@@ -714,27 +708,6 @@ def _unfuse(module: nn.Module) -> nn.Module:
         # Its own dictionary: without the Identity that stands for "no stochastic depth".
         plain.__dict__["_modules"] = {"fn": module._modules["fn"]}
     return plain
-
-
-class ResidualSequential(nn.Sequential):
-    """``x`` plus what its children make of it in turn, such as ``drop_path(fn(x)) + x``."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = x
-        for child in self:
-            y = child(y)
-        return y + x
-
-
-class NormalizedSequential(nn.Sequential):
-    """A stem that takes uint8 images too; ``normalize``: their (mean, std), as for `ConvMixer`."""
-
-    normalize: Normalization
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not isinstance(x, torch.fx.Proxy) and x.dtype == torch.uint8:
-            x = normalized(x, *self.normalize, dtype_of_pixels(x, self))
-        return super().forward(x)
 
 
 def _substitute(model: nn.Module, new: Mapping[int, nn.Module]) -> None:

@@ -1,15 +1,94 @@
 """What exactly must be computed? ConvMixer in plain PyTorch, the oracle of every test.
 
-Nothing here is fused, packed or cached. Parameter names are timm's.
+Nothing here is fused, packed or cached. Parameter names are timm's. Everything goes through
+torch.jit.script and torch.fx, which take annotations as they are, not as strings: this module does
+without ``from __future__ import annotations``.
 """
 
-from __future__ import annotations
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
-from collections.abc import Callable
-
+import torch
+import torch.fx
 from torch import Tensor, nn
 
 from .arch import Arch, activation_layer
+
+#: (mean, std) of images in [0, 1], a number for each channel of both.
+Normalization = tuple[Sequence[float], Sequence[float]]
+_Forward = TypeVar("_Forward", bound=Callable[..., Any])
+
+
+def in_turn(self: Any, x: Tensor) -> Tensor:
+    """The forward of a Sequential."""
+    for module in self:
+        x = module(x)
+    return x
+
+
+def residual(self: Any, x: Tensor) -> Tensor:
+    """The forward of a spatial half: ``drop_path(branch(x)) + x``, the branch of any name."""
+    y = x
+    for name, module in self.named_children():
+        if name != "drop_path":
+            y = module(y)
+    for name, module in self.named_children():
+        if name == "drop_path":
+            y = module(y)
+    return y + x
+
+
+def normalized_in_turn(self: Any, x: Tensor) -> Tensor:
+    """The forward of a stem: uint8 becomes ``(x / 255 - mean) / std`` if ``normalize`` is set."""
+    if hasattr(self, "normalize") and x.dtype == torch.uint8:
+        mean, std = self.normalize
+        dtype = self[0].weight.dtype
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        shift = torch.tensor(mean, dtype=wide, device=x.device).view(1, -1, 1, 1)
+        scale = torch.tensor(std, dtype=wide, device=x.device).view(1, -1, 1, 1)
+        x = ((x.to(wide) / 255 - shift) / scale).to(dtype)
+    for module in self:
+        x = module(x)
+    return x
+
+
+def scripted_as(plain: Callable[..., Any]) -> Callable[[_Forward], _Forward]:
+    """Decorate a forward that computes what ``plain`` does: torch.jit.script compiles ``plain``.
+
+    TorchScript reads the source of what `inspect.unwrap` finds, and resolves its names in the
+    module of the decorated function: ``plain`` may use ``torch`` and ``Tensor``. The module itself
+    is compiled, not a plain one that ``__prepare_scriptable__`` returns: torch.jit.script writes
+    those into the parent, which would be no longer fused afterwards.
+    """
+
+    def mark(forward: _Forward) -> _Forward:
+        forward.__wrapped__ = plain  # type: ignore[attr-defined]
+        return forward
+
+    return mark
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, drops samples with probability ``p`` and scales the rest.
+
+    Source: Huang et al., "Deep Networks with Stochastic Depth", 2016.
+    """
+
+    def __init__(self, p: float = 0.0) -> None:
+        super().__init__()
+        if not 0.0 <= p < 1.0:
+            raise ValueError(f"drop_path must be in [0, 1), got {p}")
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0.0:
+            return x
+        keep = 1.0 - self.p
+        mask = x.new_empty([x.shape[0]] + [1] * (x.dim() - 1)).bernoulli_(keep)
+        return x * mask.div_(keep)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
 
 
 class Residual(nn.Module):
@@ -21,6 +100,29 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fn(x) + x
+
+
+class ResidualSequential(nn.Sequential):
+    """``x`` plus what its children make of it in turn, such as ``drop_path(fn(x)) + x``."""
+
+    forward = residual
+
+
+class NormalizedSequential(nn.Sequential):
+    """A stem that takes uint8 images too.
+
+    Args:
+        normalize: their (mean, std), a number for each channel of both.
+    """
+
+    def __init__(self, *modules: nn.Module, normalize: Normalization) -> None:
+        super().__init__(*modules)
+        self.normalize = normalize
+
+    @scripted_as(normalized_in_turn)
+    def forward(self, x: Tensor) -> Tensor:
+        # torch.fx sees a stem of floats.
+        return in_turn(self, x) if isinstance(x, torch.fx.Proxy) else normalized_in_turn(self, x)
 
 
 def reference_block(

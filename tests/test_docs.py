@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -122,24 +123,78 @@ def test_every_way_to_start_has_a_block():
     assert started == {"swap.md", "benchmark.md", "batch.md"}
 
 
-def test_site_builds_without_a_warning(tmp_path):
+def build_site(config: Path, site: Path) -> subprocess.CompletedProcess[str]:
+    """The strict build; with ``--quiet`` mkdocs does not count the warnings that it hides."""
     pytest.importorskip("mkdocs", reason='pip install ".[docs]"')
     pytest.importorskip("material", reason='pip install ".[docs]"')
     pytest.importorskip("mkdocstrings", reason='pip install ".[docs]"')
     if not (ROOT / "mkdocs.yml").is_file():
         pytest.skip("not run from a source tree")
-    done = fresh_python.run(
-        *("-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(tmp_path / "site")),
-        *("-f", str(ROOT / "mkdocs.yml")),
+    return fresh_python.run(
+        *("-m", "mkdocs", "build", "--strict", "-f", str(config), "-d", str(site)),
         env={"NO_MKDOCS_2_WARNING": "1"},
         timeout=300,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    api = (tmp_path / "site" / "api" / "index.html").read_text()
+
+
+def test_site_builds_without_a_warning(tmp_path):
+    done = build_site(ROOT / "mkdocs.yml", tmp_path)
+    told = done.stdout + done.stderr
+    assert done.returncode == 0, told
+    assert "Documentation built" in told
+    assert "WARNING" not in told
+    api = (tmp_path / "api" / "index.html").read_text()
     for name in ("ConvMixer", "optimize", "load_checkpoint", "assert_numerics"):
         assert f'id="convmixer_fast.{"testing." if "assert" in name else ""}{name}"' in api
-    kernels = (tmp_path / "site" / "kernels" / "index.html").read_text()
+    kernels = (tmp_path / "kernels" / "index.html").read_text()
     assert "Write the limit down" in kernels
+
+
+@pytest.mark.parametrize(
+    ("page", "told"),
+    [
+        ("[to itself](index.md#a) ::: documented.right", ""),
+        ("[to a page](nowhere.md)", "nowhere.md"),
+        ("[to a heading](#nowhere)", "nowhere"),
+        ("[to a root](/nowhere/)", "/nowhere/"),
+        ("[to a name][convmixer_fast.nothing]", "convmixer_fast.nothing"),
+        ("::: documented.wrong", "'x, y'"),
+        ('--8<-- "nowhere.md"', "nowhere.md"),
+    ],
+)
+def test_a_broken_page_fails_the_build(page, told, tmp_path):
+    """The project's own configuration, on one page."""
+    config = tmp_path / "mkdocs.yml"
+    config.write_text(
+        f"INHERIT: {ROOT / 'mkdocs.yml'}\n"
+        f"nav: [index.md]\n"
+        f"plugins: {{mkdocstrings: {{handlers: {{python: {{paths: [{tmp_path}]}}}}}}}}\n"
+    )
+    (tmp_path / "documented.py").write_text(DOCUMENTED)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "index.md").write_text("# A\n\n" + page.replace(" :::", "\n\n:::"))
+    done = build_site(config, tmp_path / "site")
+    assert (done.returncode == 0) == (not told), done.stdout + done.stderr
+    assert told in done.stdout + done.stderr
+
+
+DOCUMENTED = '''
+def right(x: int, y: int) -> None:
+    """One line an argument.
+
+    Args:
+        x: a number.
+        y: a number.
+    """
+
+
+def wrong(x: int, y: int) -> None:
+    """One line for two.
+
+    Args:
+        x, y: numbers.
+    """
+'''
 
 
 def test_pages_are_all_in_the_navigation():

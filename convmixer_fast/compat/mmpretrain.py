@@ -4,10 +4,9 @@
     model = dict(backbone=dict(type="ConvMixerFast", arch="768/32", act_cfg=dict(type="ReLU")), ...)
 
 Importing this module registers the backbone with mmpretrain where that is installed, and does
-nothing more where it is not: the class needs neither mmpretrain nor mmengine.
+nothing more where it is not: the class needs neither mmpretrain nor mmengine. As `reference`, it
+does without ``from __future__ import annotations``.
 """
-
-from __future__ import annotations
 
 import importlib.util
 import os
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from ..arch import ACTIVATIONS, activation_name, find_variant
 from ..checkpoint import read_checkpoint
 from ..model import ConvMixer as _ConvMixer
+from ..reference import scripted_as
 
 REGISTERED_NAME = "ConvMixerFast"
 
@@ -39,6 +39,17 @@ _NORMS: dict[str, type[nn.BatchNorm2d | nn.SyncBatchNorm]] = {
 }
 #: Names in mmcv of activations that `arch.ACTIVATIONS` knows under another one.
 _MMCV_ACTIVATIONS = {"hswish": "hardswish"}
+
+
+def _maps(self: Any, x: Tensor) -> list[Tensor]:
+    """The backbone's maps as a list: TorchScript knows no tuple of any length."""
+    x = self.stem(x)
+    maps: list[Tensor] = []
+    for i, stage in enumerate(self.stages):
+        x = stage(x)
+        if i in self.out_indices:
+            maps.append(x)
+    return maps
 
 
 class ConvMixer(nn.Module):
@@ -111,16 +122,11 @@ class ConvMixer(nn.Module):
         _set_norms(self, norm_cfg)
         self._freeze_stages()
 
+    @scripted_as(_maps)
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        x = self.stem(x)
-        maps = []
-        for i, stage in enumerate(self.stages):
-            x = stage(x)
-            if i in self.out_indices:
-                maps.append(x)
-        return tuple(maps)
+        return tuple(_maps(self, x))
 
-    def train(self, mode: bool = True) -> ConvMixer:
+    def train(self, mode: bool = True) -> "ConvMixer":
         """Training or eval mode for all but the frozen stages, which stay in eval mode."""
         super().train(mode)
         self._freeze_stages()

@@ -233,7 +233,8 @@ def stream(
         height: in pixels, of an iterator of bands, where it is known.
         max_memory: bytes for the stream's own buffers; bands get smaller, and then strips of
             columns are made, with the kept rows in a file. Sources' own memory is not counted.
-        band_rows, strip_columns: of a band or strip, in patches, fixed instead of chosen.
+        band_rows: rows of a band, in patches, fixed instead of chosen.
+        strip_columns: columns of a strip, in patches, fixed instead of chosen.
         scratch: the folder for that file; None: the system's.
         checkpoint: a file that is written, whole or not at all, every ``checkpoint_rows`` rows of
             pixels, from which a run that was cut off goes on if called again in the same way. It is
