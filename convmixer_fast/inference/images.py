@@ -95,7 +95,7 @@ def readable_suffixes() -> frozenset[str]:
 
 
 def _chosen(suffixes: str | Iterable[str]) -> Callable[[Location], bool]:
-    """Whether a file of a folder is taken."""
+    """A predicate: the file of a folder is taken."""
     names = suffixes.split(",") if isinstance(suffixes, str) else list(suffixes)
     names = [name.strip().lower() for name in names]
     if "*" in names:
@@ -114,7 +114,7 @@ def _suffix(file: Location) -> str:
 
 @dataclass
 class LeftOut:
-    """What a search for images did not take; true if there is any, and in words as a string.
+    """Files and rows that a search for images did not take; ``str`` gives one line about them.
 
     Attributes:
         files: of folders and patterns, those of other suffixes.
@@ -385,7 +385,7 @@ def read_image(path: str | os.PathLike[str], in_chans: int = 3) -> Image.Image:
 
 @dataclass(frozen=True)
 class PillowPixels:
-    """What `read_image` makes of a file's stored samples, for readers that give some rows of them.
+    """The conversion of `read_image` for rows of a file's samples, whichever reader gives them.
 
     Attributes:
         format: Pillow's name of the file's format.

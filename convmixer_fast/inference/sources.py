@@ -546,13 +546,15 @@ def open_source(
     Args:
         source: a `Source`; a path (.npy, .zarr, TIFF by tifffile, anything else by libvips, or by
             Pillow where it fits in memory); an array, memory map, tensor or zarr array; an
-            iterator of bands; or a list of these, images of one size that pass together.
+            iterator of bands; or a list of these, images of one size that pass together. The
+            pixels of image files are those of `read_image`, whichever reader gives them.
         in_chans: channels that the model takes.
-        layout: how the axes of arrays are ordered, one of `LAYOUTS`.
+        layout: how the axes of arrays are ordered, one of `LAYOUTS`; a TIFF's values are then
+            those that are stored.
         height: in pixels, of an iterator of bands, where it is known.
 
     Raises:
-        ImageError: the file cannot be read.
+        ImageError: the file cannot be read; the message has the reason of every reader.
         ValueError: a shape does not fit.
         TypeError: nothing of these.
     """
