@@ -260,6 +260,7 @@ def test_plugins_that_are_installed_are_registered(tmp_path, monkeypatch):
         images._load_plugins.cache_clear()
 
 
+@pytest.mark.filterwarnings("ignore:IM image format is deprecated")
 @pytest.mark.parametrize("kind", ["PCX", "SGI", "QOI", "DDS", "IM", "TGA", "PPM", "JPEG2000"])
 def test_what_image_open_reads_is_read(tmp_path, kind):
     save(tmp_path / "image", kind)

@@ -20,7 +20,10 @@ from convmixer_fast.inference import ImageError, Predictor, open_source, read_im
 from convmixer_fast.inference.sources import VipsSource
 from convmixer_fast.testing import trained_like_
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning:PIL"),
+    pytest.mark.filterwarnings("ignore:IM image format is deprecated"),
+]
 
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "I;16", "I", "F")
 FORMATS = (
@@ -221,6 +224,16 @@ def test_what_libvips_writes(tmp_path: Path, name: str, how: dict[str, Any]) -> 
         written += 1
         assert_same_pixels(tmp_path / name)
     assert written >= 2
+
+
+@VIPS
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif"])
+def test_a_file_that_is_replaced_is_read_again(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"image{suffix}"
+    how = {"compression": "tiff_lzw"} if suffix == ".tif" else {}
+    for pixels in (COLOUR, 255 - COLOUR):
+        Image.fromarray(pixels).save(path, **how)
+        assert_same_pixels(path)
 
 
 @VIPS

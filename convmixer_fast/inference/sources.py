@@ -293,7 +293,9 @@ class VipsSource(Source):
                 f"{path}: {held.format} of mode {held.mode} has other pixels here than in Pillow"
             )
         try:
-            image = pyvips.Image.new_from_file(str(path), access="sequential", fail_on="truncated")
+            # By its name, libvips may answer with what it has cached of an earlier file there.
+            file = pyvips.Source.new_from_file(str(path))
+            image = pyvips.Image.new_from_source(file, "", access="sequential", fail_on="truncated")
             if self._pixels is None:
                 if image.format not in ("uchar", "ushort"):
                     raise ValueError(f"samples of type {image.format} are not made 8 bits of")
