@@ -15,7 +15,13 @@ from timm.data import create_transform, resolve_data_config
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
 from convmixer_fast.arch import VARIANTS
-from convmixer_fast.inference.images import ImageError, find_images, natural_key, read_image
+from convmixer_fast.inference.images import (
+    ImageError,
+    LeftOut,
+    find_images,
+    natural_key,
+    read_image,
+)
 from convmixer_fast.inference.preprocessing import INTERPOLATIONS, Preprocessing
 
 SIZES = [
