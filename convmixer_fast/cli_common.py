@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from .inference import NativeSize, Prediction, Predictor, Preprocessing
+    from .inference import LeftOut, NativeSize, Prediction, Predictor, Preprocessing
     from .model import ConvMixer
 
 PROG = "convmixer-fast"
@@ -59,6 +59,13 @@ def add_image_arguments(sub: argparse.ArgumentParser) -> None:
     images.add_argument("--interpolation", choices=INTERPOLATIONS)
     images.add_argument(
         "--native-size", action="store_true", help="no resize and no crop: images as they are"
+    )
+    images.add_argument(
+        "--suffixes",
+        default=".png,.jpg,.jpeg",
+        metavar="LIST",
+        help="of files in folders and patterns, like .jpg,.webp; all: what Pillow and its plugins "
+        "read; '*': every file (default: .png,.jpg,.jpeg; what is left out is named)",
     )
 
 
@@ -140,6 +147,12 @@ def load_model(args: argparse.Namespace) -> ConvMixer:
             f"--num-classes {args.num_classes}, but the weights are for {model.num_classes} classes"
         )
     return model.eval()
+
+
+def note_left_out(left_out: LeftOut) -> None:
+    """Say what a search for images did not take, and how to take it."""
+    if left_out:
+        note(str(left_out))
 
 
 def preprocessing_of(args: argparse.Namespace, model: ConvMixer) -> Preprocessing | NativeSize:

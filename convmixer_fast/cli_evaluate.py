@@ -20,6 +20,7 @@ from .cli_common import (
     load_model,
     make_predictor,
     note,
+    note_left_out,
 )
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def add_evaluate(sub: argparse.ArgumentParser) -> None:
 def evaluate(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from .inference import ImageError, read_labels
+    from .inference import ImageError, LeftOut, read_labels
     from .inference.evaluate import evaluate as count
     from .inference.evaluate import labelled_images
 
@@ -71,7 +72,13 @@ def evaluate(args: argparse.Namespace) -> int:
             raise ValueError(f"{name}: there is no folder {Path(name).parent}")
     model = load_model(args)
     classes = read_labels(args.class_map, model.num_classes) if args.class_map else None
-    paths, targets, names = labelled_images(folder, model.num_classes, classes)
+    left_out = LeftOut()
+    try:
+        paths, targets, names = labelled_images(
+            folder, model.num_classes, classes, args.suffixes, left_out
+        )
+    finally:
+        note_left_out(left_out)
     predictor = make_predictor(args, model, topk=5, labels=names)
     note(describe_predictor(predictor))
     with (

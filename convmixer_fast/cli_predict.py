@@ -21,6 +21,7 @@ from .cli_common import (
     load_model,
     make_predictor,
     note,
+    note_left_out,
     positive,
     table,
 )
@@ -45,8 +46,8 @@ def add_predict(sub: argparse.ArgumentParser) -> None:
         "paths",
         nargs="*",
         metavar="PATH",
-        help="images, folders of .png, .jpg, .jpeg, and patterns such as 'photos/**/*.webp'; also "
-        "as URLs, such as s3://bucket/photos/ (needs s3fs; gcsfs for gs://, adlfs for az://)",
+        help="images, folders of them (see --suffixes), and patterns such as 'photos/**/*.webp'; "
+        "also as URLs, such as s3://bucket/photos/ (needs s3fs; gcsfs for gs://, adlfs for az://)",
     )
     sub.add_argument(
         "--data-dir", metavar="DIR", help="another folder of images; with --image-list, its root"
@@ -266,17 +267,21 @@ def _results_path(args: argparse.Namespace) -> Path | None:
 
 
 def _images(args: argparse.Namespace) -> list[Location]:
-    from .inference import find_images, read_image_list
+    from .inference import LeftOut, find_images, read_image_list
 
+    left_out = LeftOut()
     inputs = list(args.paths)
     listed: list[Location] = []
     if args.image_list:
-        listed = read_image_list(args.image_list, args.image_column, args.data_dir or "")
+        listed = read_image_list(args.image_list, args.image_column, args.data_dir or "", left_out)
     elif args.data_dir:
         inputs.append(args.data_dir)
     if not inputs and not listed:
         raise ValueError("no images: name files, folders or an --image-list")
-    return list(dict.fromkeys([*find_images(inputs), *listed]))
+    found = dict.fromkeys([*find_images(inputs, args.suffixes, left_out), *listed])
+    left_out.files = [file for file in left_out.files if file not in found]
+    note_left_out(left_out)
+    return list(found)
 
 
 def _heatmaps(args: argparse.Namespace, paths: list[Location]) -> HeatmapFolder | None:

@@ -19,9 +19,18 @@ from .cli_common import (
     table,
 )
 
+# As in `inference.sources`, which the tests compare: help needs no import of torch.
+LAYOUTS = ("HW", "HWC", "CHW", "NHWC", "NCHW")
+
 
 def add_stream(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("image", metavar="IMAGE", help=".npy, .zarr, TIFF, or any image file")
+    sub.add_argument(
+        "--layout",
+        choices=LAYOUTS,
+        help="how the file's axes are ordered; a TIFF's values are then taken as they are stored, "
+        "16 bits and floats too, and not as Pillow makes 8 bits of them",
+    )
     add_model_arguments(sub)
 
     output = sub.add_argument_group("results")
@@ -99,6 +108,7 @@ def stream(args: argparse.Namespace) -> int:
             model,
             args.image,
             what,
+            layout=args.layout,
             out=args.output,
             max_memory=args.max_memory,
             scratch=args.scratch,

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from convmixer_fast import ConvMixer, cli, cli_common, cli_predict, save_checkpoint
+from convmixer_fast import ConvMixer, cli, cli_common, cli_predict, cli_stream, save_checkpoint
 from convmixer_fast.arch import ACTIVATIONS, VARIANTS
 from convmixer_fast.checkpoint import FORMATS
 from convmixer_fast.demo import plain_twin
@@ -32,6 +32,7 @@ from convmixer_fast.inference import (
 )
 from convmixer_fast.inference.batches import image_batches, in_one_piece, load_image
 from convmixer_fast.inference.results import OUTPUT_TYPES
+from convmixer_fast.inference.sources import LAYOUTS
 from convmixer_fast.ops.backends import BACKENDS
 from convmixer_fast.testing import trained_like_
 
@@ -621,6 +622,7 @@ def test_lists_of_choices_are_those_of_the_package():
     assert tuple(FORMATS) == cli_common.FORMATS
     assert tuple(files.FORMATS) == cli_predict.RESULT_FORMATS
     assert OUTPUT_TYPES == cli_predict.OUTPUT_TYPES
+    assert cli_stream.LAYOUTS == LAYOUTS
     assert cli_common.DEFAULT_MODEL in VARIANTS
 
 

@@ -89,6 +89,107 @@ def test_grey_and_transparent_arrays_are_read_as_files_would_be(model):
         assert predictor(array) == pytest.approx(expected.numpy(), abs=1e-4)
 
 
+def axes_of(pixels: np.ndarray, kind: str) -> list[tuple[str, object]]:
+    """One image (H, W, C) in every order of axes, as ``kind`` of array, and as batches of two."""
+    planar = np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    forms = {"HWC": pixels, "CHW": planar, "strided CHW": pixels.transpose(2, 0, 1)}
+    if pixels.shape[2] == 1:
+        forms["HW"] = pixels[:, :, 0]
+    forms |= {f"N {name}": np.stack([form, form]) for name, form in forms.items() if name != "HW"}
+    make = {"array": np.asarray, "tensor": torch.tensor, "read-only": np.copy}[kind]
+    made = {name: make(form) for name, form in forms.items()}
+    if kind == "read-only":
+        for form in made.values():
+            form.setflags(write=False)
+    return list(made.items())
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("kind", ["array", "tensor", "read-only"])
+@pytest.mark.parametrize("preprocessing", ["native", "resized"])
+def test_arrays_and_tensors_of_any_order_of_axes_are_the_image(
+    kind, channels, in_chans, preprocessing
+):
+    rng = np.random.default_rng(1)
+    net = ConvMixer(16, 1, 3, 4, in_chans=in_chans, num_classes=CLASSES)
+    trained_like_(net, (4, in_chans, 32, 32))
+    prepare = (
+        Preprocessing((in_chans, 32, 32), mean=(0.5,), std=(0.3,))
+        if preprocessing == "resized"
+        else "native"
+    )
+    predictor = Predictor(net, preprocessing=prepare, topk=None, output_type="logit")
+    pixels = rng.integers(0, 256, (40, 50, channels), dtype=np.uint8)
+    image = Image.fromarray(pixels.squeeze())
+    expected = predictor(image.convert("L" if in_chans == 1 else "RGB"))
+    for limit in (None, 1 << 18) if prepare == "native" else (None,):
+        asked = Predictor(net, preprocessing=prepare, topk=None, output_type="logit",
+                          max_memory=limit)  # fmt: skip
+        for name, form in axes_of(pixels, kind):
+            answers = asked(form) if "N" in name else asked(form)[None]
+            assert answers.shape == (1 + ("N" in name), CLASSES), name
+            for answer in answers:
+                assert answer == pytest.approx(expected, abs=1e-4), name
+            if "N" not in name:
+                assert asked([form])[0] == pytest.approx(expected, abs=1e-4), name
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.tensor])
+@pytest.mark.parametrize(
+    "shape", [(3, 40, 3), (3, 3, 3), (3, 40, 4), (4, 40, 3), (1, 40, 3), (40, 3, 3), (3, 3, 40)]
+)
+def test_where_two_axes_could_be_the_channels_the_kind_of_array_tells(model, kind, shape):
+    predictor = Predictor(model, preprocessing=PREPARE, topk=None, output_type="logit")
+    pixels = np.random.default_rng(2).integers(0, 256, shape, dtype=np.uint8)
+    first = shape[0] in (1, 3, 4) and (kind is torch.tensor or shape[2] not in (1, 3, 4))
+    image = Image.fromarray(np.moveaxis(pixels, 0, -1).squeeze() if first else pixels)
+    assert np.array_equal(predictor(kind(pixels)), predictor(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.tensor])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "says"),
+    [
+        ((9, 40, 50), "uint8", r"order of its axes is \(H, W, C\) or \(C, H, W\)"),
+        ((3, 40, 50), "float32", r"uint8.*got .*float32 of shape \(3, 40, 50\).*scores\(\)"),
+        ((2, 3, 40, 50), "float32", r"uint8.*got .*float32 of shape \(3, 40, 50\).*scores\(\)"),
+        ((3, 40, 50), "int64", "uint8.*got .*int64"),
+        ((40, 50), "bool", "uint8.*got .*bool"),
+        ((0, 40, 3), "uint8", "uint8.*shape"),
+        ((50,), "uint8", r"batch \(N, H, W, C\) or \(N, C, H, W\)"),
+        ((1, 1, 3, 40, 50), "uint8", r"batch \(N, H, W, C\) or \(N, C, H, W\)"),
+        ((), "uint8", r"got shape \(\)"),
+    ],
+)
+def test_arrays_that_are_no_image_are_refused_with_the_order_of_axes(
+    model, kind, shape, dtype, says
+):
+    with pytest.raises(ValueError, match=says) as caught:
+        Predictor(model, preprocessing=PREPARE)(kind(np.zeros(shape, dtype)))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_dict_is_a_batch_and_one_image_in_it_is_refused(model):
+    predictor = Predictor(model, preprocessing=PREPARE, topk=None, output_type="logit")
+    pixels = np.random.default_rng(3).integers(0, 256, (3, 40, 50), dtype=np.uint8)
+    grey = predictor(list(pixels))
+    assert np.array_equal(predictor({"image": pixels})["logit"], grey)  # N grey images
+    assert np.array_equal(predictor({"image": torch.tensor(pixels[:, None])})["logit"], grey)
+    for one in (torch.tensor(pixels), pixels.transpose(1, 2, 0), pixels[0]):
+        with pytest.raises(ValueError, match=r"is one image, and the axes of a batch are"):
+            predictor({"image": one})
+    with pytest.raises(ValueError, match=r"'label' for each of its 3 images, got shape \(\)"):
+        predictor({"image": pixels, "label": 7})
+
+
+def test_an_array_of_names_is_a_list_of_files(tmp_path, model, pictures):
+    pictures[0].save(tmp_path / "a.png")
+    names = np.array([str(tmp_path / "a.png")] * 2)
+    predictor = Predictor(model, preprocessing=PREPARE, topk=1)
+    assert predictor(names) == predictor(list(names))
+
+
 def test_a_dict_of_arrays_gives_a_dict_of_arrays_and_keeps_what_came_with_it(model, pictures):
     predictor = Predictor(model, preprocessing=PREPARE, topk=2)
     same = np.stack([np.asarray(pictures[1]), np.asarray(pictures[3])])
@@ -422,10 +523,10 @@ def test_sources_that_make_no_sense_are_named(tmp_path, model):
     predictor = Predictor(model, preprocessing=PREPARE)
     with pytest.raises(ImageError, match=r"none\.jpg: No such file"):
         predictor(tmp_path / "none.jpg")
-    with pytest.raises(ValueError, match="uint8 array"):
+    with pytest.raises(ValueError, match="an image is uint8"):
         predictor(np.zeros((4, 4, 3), dtype=np.float32))
     with pytest.raises(ValueError, match="1, 3 or 4 channels"):
-        predictor(np.zeros((4, 4, 5), dtype=np.uint8))
+        predictor(np.zeros((9, 9, 5), dtype=np.uint8))
     with pytest.raises(ValueError, match=r"\(N, H, W, C\)"):
         predictor(np.zeros(9, dtype=np.uint8))
     with pytest.raises(ValueError, match="'image' or files in 'path', got label"):

@@ -23,6 +23,8 @@ from convmixer_fast.inference import (
 from convmixer_fast.inference.evaluate import labelled_images
 from convmixer_fast.testing import trained_like_
 
+pytestmark = pytest.mark.filterwarnings("ignore:left out 1 file. 1 .txt")
+
 NAMES = ("a10.png", "a2.jpg", "a1.PNG", "b/x.png", "b/y.jpeg")
 
 

@@ -10,7 +10,16 @@ from .heatmap import (
     write_overlay,
     write_scores,
 )
-from .images import IMG_EXTENSIONS, ImageError, find_images, read_image, read_image_list
+from .images import (
+    IMG_EXTENSIONS,
+    ImageError,
+    LeftOut,
+    find_images,
+    read_image,
+    read_image_list,
+    readable_formats,
+    readable_suffixes,
+)
 from .labels import class_labels, imagenet_labels, read_labels
 from .predictor import Outcome, Predictor
 from .preprocessing import INTERPOLATIONS, NativeSize, Preprocessing, preprocessing_for
@@ -27,6 +36,7 @@ __all__ = [
     "Heatmap",
     "HeatmapFolder",
     "ImageError",
+    "LeftOut",
     "NativeSize",
     "Outcome",
     "Prediction",
@@ -49,6 +59,8 @@ __all__ = [
     "read_image",
     "read_image_list",
     "read_labels",
+    "readable_formats",
+    "readable_suffixes",
     "rows_of",
     "stream",
     "top_predictions",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..files import whole_or_absent
-from .images import find_images, natural_key
+from .images import IMG_EXTENSIONS, LeftOut, find_images, natural_key
 from .predictor import Predictor
 from .remote import Location, folder_name
 from .results import Failure, Prediction
@@ -90,19 +90,24 @@ class Evaluation:
 
 
 def labelled_images(
-    folder: str | os.PathLike[str], num_classes: int, class_map: Sequence[str] | None = None
+    folder: str | os.PathLike[str],
+    num_classes: int,
+    class_map: Sequence[str] | None = None,
+    suffixes: str | Iterable[str] = IMG_EXTENSIONS,
+    left_out: LeftOut | None = None,
 ) -> tuple[list[Location], list[int], list[str]]:
     """The images of an ImageFolder, their class indices, and the names of all classes.
 
     A class is the name of the folder that an image lies in. Its index is its place in
-    ``class_map``, else its place among the folders in natural order, as in timm.
+    ``class_map``, else its place among the folders in natural order, as in timm. ``suffixes`` and
+    ``left_out`` are those of `find_images`.
 
     Raises:
         ValueError: a folder is no class of ``class_map``, or, without one, there are not as many
             folders as classes: the indices would then be wrong.
         ImageError: there are no images.
     """
-    paths = find_images([folder])
+    paths = find_images([folder], suffixes, left_out)
     present = sorted({folder_name(path) for path in paths}, key=natural_key)
     if class_map is None:
         if len(present) != num_classes:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import errno
 import glob
+import itertools
 import os
 import re
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -72,6 +74,36 @@ def _store(url: str) -> tuple[Any, str]:
         raise ValueError(f"{url}: {error}") from error
 
 
+def check_regular(path: Path) -> None:
+    """Refuse what is no regular file or a link to one: reading a pipe or a device may never end.
+
+    Raises:
+        OSError: it is something else, or not there.
+    """
+    mode = os.stat(path).st_mode
+    if stat.S_ISREG(mode):
+        return
+    kinds = {
+        stat.S_IFDIR: "a directory",
+        stat.S_IFIFO: "a named pipe",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+    }
+    kind = kinds.get(stat.S_IFMT(mode), "something else")
+    raise OSError(errno.EINVAL, f"{kind}, not a regular file", str(path))
+
+
+def read_regular(path: Path) -> bytes:
+    """Everything in a regular file.
+
+    Raises:
+        OSError: see `check_regular`; or it cannot be read.
+    """
+    check_regular(path)
+    return path.read_bytes()
+
+
 def read_url(url: str) -> bytes:
     """Everything that is there.
 
@@ -81,49 +113,72 @@ def read_url(url: str) -> bytes:
     """
     store, name = _store(url)
     with _plain_errors():
+        if "file" in _protocols(store):
+            return read_regular(Path(name))
         content: bytes = store.cat_file(name)
     return content
 
 
-def find_urls(url: str, suffixes: tuple[str, ...]) -> Iterator[str]:
-    """What a URL stands for, in no order: itself, a folder's files, a pattern's.
+def _protocols(store: Any) -> tuple[str, ...]:
+    return (store.protocol,) if isinstance(store.protocol, str) else tuple(store.protocol)
+
+
+def find_urls(url: str) -> Iterator[tuple[str, bool]]:
+    """The files that a URL stands for, in no order: itself, a folder's files, a pattern's.
 
     Args:
         url: of a file; of a folder, with or without a slash at its end; or with ``*``, ``?``,
             ``[..]``, ``**`` for any folders.
-        suffixes: of the files in folders that count; a pattern that ends in one of its own finds
-            those.
+
+    Yields:
+        A file, and whether it is taken whatever its suffix: it is named, or its pattern ends in a
+        suffix.
 
     Raises:
         FileNotFoundError: there is nothing.
         OSError, ImportError: see `read_url`.
     """
     store, name = _store(url)
-
-    def inside(folder: str) -> Iterator[str]:
-        for file in store.find(folder):
-            if os.path.splitext(file)[1].lower() in suffixes:
-                yield store.unstrip_protocol(file)
-
     with _plain_errors():
         try:
-            kind = store.info(name)["type"]
+            found = {name: store.info(name)}
+            any_file = True
         except FileNotFoundError:
             if not glob.has_magic(name):
                 raise
-            kind = "pattern"
-        if kind == "directory":
-            yield from inside(name)
-        elif kind == "pattern":
+            found = expanded(name, store.exists, lambda p: store.glob(p, detail=True))
             own = os.path.splitext(name)[1]
             any_file = len(own) > 1 and not glob.has_magic(own)
-            for file, about in store.glob(name, detail=True).items():
-                if about["type"] == "directory":
-                    yield from inside(file)
-                elif any_file or os.path.splitext(file)[1].lower() in suffixes:
-                    yield store.unstrip_protocol(file)
-        else:
-            yield url
+        for file, about in found.items():
+            if about["type"] == "directory":
+                for inside in store.find(file):
+                    yield store.unstrip_protocol(inside), False
+            else:
+                yield url if file == name else store.unstrip_protocol(file), any_file
+
+
+def expanded(pattern: str, exists: Callable[[str], bool], find: Callable[[str], Any]) -> Any:
+    """What ``find`` gives for a pattern of names with slashes, some of which may hold brackets.
+
+    From the left, steps that are there as they stand are literal. Brackets in the others are sets
+    of characters (``[0-9]``) or, in the steps where nothing matches so, literal too.
+    """
+    steps = pattern.split("/")
+    for i, step in enumerate(steps):
+        if glob.has_magic(step):
+            if not exists("/".join([*pattern.split("/")[:i], step])):
+                break
+            steps[i] = glob.escape(step)
+    readings = [
+        (step, step.replace("[", "[[]")) if "[" in step and at >= i else (step,)
+        for at, step in enumerate(steps)
+    ]
+    found: Any = {}
+    for reading in itertools.product(*readings):
+        found = find("/".join(reading))
+        if found:
+            break
+    return found
 
 
 @contextmanager

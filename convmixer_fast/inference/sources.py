@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .images import ImageError, read_image
+from .images import MODES, ImageError, PillowPixels, read_image
+from .remote import check_regular
 
 #: How the axes of an array are ordered.
 LAYOUTS = ("HW", "HWC", "CHW", "NHWC", "NCHW")
@@ -53,17 +55,33 @@ class Source:
         """Let go of the file."""
 
 
-def _layout(shape: Sequence[int], in_chans: int, tensor: bool) -> str:
-    """The order of the axes of an array of that shape, by the place of its channels."""
-    if len(shape) == 2 and in_chans == 1:
+def layout_of(shape: Sequence[int], channels: Container[int], tensor: bool) -> str | None:
+    """The order of the axes of an array of that shape, by the place of its channels.
+
+    Args:
+        channels: how many there may be.
+        tensor: where the first and the last axis could both be the channels', it is the first one
+            of a tensor and the last one of an array.
+
+    Returns:
+        One of `LAYOUTS`; None where no axis can be that of the channels.
+    """
+    if len(shape) == 2 and 1 in channels:
         return "HW"
     if len(shape) in (3, 4):
         batch = "N" * (len(shape) - 3)
-        first, last = shape[-3] == in_chans, shape[-1] == in_chans
+        first, last = shape[-3] in channels, shape[-1] in channels
         if first and (tensor or not last):
             return batch + "CHW"
         if last:
             return batch + "HWC"
+    return None
+
+
+def _layout(shape: Sequence[int], in_chans: int, tensor: bool) -> str:
+    found = layout_of(shape, (in_chans,), tensor)
+    if found is not None:
+        return found
     raise ValueError(
         f"an image of {in_chans} channels cannot have shape {tuple(shape)}: "
         f"say how its axes are ordered, layout= one of {', '.join(LAYOUTS)}"
@@ -81,6 +99,7 @@ class ArraySource(Source):
         granule: rows that lie together in the file, which are read once and kept.
         name: for messages.
         file: what is to be closed at the end.
+        pixels: what makes the pixels of the model of one image's samples.
 
     Raises:
         ValueError: the shape does not fit.
@@ -94,6 +113,7 @@ class ArraySource(Source):
         granule: int = 1,
         name: str = "the array",
         file: Any = None,
+        pixels: PillowPixels | None = None,
     ) -> None:
         shape = tuple(array.shape)
         layout = layout or _layout(shape, in_chans, isinstance(array, Tensor))
@@ -104,7 +124,9 @@ class ArraySource(Source):
         self.images, self.channels = sizes.get("N", 1), sizes.get("C", 1)
         self.height, self.width = sizes["H"], sizes["W"]
         self._held = (0, torch.empty(0, dtype=torch.uint8, device="cpu"))
-        self._file = file
+        self._file, self._pixels = file, pixels
+        if pixels is not None:
+            self.channels = pixels.in_chans
 
     def close(self) -> None:
         if self._file is not None:
@@ -139,7 +161,7 @@ class ArraySource(Source):
         if isinstance(self._array, np.memmap):
             found = found.clone()
             forget(self._array)
-        return found
+        return found if self._pixels is None else _converted(found, self._pixels, self.name)
 
 
 def forget(array: np.memmap[Any, Any]) -> None:
@@ -245,53 +267,112 @@ class BandSource(Source):
         return True
 
 
+def _converted(rows: Tensor, pixels: PillowPixels, name: str) -> Tensor:
+    """Stored samples (1, C, rows, width) of one image as its pixels."""
+    samples = rows[0].permute(1, 2, 0).numpy()
+    try:
+        return _as_rows(pixels(samples), "HWC")
+    except ValueError as error:
+        raise ImageError(f"{name}: {_reason(error)}") from error
+
+
 class VipsSource(Source):
-    """A JPEG, PNG, TIFF or the like that libvips decodes from top to bottom, holding a few rows."""
+    """A JPEG, PNG, TIFF or the like that libvips decodes from top to bottom, holding a few rows.
+
+    Raises:
+        ImageError: libvips cannot read it, or reads other pixels than Pillow does.
+    """
 
     def __init__(self, path: Path, in_chans: int) -> None:
         pyvips = _pyvips(path)
-        self.name = str(path)
+        self.name, self.channels = str(path), in_chans
+        if in_chans not in MODES:
+            raise ImageError(f"{path}: an image file has 1 or 3 channels, not {in_chans}")
+        self._pixels = PillowPixels.of(path, in_chans)
+        held = self._pixels
+        if held is not None and (held.format not in _VIPS_FORMATS or not _is_plain(held)):
+            raise ImageError(
+                f"{path}: {held.format} of mode {held.mode} has other pixels here than in Pillow"
+            )
         try:
-            image = pyvips.Image.new_from_file(str(path), access="sequential", fail_on="truncated")
-            image = image.colourspace("srgb")
-            if image.hasalpha():
-                image = image[0 : image.bands - 1]
-            if image.format != "uchar":
-                image = image.cast("uchar")
+            # By its name, libvips may answer with what it has cached of an earlier file there.
+            file = pyvips.Source.new_from_file(str(path))
+            image = pyvips.Image.new_from_source(file, "", access="sequential", fail_on="truncated")
+            if self._pixels is None:
+                if image.format not in ("uchar", "ushort"):
+                    raise ValueError(f"samples of type {image.format} are not made 8 bits of")
+                image = image.colourspace("srgb")
+                if image.hasalpha():
+                    image = image[0 : image.bands - 1]
+                if image.format != "uchar":
+                    image = image.cast("uchar")
             # A region is computed where it is asked for, in order. An image is computed by threads
             # that read ahead, and each crop of it would begin again at the top.
             self._region = pyvips.Region.new(image)
+            size = (image.width, image.height)
         except Exception as error:
             raise ImageError(f"{path}: {_reason(error)}") from error
-        self._bands = image.bands
-        self.channels, self.width, self.height = in_chans, image.width, image.height
+        if self._pixels is not None and size != (self._pixels.width, self._pixels.height):
+            raise ImageError(f"{path}: {size} px, and in Pillow another size")
+        self._bands, self._dtype = image.bands, _VIPS_DTYPES.get(image.format, "V")
+        self.width, self.height = size
+        self._top: Tensor | None = None
+        self._top = self.read(0, _VIPS_ROWS)
 
     def read(self, begin: int, end: int) -> Tensor:
         assert self.height is not None
         end = min(end, self.height)
         pieces = []
+        if self._top is not None and begin < self._top.shape[2]:
+            pieces.append(self._top[:, :, begin:end])
+            begin = min(end, self._top.shape[2])
         try:
             # A few rows at a time: libvips keeps as many again.
             for row in range(begin, end, _VIPS_ROWS):
                 rows = min(_VIPS_ROWS, end - row)
-                pieces.append(bytes(self._region.fetch(0, row, self.width, rows)))
+                samples = np.frombuffer(self._region.fetch(0, row, self.width, rows), self._dtype)
+                pieces.append(self._of(samples.reshape(rows, self.width, self._bands)))
+        except ImageError:
+            raise
         except Exception as error:
             raise ImageError(f"{self.name}: rows {begin} to {end}: {_reason(error)}") from error
-        pixels = np.frombuffer(b"".join(pieces), np.uint8)
-        pixels = pixels.reshape(end - begin, self.width, self._bands)
+        if not pieces:
+            return torch.empty(1, self.channels, 0, self.width, dtype=torch.uint8, device="cpu")
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
+
+    def _of(self, samples: np.ndarray[Any, Any]) -> Tensor:
+        if self._pixels is not None:
+            return _converted(_as_rows(samples, "HWC"), self._pixels, self.name)
         if self.channels == 1:
-            return _as_rows(_grey(pixels), "HW")
-        return _as_rows(pixels, "HWC")
+            return _as_rows(np.asarray(Image.fromarray(samples).convert("L")), "HW")
+        return _as_rows(samples, "HWC")
 
 
 #: Rows that are asked of libvips at once.
 _VIPS_ROWS = 16
+_VIPS_DTYPES = {"uchar": "u1", "ushort": "u2", "short": "i2", "uint": "u4", "int": "i4",
+                "float": "f4"}  # fmt: skip
+#: Formats, as Pillow calls them, whose samples libvips decodes as Pillow does.
+_VIPS_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF")
 
 
-def _grey(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Red, green and blue to mode "L", by the weights and the rounding of Pillow (ITU-R 601-2)."""
-    red, green, blue = (pixels[:, :, i].astype(np.uint32) for i in range(3))
-    return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).astype(np.uint8)
+def _is_plain(pixels: PillowPixels) -> bool:
+    """Whether the samples in a file are those that Pillow's mode has, whoever decodes them."""
+    tags = pixels.tags
+    if pixels.format != "TIFF":
+        # Pillow inverts every JPEG of this mode, libvips not all that lack the marker.
+        return pixels.mode != "CMYK" or pixels.adobe
+    return (
+        tags.get("Orientation", 1) == 1
+        # Colours that are multiplied by the transparency.
+        and tuple(tags.get("ExtraSamples", ()))[:1] != (1,)
+        and set(tags.get("BitsPerSample", (1,))) in ({1}, {8}, {16}, {32})
+        and (
+            tags.get("PhotometricInterpretation", 1) in (1, 2, 3, 5)
+            or pixels.mode in ("1", "L")
+            or tags.get("Compression") == 7  # JPEG, whose decoder gives red, green and blue
+        )
+    )
 
 
 class StackSource(Source):
@@ -334,38 +415,50 @@ def _reason(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _open_tiff(path: Path, in_chans: int, layout: str | None) -> Source | None:
-    """A TIFF by tifffile: memory-mapped where its pixels lie plain, else tile by tile."""
+def _open_tiff(path: Path, in_chans: int, layout: str | None) -> Source:
+    """A TIFF by tifffile: memory-mapped where its pixels lie plain, else tile by tile.
+
+    Its first page, in the pixels that Pillow has of it; with a layout, or where it is no image to
+    Pillow, its first series of pages with the values as they are stored.
+    """
     try:
         import tifffile
-    except ImportError:
-        return None
+    except ImportError as error:
+        raise ImageError(f"{path}: tifffile is not installed: pip install tifffile") from error
+    pixels = None if layout or in_chans not in MODES else PillowPixels.of(path, in_chans)
+    if pixels is not None:
+        if not _is_plain(pixels):
+            raise ImageError(
+                f"{path}: mode {pixels.mode} is stored in a way that only Pillow reads"
+            )
+        # libvips has inverted what has its white at zero, tifffile has not.
+        white_is_zero = pixels.tags.get("PhotometricInterpretation") == 0
+        pixels = replace(pixels, inverted=white_is_zero)
     try:
         with tifffile.TiffFile(path) as tiff:
             series = tiff.series[0].levels[0]
-            page = series.pages[0]
-            plain = series.dataoffset is not None
+            page = tiff.pages.first if pixels else series.pages[0]
+            plain = page.is_memmappable if pixels else series.dataoffset is not None
             granule = page.tilelength if page.is_tiled else page.rowsperstrip
+            if pixels is not None:
+                layout = "".join({"Y": "H", "X": "W", "S": "C"}.get(a, "?") for a in page.axes)
+        which: dict[str, Any] = {"series": 0} if pixels is None else {"page": 0}
         if plain:
-            array: Any = tifffile.memmap(path, mode="r", series=0)
-            return ArraySource(array, in_chans, layout, name=str(path))
-    except ImageError:
-        raise
-    except Exception as error:
-        raise ImageError(f"{path}: {_reason(error)}") from error
-    try:
+            array: Any = tifffile.memmap(path, mode="r", **which)
+            return ArraySource(array, in_chans, layout, name=str(path), pixels=pixels)
         import zarr
+
+        which = {"series": 0, "level": 0} if pixels is None else {"key": 0}
+        store = tifffile.imread(path, aszarr=True, **which)
+        array = zarr.open(store, mode="r")
     except ImportError as error:
         raise ImageError(
-            f"{path} is compressed or tiled, and is read piece by piece with zarr, "
+            f"{path}: it is compressed or tiled, and is read piece by piece with zarr, "
             "which is not installed: pip install zarr"
         ) from error
-    try:
-        store = tifffile.imread(path, series=0, level=0, aszarr=True)
-        array = zarr.open(store, mode="r")
     except Exception as error:
         raise ImageError(f"{path}: {_reason(error)}") from error
-    return ArraySource(array, in_chans, layout, granule, str(path), file=store)
+    return ArraySource(array, in_chans, layout, granule, str(path), file=store, pixels=pixels)
 
 
 def _open_zarr(path: Path, in_chans: int, layout: str | None) -> Source:
@@ -395,29 +488,57 @@ def _open_path(path: Path, in_chans: int, layout: str | None) -> Source:
     if not path.exists():
         raise ImageError(f"{path}: no such file or folder")
     suffix = path.suffix.lower()
+    if path.is_dir():
+        if not any((path / name).exists() for name in ("zarr.json", ".zarray", ".zgroup")):
+            raise ImageError.about(
+                path,
+                "a folder, and no zarr array: name an image, or pass the list of "
+                "find_images(folder); on the command line, predict --native-size takes folders",
+            )
+        return _open_zarr(path, in_chans, layout)
+    try:
+        check_regular(path)
+        pixels = PillowPixels.of(path, in_chans)
+    except OSError as error:
+        raise ImageError.about(path, error.strerror or error) from error
     if suffix == ".npy":
         try:
             array = np.load(path, mmap_mode="r")
         except (OSError, ValueError) as error:
             raise ImageError(f"{path}: {_reason(error)}") from error
         return ArraySource(array, in_chans, layout, name=str(path))
-    if suffix == ".zarr" or path.is_dir():
+    if suffix == ".zarr":
         return _open_zarr(path, in_chans, layout)
-    if suffix in _TIFF:
-        source = _open_tiff(path, in_chans, layout)
-        if source is not None:
+    tiff = suffix in _TIFF if pixels is None else pixels.format == "TIFF"
+    readers = {"tifffile": _open_tiff} if tiff else {}
+    if not (tiff and layout and pixels and pixels.is_deep):  # of which they would lose bits
+        readers |= {"libvips": _open_vips, "Pillow": _open_whole}
+    reasons: dict[str, str] = {}
+    for name, reader in readers.items():
+        source = None
+        try:
+            source = reader(path, in_chans, layout)
+            # Decoders are missing, or fail, only when there is something to decode.
+            source.read(0, 1)
             return source
-    try:
-        return VipsSource(path, in_chans)
-    except ImageError as error:
-        # Without libvips, or in a format that only Pillow knows: by Pillow as a whole, if it is
-        # small enough for that.
-        why = error
-    try:
-        whole = np.asarray(read_image(path, in_chans))
-    except ImageError as error:
-        bombs = (Image.DecompressionBombWarning, Image.DecompressionBombError, MemoryError)
-        raise why if isinstance(error.__cause__, bombs) else error from None
+        except (ImageError, ValueError) as error:
+            reasons[name] = str(error).removeprefix(f"{path}: ")
+            if source is not None:
+                source.close()
+    if len(reasons) == 1:
+        raise ImageError.about(path, *reasons.values())
+    # The one that reads most files comes first.
+    said = [f"{why} (by {name})" for name, why in reversed(reasons.items())]
+    raise ImageError.about(path, "; ".join(said))
+
+
+def _open_vips(path: Path, in_chans: int, layout: str | None) -> Source:
+    return VipsSource(path, in_chans)
+
+
+def _open_whole(path: Path, in_chans: int, layout: str | None) -> Source:
+    """By Pillow, as a whole: what is small enough for that."""
+    whole = np.asarray(read_image(path, in_chans))
     return ArraySource(whole, in_chans, "HW" if in_chans == 1 else "HWC", name=str(path))
 
 
@@ -429,13 +550,15 @@ def open_source(
     Args:
         source: a `Source`; a path (.npy, .zarr, TIFF by tifffile, anything else by libvips, or by
             Pillow where it fits in memory); an array, memory map, tensor or zarr array; an
-            iterator of bands; or a list of these, images of one size that pass together.
+            iterator of bands; or a list of these, images of one size that pass together. The
+            pixels of image files are those of `read_image`, whichever reader gives them.
         in_chans: channels that the model takes.
-        layout: how the axes of arrays are ordered, one of `LAYOUTS`.
+        layout: how the axes of arrays are ordered, one of `LAYOUTS`; a TIFF's values are then
+            those that are stored.
         height: in pixels, of an iterator of bands, where it is known.
 
     Raises:
-        ImageError: the file cannot be read.
+        ImageError: the file cannot be read; the message has the reason of every reader.
         ValueError: a shape does not fit.
         TypeError: nothing of these.
     """

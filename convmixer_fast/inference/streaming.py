@@ -229,7 +229,8 @@ def stream(
             last block), or ``"heatmap"``.
         out: for features, a file to write them to as they come, .npy or .zarr; None: memory.
         preprocessing: its mean and std are used; by default those of ``model.pretrained_cfg``.
-        layout: how the axes of arrays are ordered: "HW", "HWC", "CHW", "NHWC" or "NCHW".
+        layout: how the axes of arrays are ordered: "HW", "HWC", "CHW", "NHWC" or "NCHW". Of a
+            TIFF, the values are then those that are stored; else a file's pixels are Pillow's.
         height: in pixels, of an iterator of bands, where it is known.
         max_memory: bytes for the stream's own buffers; bands get smaller, and then strips of
             columns are made, with the kept rows in a file. Sources' own memory is not counted.
