@@ -60,7 +60,7 @@ PAIRS = (
     *((torch, "3.13") for torch in ("2.8", "2.11", "2.14")),
 )
 
-#: What the tests need beside torch. Triton 3.4, that of torch 2.8, cannot interpret kernels with
+#: What the tests need besides torch. Triton 3.4, that of torch 2.8, cannot interpret kernels with
 #: NumPy 2.4.
 REQUIREMENTS = (
     *("numpy<2.4", "safetensors", "pillow", "tqdm", "timm"),
