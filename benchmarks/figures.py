@@ -28,6 +28,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 RESULTS = HERE / "results"
 PUBLISHED = HERE / "published" / "timm.json"
+#: Written by `python tests/versions.py --record`.
+VERSIONS = ROOT / "tests" / "versions.json"
 
 _PLACE = re.compile(
     r"(<!-- figures: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- end of figures -->)", re.DOTALL
@@ -417,6 +419,29 @@ def roofline() -> str:
     return table(columns, rows)
 
 
+def versions(recorded: dict[str, dict[str, Any]] | None = None) -> str:
+    """Results of the tests by torch, Triton and Python, and what could not be installed.
+
+    ``recorded``: the entries of tests/versions.json, which are the default.
+    """
+    entries = json.loads(VERSIONS.read_text()) if recorded is None else recorded
+    rows, notes = [], []
+    for key, entry in entries.items():
+        torch, python = key.split(":")
+        if "reason" in entry:
+            rows.append((torch, "", python, "", "", "", entry["date"]))
+            notes.append(f"* torch {torch}, Python {python}: {entry['reason']}.")
+            continue
+        counts = (entry[name] for name in ("passed", "failed", "skipped"))
+        rows.append(
+            (entry["torch"], entry["triton"] or "none", entry["python"], *counts, entry["date"])
+        )
+        names = ", ".join(f"`{name}`" for name in entry["failures"])
+        notes += [f"* torch {torch}, Python {python} fails {names}."] if names else []
+    columns = ("torch", "Triton", "Python", "passed", "failed", "skipped", "date")
+    return "\n\n".join([table(columns, rows), *(["\n".join(notes)] if notes else [])])
+
+
 SNIPPETS: dict[str, Callable[[], str]] = {
     "whole-models": whole_models,
     "reached": reached,
@@ -428,4 +453,5 @@ SNIPPETS: dict[str, Callable[[], str]] = {
     "gpu-predicted": gpu_predicted,
     "timm-table": timm_table,
     "roofline": roofline,
+    "versions": versions,
 }
