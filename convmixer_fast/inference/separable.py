@@ -14,20 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from ..blocks import (
-    DepthwiseMix,
-    DropPath,
-    MixerBlock,
-    MixerStack,
-    PatchEmbed,
-    is_depthwise,
-    is_patchwise,
-    is_pointwise,
-)
+from ..blocks import DepthwiseMix, DropPath, MixerBlock, MixerStack, PatchEmbed
+from ..fusible import is_depthwise, is_patched, is_patchwise, is_pointwise, is_under_mode
 from ..model import GlobalPool
 from ..optimize import SequentialDepthwiseMix
 
@@ -97,11 +86,10 @@ def reason_not_separable(model: nn.Module, *parts: str) -> str:
         return f"the parts of a {cls.__name__} are not known to be a ConvMixer's"
     if not _same(cls, known, _STEPS):
         return f"{cls.__name__} has a forward of its own"
-    modes = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]
-    # `torch.set_default_device` is a mode that changes no operator.
-    others = [type(mode).__name__ for mode in modes if not isinstance(mode, DeviceContext)]
-    if others:
-        return f"{others[-1]} intercepts operators"
+    if is_under_mode():
+        return "a dispatch or function mode sees its operators"
+    if is_patched():
+        return "a class or function of torch.nn was patched"
     reasons = (reason for part in parts for reason in _PARTS[part](model))
     reason = _touched("the model", model) or next(filter(None, reasons), "")
     return reason or next(filter(None, map(_replaced, _classes(model, known, parts))), "")
