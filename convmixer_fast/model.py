@@ -299,7 +299,7 @@ class ConvMixer(nn.Module):
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: int | Sequence[int] | None = None,
+        indices: int | list[int] | None = None,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
@@ -320,10 +320,12 @@ class ConvMixer(nn.Module):
             ValueError: an index is out of range, or another format is asked for.
         """
         if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+            raise ValueError(f"output_fmt must be 'NCHW', got '{output_fmt}'")
         take, last = _take_indices(len(self.blocks), indices)
         x, maps = self._maps(x, take, last + 1 if stop_early else len(self.blocks))
-        return maps if intermediates_only else (x, maps)
+        if intermediates_only:
+            return maps
+        return x, maps
 
     def prune_intermediate_layers(
         self,
@@ -332,7 +334,8 @@ class ConvMixer(nn.Module):
         prune_head: bool = True,
     ) -> list[int]:
         """Drop the blocks after the last of ``indices``, and the head; returns the indices kept."""
-        take, last = _take_indices(len(self.blocks), indices)
+        listed = indices if isinstance(indices, int) else list(indices)
+        take, last = _take_indices(len(self.blocks), listed)
         self.blocks = self.blocks[: last + 1]
         if prune_head:
             self.reset_classifier(0, "")
@@ -391,9 +394,8 @@ class FeatureExtractor(nn.Module):
 
     def __init__(self, model: ConvMixer, out_indices: int | Sequence[int] = 3) -> None:
         super().__init__()
-        take, _ = _take_indices(len(model.blocks), out_indices)
-        self.feature_info = FeatureInfo(model.feature_info, take)
-        self.out_indices = model.prune_intermediate_layers(take)
+        self.out_indices = model.prune_intermediate_layers(out_indices)
+        self.feature_info = FeatureInfo(model.feature_info, self.out_indices)
         self.model = model
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -514,17 +516,18 @@ def adapt_input_weight(weight: Tensor, in_chans: int) -> Tensor:
     return wide.to(weight.dtype)
 
 
-def _take_indices(blocks: int, indices: int | Sequence[int] | None) -> tuple[list[int], int]:
+def _take_indices(blocks: int, indices: int | list[int] | None) -> tuple[list[int], int]:
     """The blocks meant by timm's ``indices``, and the last of them."""
     if indices is None:
         indices = blocks
     if isinstance(indices, int):
         if not 0 < indices <= blocks:
             raise ValueError(f"the last {indices} blocks were asked for, the model has {blocks}")
-        indices = range(blocks - indices, blocks)
-    take = [i + blocks if i < 0 else i for i in indices]
-    if not take or min(take) < 0 or max(take) >= blocks:
-        raise ValueError(f"block indices {list(indices)} are out of range, the model has {blocks}")
+        take = list(range(blocks - indices, blocks))
+    else:
+        take = [i + blocks if i < 0 else i for i in indices]
+        if len(take) == 0 or min(take) < 0 or max(take) >= blocks:
+            raise ValueError(f"block indices {indices} are out of range, the model has {blocks}")
     return take, max(take)
 
 
