@@ -21,13 +21,13 @@ Nothing in a file is ever executed: pickles go through PyTorch's weights-only lo
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import pickle
 import re
 import secrets
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -41,6 +41,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .arch import ACTIVATIONS, Arch, activation_layer, activation_name, known_activation
+from .inert import SAFE_GLOBALS
 
 #: The key formats, ours (timm's) first.
 FORMATS = ("timm", "locuslab", "mmpretrain", "tweet")
@@ -133,19 +134,21 @@ _ANY_KEY = {
     )
     for f, one in _LAYOUTS.items()
 }
+#: First parts of the keys in each format; mmpretrain's backbone alone leaves out ``backbone``.
+_OWN_PART = {
+    "timm": re.compile("stem|blocks|head"),
+    "locuslab": re.compile("[0-9]+"),
+    "mmpretrain": re.compile("backbone|stem|stages|head"),
+    "tweet": re.compile("[0-9]+"),
+}
+#: Parts of the longest key, ``backbone.stages.0.0.fn.0.weight``.
+_MOST_PARTS = 7
 
 _CONV = ("weight", "bias")
 _NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
-_EMA_WRAPPERS = ("state_dict_ema", "model_ema", "ema_state_dict")
-_WRAPPERS = ("state_dict", "model")
-#: Parts of a key that a wrapping module adds: DDP, DataParallel and averaged models; torch.compile;
-#: activation checkpointing; FSDP; Lightning and feature extractors. No format has a part so named.
-_WRAPPER_PARTS = frozenset(
-    {"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "model"}
-)
-#: Counters that averaged models (torch.optim.swa_utils, mmengine) keep beside the weights.
-_EMA_COUNTERS = frozenset({"n_averaged", "steps"})
+#: What a name says that stands above averaged weights: ``state_dict_ema``, ``params_ema``, ``swa``.
+_AVERAGED = re.compile(r"(?:^|[^a-zA-Z])(?:ema|swa|averaged?)(?:[^a-zA-Z]|$)", re.IGNORECASE)
 _PADDLE_LEAVES = {"_mean": "running_mean", "_variance": "running_var"}
 
 _META_FORMAT = "convmixer_fast.format"
@@ -153,38 +156,41 @@ _META_ACT = "convmixer_fast.act"
 
 
 def detect_format(keys: Iterable[str]) -> str:
-    """The format, one of `FORMATS`, in which most of the keys are names; wrappers do not matter.
+    """The format, one of `FORMATS`, of the ConvMixer among the keys, under whatever prefix.
 
     Raises:
-        CheckpointError: no key is a ConvMixer's in any format.
+        CheckpointError: no key is a ConvMixer's in any format, or the keys of several are there.
     """
-    keys = list(keys)
-    found = _best_format([_bare(key) for key in keys])
-    if found is None:
-        raise CheckpointError(_not_a_convmixer("the state dict", keys))
-    return found
+    return _identify([_Leaf((), key, None) for key in keys], "the state dict").format
 
 
 def read_checkpoint(source: Source, *, use_ema: bool = True) -> Checkpoint:
     """Read a whole ConvMixer from a file or from a state dict, whatever its names and wrappers.
 
-    Files are judged by their content: safetensors, PyTorch's zip files and its old pickles. Inside,
-    the weights may stand under ``state_dict_ema``, ``model_ema``, ``ema_state_dict``,
-    ``state_dict`` or ``model``, nested too, or bare. Tensors keep their dtype and, where possible,
-    their memory; they are on the CPU when they come from a file. Where no ``num_batches_tracked``
-    is stored at all, zeros are filled in, as PyTorch does. PaddleViT's names and its transposed
-    classifier are understood in mappings, of numpy arrays too.
+    Files are judged by their content: safetensors, PyTorch's zip files and its old pickles. The
+    weights are found by structure: the mapping, at any depth and under any names, whose keys
+    behind one common prefix are a ConvMixer's. Of several ConvMixers the averaged weights are
+    taken, those below a name with the word "ema", "swa" or "averaged" in it, as in
+    ``state_dict_ema`` and ``ema_model.``; where that leaves more than one, it is an error that
+    names them. Tensors keep their dtype and, where possible, their memory; they are on the CPU when
+    they come from a file. Where no ``num_batches_tracked`` is stored at all, zeros are filled in,
+    as PyTorch does. PaddleViT's names and its transposed classifier are understood in mappings, of
+    numpy arrays too.
 
     Args:
         source: a path, or what such a file holds: names to tensors, in any wrapper.
         use_ema: take the averaged weights where there are any.
 
+    Warns:
+        UserWarning: other parameters stand beside the ConvMixer's, or weights hold NaN or infinity.
+
     Raises:
-        CheckpointError: not a checkpoint, damaged, unsafe, not a ConvMixer, keys missing or left
-            over, shapes that contradict each other.
+        CheckpointError: not a checkpoint, damaged, unsafe, not a ConvMixer or several, keys missing
+            or left over, shapes that contradict each other.
     """
     parsed = _parse(source, use_ema)
     arch = _check_whole(parsed)
+    _warn_of_company(parsed)
     _warn_if_not_finite(parsed)
     return Checkpoint(parsed.tensors, arch, parsed.format, parsed.source)
 
@@ -242,8 +248,8 @@ def load_checkpoint(
         use_ema: take the averaged weights where there are any.
 
     Warns:
-        UserWarning: the model's activation is not the one the weights were trained with, or the
-            weights hold NaN or infinity.
+        UserWarning: the model's activation is not the one the weights were trained with, the
+            weights hold NaN or infinity, or (if strict) other parameters stand beside them.
 
     Raises:
         CheckpointError: see `read_checkpoint`; or the checkpoint does not fit the model.
@@ -255,10 +261,9 @@ def load_checkpoint(
         with contextlib.suppress(CheckpointError):
             parsed = replace(parsed, act=known_activation(_read_arch(parsed.tensors, parsed.depth)))
 
-    target = model.state_dict()
-    names = _identify(target, "the model")
-    model_names = {ours: own for own, ours in names.known.items()}
-    model_tensors = {ours: target[own] for ours, own in model_names.items()}
+    names = _identify(_leaves(model.state_dict()), "the model")
+    model_names = {ours: leaf.key for ours, leaf in names.known.items()}
+    model_tensors = {ours: leaf.value for ours, leaf in names.known.items()}
     heads = [key for key in parsed.tensors if key.startswith("head.")]
     model_heads = [key for key in model_tensors if key.startswith("head.")]
 
@@ -272,13 +277,14 @@ def load_checkpoint(
         skipped = heads
     misfits = [key for key in misfits if key not in skipped]
     missing = [own for ours, own in model_names.items() if ours not in parsed.tensors]
-    missing += names.unknown
+    missing += names.surplus + names.company
     unexpected = [k for k in parsed.tensors if k not in model_tensors and k not in skipped]
     unexpected += parsed.surplus
     if misfits or (strict and (missing or unexpected)):
         raise CheckpointError(
             _does_not_fit(parsed, model_tensors, names.depth, misfits, missing, unexpected)
         )
+    unexpected += parsed.company
 
     wanted = [key for key in parsed.tensors if key in model_tensors and key not in skipped]
     for key in wanted:
@@ -290,6 +296,8 @@ def load_checkpoint(
     _refuse_meta(parsed.source, {key: parsed.tensors[key] for key in wanted})
     if not isinstance(source, Checkpoint):  # `read_checkpoint` has told it
         _warn_if_not_finite(parsed)
+        if strict:
+            _warn_of_company(parsed)
     found = _activations(model)
     if parsed.act is not None and found and parsed.act not in found:
         warnings.warn(
@@ -408,28 +416,79 @@ class _Parsed:
     depth: int
     tensors: dict[str, Tensor]
     surplus: list[str]
+    company: list[str]
     act: str | None
     #: The file itself speaks about its activation; None then means one that has no name.
     act_is_settled: bool
 
 
+class _Leaf(NamedTuple):
+    """A value of a state dict: the names of the mappings above it, its key, and the value."""
+
+    path: tuple[str, ...]
+    key: str
+    value: Any
+
+
 @dataclass(frozen=True)
 class _Names:
-    """Keys as they stand -> timm's names, and the keys that have none."""
+    """The values of a state dict by what they are.
+
+    Attributes:
+        format, depth: of the network.
+        known: under timm's names.
+        surplus: keys where a ConvMixer has its own, but not this one (``blocks.0.4.weight``).
+        company: keys of parameters that stand beside the network (``criterion.weight``).
+    """
 
     format: str
     depth: int
-    known: dict[str, str]
-    unknown: list[str]
+    known: dict[str, _Leaf]
+    surplus: list[str]
+    company: list[str]
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """Keys that look like a ConvMixer's: (format's key, index of the leaf) under one prefix."""
+
+    prefix: tuple[str, ...]
+    format: str
+    keys: list[tuple[str, int]]
+
+    @property
+    def numbers(self) -> set[int]:
+        """The blocks."""
+        found = (_BLOCK_KEY[self.format].fullmatch(key) for key, _ in self.keys)
+        return {int(match[1]) for match in found if match}
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether at most the classifier and BatchNorm's counters are missing."""
+        table = _key_table(self.format, len(self.numbers))
+        needed = {
+            key
+            for key, ours in table.items()
+            if not ours.startswith("head.") and not ours.endswith(".num_batches_tracked")
+        }
+        return needed <= {key for key, _ in self.keys}
+
+    @property
+    def is_averaged(self) -> bool:
+        return any(_AVERAGED.search(name) for name in self.prefix)
+
+    def __str__(self) -> str:
+        return repr(".".join(self.prefix)) if self.prefix else "the top"
 
 
 def _parse(source: Source, use_ema: bool) -> _Parsed:
     held, metadata, label = _open(source)
-    entries = _unwrap(held, label, use_ema)
-    names = _identify(entries, label)
+    leaves = _leaves(held)
+    if not any(_is_tensor(leaf.value) for leaf in leaves):
+        raise CheckpointError(_no_state_dict(label, held))
+    names = _identify(leaves, label, use_ema)
     tensors = {}
-    for key, name in names.known.items():
-        value = entries[key]
+    for name, (_, key, value) in names.known.items():
         if isinstance(value, np.ndarray):
             value = torch.from_numpy(np.array(value))
         if not isinstance(value, Tensor) or value.layout is not torch.strided:
@@ -441,7 +500,7 @@ def _parse(source: Source, use_ema: bool) -> _Parsed:
                 "checkpoint it was quantised from"
             )
         tensors[name] = value.detach()
-    if any(key.endswith(tuple(f".{leaf}" for leaf in _PADDLE_LEAVES)) for key in names.known):
+    if any(leaf.key.split(".")[-1] in _PADDLE_LEAVES for leaf in names.known.values()):
         head = tensors.get("head.weight")
         if head is not None and head.ndim == 2:
             tensors["head.weight"] = head.t().contiguous()
@@ -455,7 +514,8 @@ def _parse(source: Source, use_ema: bool) -> _Parsed:
         format=names.format,
         depth=names.depth,
         tensors={name: tensors[name] for name in order if name in tensors},
-        surplus=names.unknown,
+        surplus=names.surplus,
+        company=names.company,
         act=activation_name(metadata.get(_META_ACT)),
         act_is_settled=_META_ACT in metadata,
     )
@@ -468,6 +528,7 @@ def _parsed_again(checkpoint: Checkpoint) -> _Parsed:
         depth=checkpoint.arch.depth,
         tensors=checkpoint.state_dict,
         surplus=[],
+        company=[],
         act=checkpoint.arch.act,
         act_is_settled=True,
     )
@@ -523,8 +584,7 @@ def _open_safetensors(path: str, label: str) -> tuple[dict[str, Tensor], dict[st
 
 def _open_pickle(path: str, label: str) -> Any:
     try:
-        # timm's training checkpoints carry the command line's arguments; a Namespace is plain data.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        with torch.serialization.safe_globals(SAFE_GLOBALS), warnings.catch_warnings():
             # Warnings about foreign files would come on top of the one line of the error.
             warnings.simplefilter("ignore")
             # An open file: by its path, torch.load would judge it by its extension.
@@ -552,75 +612,161 @@ def _open_pickle(path: str, label: str) -> Any:
         ) from None
 
 
-def _unwrap(held: Any, label: str, use_ema: bool) -> dict[str, Any]:
-    """The innermost mapping of names to tensors."""
+def _leaves(held: Any) -> list[_Leaf]:
+    """Every value in nested mappings, and in sequences of them; each mapping is visited once.
+
+    Mappings of averaged weights come last: what a file holds under two names is plain.
+    """
+    found: list[_Leaf] = []
     seen: set[int] = set()
-    while isinstance(held, Mapping) and id(held) not in seen:
-        seen.add(id(held))
-        inside = {k: v for k, v in held.items() if isinstance(v, Mapping) and v}
-        ema = [name for name in _EMA_WRAPPERS if name in inside]
-        plain = [name for name in _WRAPPERS if name in inside]
-        chosen = next(iter((ema if use_ema else []) + plain), None)
-        if chosen is not None:
-            held = inside[chosen]
+    waiting: deque[tuple[tuple[str, ...], Any]] = deque()
+    if isinstance(held, Mapping | list | tuple):
+        waiting.append(((), held))
+    averaged: deque[tuple[tuple[str, ...], Any]] = deque()
+    while waiting or averaged:
+        path, group = (waiting or averaged).popleft()
+        if id(group) in seen:
             continue
-        if ema:
+        seen.add(id(group))
+        for key, value in group.items() if isinstance(group, Mapping) else enumerate(group):
+            if isinstance(value, Mapping | list | tuple):
+                later = averaged if _AVERAGED.search(str(key)) else waiting
+                later.append(((*path, str(key)), value))
+            elif isinstance(group, Mapping):
+                found.append(_Leaf(path, key, value))
+    return found
+
+
+def _candidates(leaves: list[_Leaf]) -> list[_Candidate]:
+    """The ConvMixers among the leaves, the one with the most keys first; none shares a leaf."""
+    groups: dict[tuple[tuple[str, ...], str], list[tuple[str, int]]] = {}
+    for i, leaf in enumerate(leaves):
+        parts = _parts(leaf)
+        if not parts or parts[-1] not in _NORM:
+            continue
+        for start in range(max(0, len(parts) - _MOST_PARTS), len(parts) - 1):
+            short = ".".join(parts[start:])
+            for form in FORMATS:
+                key = _in_full(short, form)
+                if _ANY_KEY[form].fullmatch(key):
+                    groups.setdefault((parts[:start], form), []).append((key, i))
+    found = [_Candidate(prefix, form, keys) for (prefix, form), keys in groups.items()]
+    found.sort(key=lambda c: (-len(c.keys), len(c.prefix), FORMATS.index(c.format)))
+    taken: set[int] = set()
+    apart = []
+    for candidate in found:
+        members = {i for _, i in candidate.keys}
+        if not members & taken:
+            apart.append(candidate)
+            taken |= members
+    # Two convolutions and a norm can be a stem. Keys of a block are no chance; without any, the
+    # stem of a network of no blocks has to be whole, or the keys bare.
+    deep = [c for c in apart if c.numbers]
+    return deep or [c for c in apart if c.is_whole] or [c for c in apart if not c.prefix]
+
+
+def _choose(found: list[_Candidate], leaves: list[_Leaf], label: str, use_ema: bool | None) -> Any:
+    """The candidate that is meant; ``use_ema`` None makes no difference between averaged and not.
+
+    Raises:
+        CheckpointError: it cannot be told.
+    """
+    # What is neither whole nor large is a part of some other network that happens to be alike.
+    rivals = [c for c in found if c.is_whole or 2 * len(c.keys) >= len(found[0].keys)]
+    averaged = [c for c in rivals if c.is_averaged]
+    plain = [c for c in rivals if not c.is_averaged]
+    if use_ema is False and not plain:
+        raise CheckpointError(
+            f"{label} holds averaged weights only ({averaged[0]}): pass use_ema=True to take them"
+        )
+    if use_ema is not None:
+        rivals = (averaged or plain) if use_ema else plain
+    first, *others = rivals
+    for other in others:
+        if not _same_values(first, other, leaves):
             raise CheckpointError(
-                f"{label} holds averaged weights only ({ema[0]}): pass use_ema=True to take them"
+                f"{label} holds {len(rivals)} ConvMixers, under {_few(map(str, rivals))}: pass a "
+                "state dict with the keys of one of them"
             )
-        if not any(isinstance(value, Tensor | np.ndarray) for value in held.values()):
-            break
-        strange = next((key for key in held if not isinstance(key, str)), None)
-        if strange is not None:
-            raise CheckpointError(f"{label}: the key {_few([repr(strange)])} is not a string")
-        return dict(held)
-    kind = f"has {_few(map(str, held))}" if isinstance(held, Mapping) and held else "is empty"
-    if not isinstance(held, Mapping):
-        kind = f"is a {type(held).__name__}"
-    raise CheckpointError(
-        f"{label} holds no state dict (it {kind}): tensors are looked for at the top and under "
-        f"{', '.join(_EMA_WRAPPERS + _WRAPPERS)}"
+    return first
+
+
+def _same_values(one: _Candidate, other: _Candidate, leaves: list[_Leaf]) -> bool:
+    """Whether two candidates are one network under two names."""
+    mine, theirs = dict(one.keys), dict(other.keys)
+    if one.format != other.format or mine.keys() != theirs.keys():
+        return False
+    pairs = [(leaves[i].value, leaves[theirs[key]].value) for key, i in mine.items()]
+    return all(
+        a is b
+        or (isinstance(a, Tensor) and isinstance(b, Tensor) and not a.is_meta and not b.is_meta)
+        and a.dtype == b.dtype
+        and a.device == b.device
+        and torch.equal(a, b)
+        for a, b in pairs
     )
 
 
-def _identify(keys: Iterable[str], label: str) -> _Names:
-    """Find the format, count the blocks and give every key its name in timm.
+def _identify(leaves: list[_Leaf], label: str, use_ema: bool | None = None) -> _Names:
+    """Find the ConvMixer, count its blocks and give every key its name in timm.
 
     Raises:
-        CheckpointError: no ConvMixer's keys, a gap in the blocks, or one key under two names.
+        CheckpointError: no ConvMixer's keys, or those of several, a gap in the blocks, or one key
+            under two names.
     """
-    bare = {key: _bare(key) for key in keys}
-    bare = {key: short for key, short in bare.items() if short not in _EMA_COUNTERS}
-    form = _best_format(bare.values())
-    if form is None:
-        raise CheckpointError(_not_a_convmixer(label, bare))
-    first = _LAYOUTS[form].first_block
-    shorts = {key: _in_full(short, form) for key, short in bare.items()}
-    numbers = {int(m[1]) for short in shorts.values() if (m := _BLOCK_KEY[form].fullmatch(short))}
-    _refuse_gap(numbers, first, label)
-    depth = len(numbers)
-    table = _key_table(form, depth)
-    known: dict[str, str] = {}
-    unknown: list[str] = []
-    owner: dict[str, str] = {}
-    for key, short in shorts.items():
-        name = table.get(short)
-        if name is None:
-            unknown.append(key)
+    found = _candidates(leaves)
+    if not found:
+        raise CheckpointError(_not_a_convmixer(label, leaves))
+    chosen = _choose(found, leaves, label, use_ema)
+    form, prefix = chosen.format, chosen.prefix
+    _refuse_gap(chosen.numbers, _LAYOUTS[form].first_block, label)
+    table = _key_table(form, len(chosen.numbers))
+    paths = {leaves[i].path for _, i in chosen.keys}
+    known: dict[str, _Leaf] = {}
+    surplus: list[str] = []
+    company: list[str] = []
+    for leaf in leaves:
+        parts = _parts(leaf)
+        if leaf.path not in paths or not parts:
             continue
-        if name in owner:
-            both = _few([owner[name], key])
+        inside = parts[: len(prefix)] == prefix
+        name = table.get(_in_full(".".join(parts[len(prefix) :]), form)) if inside else None
+        if name is None:
+            if inside and _is_tensor(leaf.value) and _OWN_PART[form].fullmatch(parts[len(prefix)]):
+                surplus.append(leaf.key)
+            elif _is_tensor(leaf.value, floating=True):
+                company.append(leaf.key)
+        elif name in known:
+            both = _few([known[name].key, leaf.key])
             raise CheckpointError(f"{label} holds one tensor under two names ({both}): remove one")
-        owner[name] = key
-        known[key] = name
-    return _Names(form, depth, known, unknown)
+        else:
+            known[name] = leaf
+    return _Names(form, len(chosen.numbers), known, surplus, company)
 
 
-def _bare(key: str) -> str:
-    """The key without what wrapping modules added to it, wherever in the key they stand."""
-    parts = key.split(".")
-    parts[-1] = _PADDLE_LEAVES.get(parts[-1], parts[-1]) if len(parts) > 1 else parts[-1]
-    return ".".join(part for part in parts if part not in _WRAPPER_PARTS)
+def _is_tensor(value: Any, floating: bool = False) -> bool:
+    """Integers beside a network are counters (``n_averaged``, ``steps``) and no parameters."""
+    if isinstance(value, np.ndarray):
+        return not floating or value.dtype.kind == "f"
+    return isinstance(value, Tensor) and (not floating or value.is_floating_point())
+
+
+def _parts(leaf: _Leaf) -> tuple[str, ...]:
+    """The names on the way to a leaf, without what wrapping modules added within its key.
+
+    Wrappers keep the wrapped module under a private name (torch.compile, FSDP, activation
+    checkpointing), as ``module`` (DDP, averaged models) or as ``model``; no format has such a part.
+    """
+    if not isinstance(leaf.key, str):
+        return ()
+    *parts, last = leaf.key.split(".")
+    last = _PADDLE_LEAVES.get(last, last) if parts else last
+    own = [
+        part
+        for part in parts
+        if _AVERAGED.search(part) or not (part.startswith("_") or part in ("module", "model"))
+    ]
+    return (*leaf.path, *own, last)
 
 
 def _in_full(short: str, form: str) -> str:
@@ -628,16 +774,6 @@ def _in_full(short: str, form: str) -> str:
     if form == "mmpretrain" and not short.startswith(("backbone.", "head.")):
         return f"backbone.{short}"
     return short
-
-
-def _best_format(bare: Iterable[str]) -> str | None:
-    bare = list(bare)
-    score = {
-        form: sum(_ANY_KEY[form].fullmatch(_in_full(short, form)) is not None for short in bare)
-        for form in FORMATS
-    }
-    best = max(FORMATS, key=score.__getitem__)
-    return best if score[best] else None
 
 
 def _key_table(form: str, depth: int) -> dict[str, str]:
@@ -709,7 +845,8 @@ def _check_whole(parsed: _Parsed) -> Arch:
     if missing or parsed.surplus:
         shown = {ours: theirs for theirs, ours in _key_table(parsed.format, parsed.depth).items()}
         faults = [f"{_few(shown[n] for n in missing)} missing"] if missing else []
-        faults += [f"{_few(parsed.surplus)} left over"] if parsed.surplus else []
+        left = [*parsed.company, *parsed.surplus]
+        faults += [f"{_few(left)} left over"] if parsed.surplus else []
         raise CheckpointError(
             f"{label} is not a whole ConvMixer of depth {parsed.depth} in the {parsed.format} "
             f"format: {' and '.join(faults)}; load_checkpoint(..., strict=False) takes what fits"
@@ -807,6 +944,16 @@ def _refuse_meta(label: str, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
+def _warn_of_company(parsed: _Parsed) -> None:
+    if parsed.company:
+        warnings.warn(
+            f"{parsed.source} holds parameters beside the ConvMixer's, which are left out: "
+            f"{_few(parsed.company)}; if the network needs them, results will be wrong",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
 def _warn_if_not_finite(parsed: _Parsed) -> None:
     bad = [
         key
@@ -852,7 +999,21 @@ def _written_whole(target: Path) -> Iterator[Path]:
             unfinished.unlink(missing_ok=True)
 
 
-def _not_a_convmixer(label: str, keys: Iterable[str]) -> str:
+def _no_state_dict(label: str, held: Any) -> str:
+    kind = f"has {_few(map(str, held))}" if isinstance(held, Mapping) and held else "is empty"
+    if not isinstance(held, Mapping):
+        kind = f"is a {type(held).__name__}"
+    return (
+        f"{label} holds no state dict (it {kind}): tensors are looked for at any depth, at the top "
+        "as below names such as state_dict and model_ema"
+    )
+
+
+def _not_a_convmixer(label: str, leaves: list[_Leaf]) -> str:
+    keys = [leaf.key for leaf in leaves if _is_tensor(leaf.value)] or [leaf.key for leaf in leaves]
+    strange = [key for key in keys if not isinstance(key, str)]
+    if strange:
+        return f"{label}: the key {_few([repr(strange[0])])} is not a string"
     formats = ", ".join(FORMATS)
     held = _few(keys) or "no keys"
     return f"{label} is not a ConvMixer in any known format ({formats}): it has {held}"
