@@ -25,10 +25,9 @@ import contextlib
 import os
 import pickle
 import re
-import secrets
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -41,6 +40,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .arch import ACTIVATIONS, Arch, activation_layer, activation_name, known_activation
+from .files import replacement
 from .inert import SAFE_GLOBALS
 
 #: The key formats, ours (timm's) first.
@@ -349,15 +349,22 @@ def save_checkpoint(
         key: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for key, tensor in convert_state_dict(checkpoint.state_dict, format).items()
     }
-    target = Path(os.path.realpath(path))
-    with _written_whole(target) as unfinished:
-        if target.suffix.lower() == ".safetensors":
-            # An activation without a name is written as "unknown": left out, a reader would take
-            # the published variant's for it.
-            metadata = {"format": "pt", _META_FORMAT: format, _META_ACT: act or "unknown"}
-            save_file(tensors, unfinished, metadata)
-        else:
-            torch.save({"state_dict": tensors} if format == "mmpretrain" else tensors, unfinished)
+    try:
+        with replacement(Path(path)) as unfinished:
+            if _has_metadata(path):
+                # An activation without a name is written as "unknown": left out, a reader would
+                # take the published variant's for it.
+                metadata = {"format": "pt", _META_FORMAT: format, _META_ACT: act or "unknown"}
+                save_file(tensors, unfinished, metadata)
+            else:
+                held = {"state_dict": tensors} if format == "mmpretrain" else tensors
+                torch.save(held, unfinished)
+    except (OSError, RuntimeError, SafetensorError) as e:
+        reason = e.strerror if isinstance(e, OSError) and e.strerror else _one_line(e)
+        raise CheckpointError(
+            f"cannot write {path}: {reason}; nothing was written, choose a folder that exists, "
+            "is writable and has room"
+        ) from None
 
 
 def build_model_kwargs(
@@ -699,10 +706,12 @@ def _same_values(one: _Candidate, other: _Candidate, leaves: list[_Leaf]) -> boo
     pairs = [(leaves[i].value, leaves[theirs[key]].value) for key, i in mine.items()]
     return all(
         a is b
-        or (isinstance(a, Tensor) and isinstance(b, Tensor) and not a.is_meta and not b.is_meta)
-        and a.dtype == b.dtype
-        and a.device == b.device
-        and torch.equal(a, b)
+        or (
+            (isinstance(a, Tensor) and isinstance(b, Tensor) and not a.is_meta and not b.is_meta)
+            and a.dtype == b.dtype
+            and a.device == b.device
+            and torch.equal(a, b)
+        )
         for a, b in pairs
     )
 
@@ -969,34 +978,9 @@ def _warn_if_not_finite(parsed: _Parsed) -> None:
         )
 
 
-@contextlib.contextmanager
-def _written_whole(target: Path) -> Iterator[Path]:
-    """A file to write beside ``target`` that takes its place when the block ends well."""
-    unfinished = target.with_name(f".{target.name}.{secrets.token_hex(4)}.unfinished")
-    try:
-        if target.is_dir():
-            raise IsADirectoryError("it is a folder: name a file in it")
-        if target.exists() and not target.is_file():
-            # Its place would be taken by a file: /dev/null would be gone from the machine.
-            raise OSError("it is a device or a pipe: name a file")
-        # Opened here, for "no such folder" and "not allowed" as the system words them.
-        unfinished.open("xb").close()
-        mode = unfinished.stat().st_mode
-        yield unfinished
-        # safetensors puts a file of its own there, which only its owner may read.
-        unfinished.chmod(mode)
-        with unfinished.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(unfinished, target)
-    except (OSError, RuntimeError, SafetensorError) as e:
-        reason = e.strerror if isinstance(e, OSError) and e.strerror else _one_line(e)
-        raise CheckpointError(
-            f"cannot write {target}: {reason}; nothing was written, choose a folder that exists, "
-            "is writable and has room"
-        ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
+def _has_metadata(path: str | os.PathLike[str]) -> bool:
+    """Whether the name is that of a safetensors file, or of a link to one."""
+    return Path(os.path.realpath(path)).suffix.lower() == ".safetensors"
 
 
 def _no_state_dict(label: str, held: Any) -> str:

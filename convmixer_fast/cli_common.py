@@ -231,6 +231,31 @@ def add_target_argument(group: Any) -> None:
     )
 
 
+def output_file(text: str) -> str:
+    """Type of the options that name a file to write: `main` checks those before the work."""
+    return text
+
+
+def output_folder(text: str) -> str:
+    """Type of the options that name a folder to write files into."""
+    return text
+
+
+def check_outputs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse files that could not be written, or would be destroyed, at the end.
+
+    Raises:
+        OSError: with the file's name.
+    """
+    from .files import check_output
+
+    for action in parser._actions:
+        name = getattr(args, action.dest, None)
+        # Addresses (s3://...) are not this machine's, and are refused by those who know.
+        if action.type is output_file and name not in (None, action.default) and "://" not in name:
+            check_output(name)
+
+
 def memory_size(text: str) -> int:
     """Bytes of a size like ``2GB``, ``512MiB`` or ``1000000``."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?)B?\s*", text.upper())

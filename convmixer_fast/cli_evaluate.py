@@ -20,6 +20,7 @@ from .cli_common import (
     load_model,
     make_predictor,
     note,
+    output_file,
 )
 
 if TYPE_CHECKING:
@@ -41,13 +42,22 @@ def add_evaluate(sub: argparse.ArgumentParser) -> None:
         "(default: the folders in natural order)",
     )
     output.add_argument(
-        "--results-file", metavar="FILE", help="what is printed, as CSV, or JSON if it ends so"
+        "--results-file",
+        type=output_file,
+        metavar="FILE",
+        help="what is printed, as CSV, or JSON if it ends so",
     )
     output.add_argument(
-        "--confusion", metavar="FILE", help="CSV: images by true and by predicted class"
+        "--confusion",
+        type=output_file,
+        metavar="FILE",
+        help="CSV: images by true and by predicted class",
     )
     output.add_argument(
-        "--per-class", metavar="FILE", help="CSV: images, top1, top5, precision of each class"
+        "--per-class",
+        type=output_file,
+        metavar="FILE",
+        help="CSV: images, top1, top5, precision of each class",
     )
     output.add_argument(
         "--on-error", choices=("skip", "stop"), default="skip", help="for a bad image"
@@ -66,9 +76,6 @@ def evaluate(args: argparse.Namespace) -> int:
     folder = args.data or args.data_dir
     if not folder or (args.data and args.data_dir):
         raise ValueError("name the folder of labelled images, once")
-    for name in (args.results_file, args.confusion, args.per_class):
-        if name and not Path(name).parent.is_dir():
-            raise ValueError(f"{name}: there is no folder {Path(name).parent}")
     model = load_model(args)
     classes = read_labels(args.class_map, model.num_classes) if args.class_map else None
     paths, targets, names = labelled_images(folder, model.num_classes, classes)

@@ -21,6 +21,8 @@ from .cli_common import (
     load_model,
     make_predictor,
     note,
+    output_file,
+    output_folder,
     positive,
     table,
 )
@@ -69,12 +71,14 @@ def add_predict(sub: argparse.ArgumentParser) -> None:
     output.add_argument("--output-type", choices=OUTPUT_TYPES, default="prob")
     output.add_argument(
         "--results-file",
+        type=output_file,
         metavar="FILE",
         help="filename, index, label, prob (index_0, index_1, ... when --topk > 1); written in "
         "parts while it is computed, and whole at the end",
     )
     output.add_argument(
         "--results-dir",
+        type=output_folder,
         metavar="DIR",
         help="folder of --results-file (default name: predictions.FORMAT)",
     )
@@ -85,6 +89,7 @@ def add_predict(sub: argparse.ArgumentParser) -> None:
     )
     output.add_argument(
         "--errors-file",
+        type=output_file,
         metavar="FILE",
         help="CSV of the images that cannot be read: filename, error (default: beside the "
         "results, NAME.errors.csv)",
@@ -95,6 +100,7 @@ def add_predict(sub: argparse.ArgumentParser) -> None:
     output.add_argument("--overwrite", action="store_true", help="replace what is there")
     output.add_argument(
         "--heatmap",
+        type=output_folder,
         metavar="DIR",
         help="write where each image's class comes from: a PNG over the image as the model saw it, "
         "and the map itself as .npy, under the image's name with its folders",
@@ -217,7 +223,8 @@ def predict(args: argparse.Namespace) -> int:
         raise ValueError(f"no image could be read, of {len(paths)}{why}")
     note(_summary(args, predictor, seen, skipped, before, seconds, waited))
     if results:
-        bad = f"; {results.errors_file} names what could not be read" if results.failed else ""
+        told = results.failed and results.errors_file
+        bad = f"; {results.errors_file} names what could not be read" if told else ""
         note(f"wrote {results.path} ({_count(results.kept)}){bad}")
     if heatmaps and seen:
         note(f"wrote {heatmaps.folder}: a .png and a .npy for each of {_count(seen)}")

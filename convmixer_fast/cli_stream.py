@@ -15,6 +15,8 @@ from .cli_common import (
     load_model,
     memory_size,
     note,
+    output_file,
+    output_folder,
     positive,
     table,
 )
@@ -32,10 +34,14 @@ def add_stream(sub: argparse.ArgumentParser) -> None:
     output.add_argument("--output-type", choices=("prob", "logit"), default="prob")
     what = output.add_mutually_exclusive_group()
     what.add_argument(
-        "--output", metavar="FILE", help="write the map of features as it comes: .npy or .zarr"
+        "--output",
+        type=output_file,
+        metavar="FILE",
+        help="write the map of features as it comes: .npy or .zarr",
     )
     what.add_argument(
         "--heatmap",
+        type=output_file,
         metavar="FILE",
         help="write where the class comes from: a PNG over the image, and the map itself as .npy",
     )
@@ -46,14 +52,22 @@ def add_stream(sub: argparse.ArgumentParser) -> None:
     running.add_argument(
         "--max-memory", type=memory_size, metavar="SIZE", help="for its buffers, like 2GB"
     )
-    running.add_argument("--scratch", metavar="DIR", help="folder for what does not fit in memory")
+    running.add_argument(
+        "--scratch",
+        type=output_folder,
+        metavar="DIR",
+        help="folder for what does not fit in memory",
+    )
     running.add_argument(
         "--resume",
         action="store_true",
         help="keep the state in a file as it goes, and go on from it if it is there",
     )
     running.add_argument(
-        "--state", metavar="FILE", help="that file (default: IMAGE's name and .stream-state, here)"
+        "--state",
+        type=output_file,
+        metavar="FILE",
+        help="that file (default: IMAGE's name and .stream-state, here)",
     )
     running.add_argument("--device", metavar="NAME", help="default: cuda if there is one, else cpu")
     running.add_argument(
