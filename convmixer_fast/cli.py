@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from . import environment
 from .cli_benchmark import add_benchmark, benchmark
 from .cli_common import (
     ACTIVATIONS,
@@ -32,8 +33,6 @@ from .cli_stream import add_stream, stream
 
 if TYPE_CHECKING:
     from .arch import Variant
-
-DEBUG = "CONVMIXER_FAST_DEBUG"
 
 
 # info
@@ -300,7 +299,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(terminal, "reconfigure"):
             terminal.reconfigure(errors="backslashreplace")
     args = build_parser().parse_args(argv)
+    debug = False
     try:
+        debug = environment.flag("DEBUG")
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: note(f"warning: {message}")
             check_outputs(args.parser, args)
@@ -314,7 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
-        if os.environ.get(DEBUG, "") not in ("", "0"):
+        if debug:
             raise
         print(f"{PROG}: error: {printable(_message(error))}", file=sys.stderr)
         return 2

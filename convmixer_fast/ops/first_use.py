@@ -13,7 +13,6 @@ there for the first time is PyTorch's until a call outside a capture.
 
 from __future__ import annotations
 
-import os
 import threading
 import warnings
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 
+from .. import environment
 from ..kernels import support
 from .cases import Case
 
@@ -34,7 +34,7 @@ _lock = threading.RLock()
 
 
 def is_on() -> bool:
-    return os.environ.get(ENVIRONMENT, "1") != "0"
+    return environment.flag("VERIFY", default=True)
 
 
 def verdict(case: Case) -> str | None:

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .. import environment
 from ..files import whole_or_absent
 from ..kernels import configs, support
 from .cases import Case
@@ -65,7 +66,7 @@ class Verdict(NamedTuple):
 
 def folder() -> Path:
     """Where the files are."""
-    named = os.environ.get(ENVIRONMENT)
+    named = environment.read("CACHE")
     if named:
         return Path(named).expanduser()
     if sys.platform == "darwin":
