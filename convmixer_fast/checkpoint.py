@@ -22,13 +22,14 @@ Nothing in a file is ever executed: pickles go through PyTorch's weights-only lo
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pickle
 import re
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
@@ -39,7 +40,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .arch import ACTIVATIONS, Arch, activation_layer, activation_name, known_activation
+from .arch import (
+    ACTIVATIONS,
+    VARIANTS,
+    Arch,
+    activation_layer,
+    activation_name,
+    known_activation,
+)
 from .files import replacement
 from .inert import SAFE_GLOBALS
 
@@ -64,12 +72,17 @@ class Checkpoint:
             where nothing tells the activation.
         format: the key format it was read from, one of `FORMATS`.
         source: where it came from, for messages.
+        pretrained_cfg: how images are prepared and what the classes are called, under timm's names
+            (`RECIPE`); what the file does not say is absent.
+        normalize: of a model that takes uint8 images, see `ConvMixer`.
     """
 
     state_dict: dict[str, Tensor]
     arch: Arch
     format: str
     source: str
+    pretrained_cfg: dict[str, Any] = field(default_factory=dict)
+    normalize: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
 
 class LoadResult(NamedTuple):
@@ -153,6 +166,15 @@ _PADDLE_LEAVES = {"_mean": "running_mean", "_variance": "running_var"}
 
 _META_FORMAT = "convmixer_fast.format"
 _META_ACT = "convmixer_fast.act"
+_META_CFG = "convmixer_fast.pretrained_cfg"
+_META_NORMALIZE = "convmixer_fast.normalize"
+
+#: What a file keeps of timm's ``pretrained_cfg``, and ``native_size``: images keep their size.
+RECIPE = (
+    "input_size", "crop_pct", "crop_mode", "interpolation", "mean", "std", "native_size",
+    "label_names", "label_descriptions",
+)  # fmt: skip
+_LABELS = ("label_names", "label_descriptions")
 
 
 def detect_format(keys: Iterable[str]) -> str:
@@ -192,7 +214,8 @@ def read_checkpoint(source: Source, *, use_ema: bool = True) -> Checkpoint:
     arch = _check_whole(parsed)
     _warn_of_company(parsed)
     _warn_if_not_finite(parsed)
-    return Checkpoint(parsed.tensors, arch, parsed.format, parsed.source)
+    cfg, normalize = parsed.cfg, parsed.normalize
+    return Checkpoint(parsed.tensors, arch, parsed.format, parsed.source, cfg, normalize)
 
 
 def convert_state_dict(
@@ -238,7 +261,8 @@ def load_checkpoint(
     optimised or not, wrapped in DDP, DataParallel or torch.compile. Every key and shape is checked
     before the first tensor is written: on an error the model is as it was. A model without a
     classifier takes a checkpoint that has one. Values are copied bit for bit where the dtypes agree
-    and cast as ``load_state_dict`` does where they do not.
+    and cast as ``load_state_dict`` does where they do not. What the file says about preprocessing
+    and labels goes into the model's ``pretrained_cfg``, where it has one.
 
     Args:
         model: the model to fill, on any device but "meta".
@@ -308,6 +332,7 @@ def load_checkpoint(
             stacklevel=2,
         )
     model.load_state_dict({model_names[k]: parsed.tensors[k] for k in wanted}, strict=False)
+    _hand_over(parsed.cfg, model, labels=not skipped)
     return LoadResult(missing, unexpected, skipped, parsed.format)
 
 
@@ -315,25 +340,46 @@ def save_checkpoint(
     model: nn.Module | Checkpoint | Mapping[str, Any],
     path: str | os.PathLike[str],
     format: str = "timm",
+    *,
+    preprocessing: Any = None,
+    labels: Sequence[str] | None = None,
 ) -> None:
     """Write the weights of a ConvMixer to a file, in any of the formats.
 
-    A name that ends in ``.safetensors`` makes a safetensors file, whose metadata carries the format
-    and the activation. Any other name makes a PyTorch file: the bare state dict, as timm and
+    A name that ends in ``.safetensors`` makes a safetensors file. Its metadata carries the format,
+    the activation, and where they are known the preprocessing, the labels and the normalisation of
+    uint8 images: `Predictor` and the command line then prepare images as the model was trained. Any
+    other name makes a PyTorch file: the bare state dict, as timm and
     locuslab publish them, or ``{"state_dict": ...}`` for mmpretrain. The file appears whole or not
     at all, and a file that was there before is replaced only then.
 
     Args:
-        model: a model that `load_checkpoint` takes, what `read_checkpoint` returned, or a state
-            dict in any format.
+        model: a model that `load_checkpoint` takes, a `Predictor`, what `read_checkpoint` returned,
+            or a state dict in any format.
         path: the file to write; its folder must exist.
         format: one of `FORMATS`.
+        preprocessing: a `Preprocessing`, a `NativeSize`, or a mapping under timm's names
+            (``input_size``, ``crop_pct``, ``interpolation``, ``mean``, ``std``); default: the
+            Predictor's, else the model's ``pretrained_cfg``.
+        labels: a name for each class; default: likewise.
+
+    Warns:
+        UserWarning: the model's own preprocessing is not the published one, and the file is no
+            safetensors file, the only kind that can keep it.
 
     Raises:
-        CheckpointError: an unknown format, not a whole ConvMixer, or the file cannot be written.
+        CheckpointError: an unknown format, not a whole ConvMixer, the file cannot be written, or
+            ``preprocessing`` or ``labels`` cannot be kept.
     """
     if format not in FORMATS:
         raise CheckpointError(f"unknown format {format!r}: use one of {', '.join(FORMATS)}")
+    asked = preprocessing is not None or labels is not None
+    if not isinstance(model, nn.Module | Mapping | Checkpoint) and hasattr(model, "preprocessing"):
+        # A Predictor, which is of a module above this one.
+        preprocessing = model.preprocessing if preprocessing is None else preprocessing
+        labels = model.labels if labels is None else labels
+        model = model.model
+    recipe, normalize = _recipe_of(model, preprocessing, labels)
     if isinstance(model, Checkpoint):
         checkpoint, act = model, model.arch.act
     elif isinstance(model, nn.Module):
@@ -343,6 +389,14 @@ def save_checkpoint(
         checkpoint = read_checkpoint(model)
         act = checkpoint.arch.act
     _refuse_meta(checkpoint.source, checkpoint.state_dict)
+    names = recipe.get("label_names")
+    if names is not None and len(names) != checkpoint.arch.num_classes:
+        if labels is not None:
+            classes = checkpoint.arch.num_classes
+            raise CheckpointError(f"{len(names)} labels for a model of {classes} classes")
+        recipe = {key: value for key, value in recipe.items() if key not in _LABELS}
+    if not _has_metadata(path):
+        _refuse_to_lose(recipe, checkpoint.arch, path, asked)
     # Copies, since tensors that share memory or are slices of larger ones would be refused by
     # safetensors and stored with all their surroundings by PyTorch.
     tensors = {
@@ -355,6 +409,10 @@ def save_checkpoint(
                 # An activation without a name is written as "unknown": left out, a reader would
                 # take the published variant's for it.
                 metadata = {"format": "pt", _META_FORMAT: format, _META_ACT: act or "unknown"}
+                if recipe:
+                    metadata[_META_CFG] = json.dumps(recipe)
+                if normalize:
+                    metadata[_META_NORMALIZE] = json.dumps(normalize)
                 save_file(tensors, unfinished, metadata)
             else:
                 held = {"state_dict": tensors} if format == "mmpretrain" else tensors
@@ -411,6 +469,8 @@ def build_model_kwargs(
     }
     if arch.num_classes and checkpoint.state_dict["head.weight"].shape[1] == 2 * arch.dim:
         kwargs["global_pool"] = "catavgmax"
+    if checkpoint.normalize is not None:
+        kwargs["normalize"] = checkpoint.normalize
     return kwargs
 
 
@@ -427,6 +487,8 @@ class _Parsed:
     act: str | None
     #: The file itself speaks about its activation; None then means one that has no name.
     act_is_settled: bool
+    cfg: dict[str, Any]
+    normalize: Any
 
 
 class _Leaf(NamedTuple):
@@ -525,6 +587,8 @@ def _parse(source: Source, use_ema: bool) -> _Parsed:
         company=names.company,
         act=activation_name(metadata.get(_META_ACT)),
         act_is_settled=_META_ACT in metadata,
+        cfg=_read_recipe(source, metadata, tensors, label),
+        normalize=_read_normalize(metadata, label),
     )
 
 
@@ -538,7 +602,160 @@ def _parsed_again(checkpoint: Checkpoint) -> _Parsed:
         company=[],
         act=checkpoint.arch.act,
         act_is_settled=True,
+        cfg=checkpoint.pretrained_cfg,
+        normalize=checkpoint.normalize,
     )
+
+
+def _recipe_of(
+    model: Any, preprocessing: Any, labels: Sequence[str] | None
+) -> tuple[dict[str, Any], Any]:
+    """What a model, or what is given beside it, says about its images and classes."""
+    known: Mapping[str, Any] = {}
+    normalize = None
+    if isinstance(model, Checkpoint):
+        known, normalize = model.pretrained_cfg, model.normalize
+    elif isinstance(model, nn.Module):
+        modules = list(model.modules())
+        known = next(filter(None, (getattr(m, "pretrained_cfg", None) for m in modules)), {})
+        normalize = next(filter(None, (getattr(m, "normalize", None) for m in modules)), None)
+        if not isinstance(normalize, tuple) or len(normalize) != 2:
+            normalize = None
+    recipe = {key: known[key] for key in RECIPE if known.get(key) is not None}
+    if normalize is not None:
+        recipe.setdefault("mean", normalize[0])
+        recipe.setdefault("std", normalize[1])
+    if preprocessing is not None:
+        recipe = {key: recipe[key] for key in _LABELS if key in recipe}
+        if not isinstance(preprocessing, Mapping):
+            if not hasattr(preprocessing, "mean") or not hasattr(preprocessing, "std"):
+                raise CheckpointError(
+                    f"a {type(preprocessing).__name__} cannot be kept in a file: pass a "
+                    "Preprocessing, or a mapping with input_size, crop_pct, mean and std"
+                )
+            native = {} if hasattr(preprocessing, "input_size") else {"native_size": True}
+            preprocessing = {k: getattr(preprocessing, k, None) for k in RECIPE} | native
+        recipe |= {k: preprocessing[k] for k in RECIPE if preprocessing.get(k) is not None}
+    if labels is not None and list(labels) != [str(i) for i in range(len(labels))]:
+        recipe = {key: value for key, value in recipe.items() if key not in _LABELS}
+        recipe["label_names"] = list(map(str, labels))
+    return recipe, normalize
+
+
+def _refuse_to_lose(
+    recipe: Mapping[str, Any], arch: Arch, path: str | os.PathLike[str], asked: bool
+) -> None:
+    """PyTorch's files hold the bare state dict, as others expect it."""
+    lost = f"{path} has no place for preprocessing and labels: name a .safetensors file"
+    if asked:
+        raise CheckpointError(lost)
+    usual = next((v.pretrained_cfg for v in VARIANTS.values() if v.arch.shape == arch.shape), {})
+    if any(_plain(usual.get(key)) != _plain(value) for key, value in recipe.items()):
+        warnings.warn(f"{lost}, or pass them where the file is used", UserWarning, stacklevel=3)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _read_recipe(
+    source: Any, metadata: Mapping[str, str], tensors: Mapping[str, Tensor], label: str
+) -> dict[str, Any]:
+    """The recipe in a file's metadata, else that of timm's or Hugging Face's config.json beside."""
+    if _META_CFG in metadata:
+        held = _json(metadata[_META_CFG], f"{label}: its metadata")
+        return _recipe_in(held, f"{label}: its metadata")
+    if isinstance(source, Mapping):
+        return {}
+    beside = Path(source).with_name("config.json")
+    try:
+        text = beside.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return {}
+    held = _json(text, str(beside))
+    cfg = held.get("pretrained_cfg") or held
+    if not isinstance(cfg, Mapping):
+        return {}
+    labels = {key: cfg.get(key) or held.get(key) for key in _LABELS}
+    by_index = held.get("id2label")
+    if not labels["label_names"] and isinstance(by_index, Mapping):
+        with contextlib.suppress(ValueError):
+            labels["label_names"] = [by_index[i] for i in sorted(by_index, key=int)]
+    recipe = _recipe_in({**cfg, **labels}, str(beside))
+    # A config.json of another model is no news about this one.
+    architecture = str(held.get("architecture") or cfg.get("architecture") or "convmixer")
+    stem, head = tensors.get("stem.0.weight"), tensors.get("head.weight")
+    classes = cfg.get("num_classes") or held.get("num_classes")
+    other = "convmixer" not in architecture.lower()
+    other |= stem is not None and recipe.get("input_size", (stem.shape[1],))[0] != stem.shape[1]
+    other |= head is not None and classes not in (None, head.shape[0])
+    names = recipe.get("label_names")
+    if names and (head is None or len(names) != head.shape[0]):
+        recipe = {key: value for key, value in recipe.items() if key not in _LABELS}
+    return {} if other else recipe
+
+
+def _recipe_in(held: Mapping[str, Any], label: str) -> dict[str, Any]:
+    """The keys of `RECIPE`, as timm has them.
+
+    Raises:
+        CheckpointError: a value is of a wrong kind.
+    """
+    kinds: dict[str, Any] = {
+        "crop_pct": int | float,
+        "crop_mode": str,
+        "interpolation": str,
+        "native_size": bool,
+        "label_descriptions": dict,
+    }
+    recipe = {}
+    for key in RECIPE:
+        value = held.get(key)
+        if value is None:
+            continue
+        if key in kinds:
+            good = isinstance(value, kinds[key])
+        else:
+            number = str if key == "label_names" else int | float
+            good = isinstance(value, list | tuple) and all(isinstance(v, number) for v in value)
+            good = good and (key != "input_size" or len(value) == 3)
+        if not good:
+            raise CheckpointError(
+                f"{label}: {key} is {_one_line(value)[:80]}, which makes no sense"
+            )
+        recipe[key] = tuple(value) if key in ("input_size", "mean", "std") else value
+    return recipe
+
+
+def _read_normalize(metadata: Mapping[str, str], label: str) -> Any:
+    if _META_NORMALIZE not in metadata:
+        return None
+    try:
+        mean, std = json.loads(metadata[_META_NORMALIZE])
+        return tuple(map(float, mean)), tuple(map(float, std))
+    except (TypeError, ValueError):
+        raise CheckpointError(f"{label}: the normalisation in its metadata is damaged") from None
+
+
+def _json(text: str, label: str) -> dict[str, Any]:
+    try:
+        held = json.loads(text)
+    except ValueError as e:
+        raise CheckpointError(f"{label} is no valid JSON ({_one_line(e)})") from None
+    return held if isinstance(held, dict) else {}
+
+
+def _hand_over(cfg: Mapping[str, Any], model: nn.Module, labels: bool) -> None:
+    """Put a file's recipe into the ``pretrained_cfg`` of a model that has one."""
+    found = {key: value for key, value in cfg.items() if labels or key not in _LABELS}
+    if not found:
+        return
+    for module in model.modules():
+        held = getattr(module, "pretrained_cfg", None)
+        if isinstance(held, dict):
+            kept = {key: value for key, value in held.items() if key not in RECIPE}
+            module.pretrained_cfg = {**kept, **found}  # type: ignore[assignment]
+            return
 
 
 def _open(source: Source) -> tuple[Any, Mapping[str, str], str]:
@@ -640,7 +857,7 @@ def _leaves(held: Any) -> list[_Leaf]:
                 later = averaged if _AVERAGED.search(str(key)) else waiting
                 later.append(((*path, str(key)), value))
             elif isinstance(group, Mapping):
-                found.append(_Leaf(path, key, value))
+                found.append(_Leaf(path, key, value))  # type: ignore[arg-type]
     return found
 
 

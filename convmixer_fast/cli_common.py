@@ -203,6 +203,9 @@ def describe_predictor(predictor: Predictor) -> str:
     if hasattr(prepare, "input_size"):
         size = "x".join(map(str, prepare.input_size))
         images = f"as {size}, crop {prepare.crop_pct:g}, {prepare.interpolation}"
+    if hasattr(prepare, "mean"):
+        mean, std = (" ".join(f"{v:g}" for v in values) for values in (prepare.mean, prepare.std))
+        images += f", mean {mean}, std {std}"
     return f"{model.arch} on {predictor.device}; images {images}"
 
 

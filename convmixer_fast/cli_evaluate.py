@@ -71,6 +71,7 @@ def evaluate(args: argparse.Namespace) -> int:
     from .inference import ImageError, read_labels
     from .inference.evaluate import evaluate as count
     from .inference.evaluate import labelled_images
+    from .inference.labels import stored_labels
 
     check_running(args)
     folder = args.data or args.data_dir
@@ -78,7 +79,9 @@ def evaluate(args: argparse.Namespace) -> int:
         raise ValueError("name the folder of labelled images, once")
     model = load_model(args)
     classes = read_labels(args.class_map, model.num_classes) if args.class_map else None
-    paths, targets, names = labelled_images(folder, model.num_classes, classes)
+    paths, targets, names = labelled_images(
+        folder, model.num_classes, classes, stored_labels(model)
+    )
     predictor = make_predictor(args, model, topk=5, labels=names)
     note(describe_predictor(predictor))
     with (

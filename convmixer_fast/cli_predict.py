@@ -146,7 +146,8 @@ def add_label_argument(group: Any) -> None:
 def predict(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from .inference import ImageError, class_labels
+    from .inference import ImageError
+    from .inference.labels import labels_for
 
     if args.topk < 1:
         raise ValueError(f"--topk must be at least 1, got {args.topk}")
@@ -163,7 +164,7 @@ def predict(args: argparse.Namespace) -> int:
     paths = _images(args)
     heatmaps = _heatmaps(args, paths)
     model = load_model(args)
-    labels = class_labels(model.num_classes, args.class_map) if model.num_classes else None
+    labels = labels_for(model, args.class_map) if model.num_classes else None
     options = {"topk": args.topk, "output_type": args.output_type, "labels": labels}
     predictor = make_predictor(args, model, **options)
     note(describe_predictor(predictor))

@@ -85,7 +85,9 @@ def peak_memory() -> int:
 
 def stream(args: argparse.Namespace) -> int:
     from . import inference
-    from .inference import StreamStats, class_labels, top_predictions, write_overlay, write_scores
+    from .inference import StreamStats, top_predictions, write_overlay, write_scores
+    from .inference.labels import labels_for
+    from .inference.preprocessing import preprocessing_for
     from .ops import use_backend
 
     array = None
@@ -104,7 +106,8 @@ def stream(args: argparse.Namespace) -> int:
             raise FileExistsError(f"{path} is there already: pass --overwrite to replace it")
     device = device_of(args.device)
     model = load_model(args).to(device)
-    labels = class_labels(model.num_classes, args.class_map)
+    labels = labels_for(model, args.class_map)
+    preprocessing_for(model, native=True)  # warns of a mean and deviation that are assumed
     note(f"{model.arch} on {device}")
     what = "features" if args.output else "heatmap" if args.heatmap else "logits"
     stats = StreamStats()

@@ -231,7 +231,7 @@ def examine() -> dict[str, Any]:
         # What became of GPU kernels at their first use; of a fresh process, in the checks above.
         "kernels": {str(case): why for case, why in first_use.results().items()},
         "kernels_without_copy_engine": {str(c): why for c, why in first_use.retreats().items()},
-        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(environment.PREFIX)},
+        "environment": environment.given(),
         "environment_error": _environment_error(backends),
         "self_check": self_check,
     }

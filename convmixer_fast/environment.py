@@ -104,12 +104,17 @@ def check() -> None:
         read(name)
 
 
+def given() -> dict[str, str]:
+    """What the environment holds with this package's prefix, in the order of the names."""
+    return {name: os.environ[name] for name in sorted(os.environ) if name.startswith(PREFIX)}
+
+
 def problems() -> list[str]:
     """A line for each variable with this package's prefix that it does not know or cannot read."""
     found = []
-    for full_name in sorted(os.environ):
+    for full_name in given():
         name = full_name.removeprefix(PREFIX)
-        if name == full_name or name in BUILD_VARIABLES:
+        if name in BUILD_VARIABLES:
             continue
         if name not in VARIABLES:
             known = ", ".join(v.full_name for v in VARIABLES.values())

@@ -49,8 +49,8 @@ _NAMES = {
 }
 
 
-def _safe_globals() -> list[tuple[Callable[..., Any], str]]:
-    found: list[tuple[Callable[..., Any], str]]
+def _safe_globals() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
+    found: list[Callable[..., Any] | tuple[Callable[..., Any], str]]
     found = [(Inert, f"{module}.{name}") for module in _NAMES for name in _NAMES[module].split()]
     # Python 3.13 pickles paths under the name of a private module.
     found += [(Inert, f"pathlib._local.{name}") for name in _NAMES["pathlib"].split()]

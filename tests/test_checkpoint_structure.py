@@ -280,7 +280,7 @@ def test_inert_values_beside_the_weights_load(kind: str, legacy: bool, tmp_path:
 
 
 inert = st.recursive(
-    st.sampled_from([v for group in INERT.values() for v in (group if isinstance(group, list) else [group])]),
+    st.sampled_from([v for g in INERT.values() for v in (g if isinstance(g, list) else [g])]),
     lambda inner: st.one_of(
         st.lists(inner, max_size=3),
         st.dictionaries(st.text(max_size=5), inner, max_size=3),

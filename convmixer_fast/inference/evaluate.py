@@ -90,12 +90,16 @@ class Evaluation:
 
 
 def labelled_images(
-    folder: str | os.PathLike[str], num_classes: int, class_map: Sequence[str] | None = None
+    folder: str | os.PathLike[str],
+    num_classes: int,
+    class_map: Sequence[str] | None = None,
+    stored: Sequence[str] | None = None,
 ) -> tuple[list[Location], list[int], list[str]]:
     """The images of an ImageFolder, their class indices, and the names of all classes.
 
     A class is the name of the folder that an image lies in. Its index is its place in
-    ``class_map``, else its place among the folders in natural order, as in timm.
+    ``class_map``, else in ``stored`` (the model's own names) if all folders are named there, else
+    among the folders in natural order, as in timm.
 
     Raises:
         ValueError: a folder is no class of ``class_map``, or, without one, there are not as many
@@ -104,6 +108,8 @@ def labelled_images(
     """
     paths = find_images([folder])
     present = sorted({folder_name(path) for path in paths}, key=natural_key)
+    if class_map is None and stored is not None and set(present) <= set(stored):
+        class_map = stored
     if class_map is None:
         if len(present) != num_classes:
             raise ValueError(
