@@ -212,10 +212,22 @@ def find_compiler(folder: str) -> tuple[list[str], str]:
     return [], "; ".join(reasons)
 
 
+def switch(name: str) -> bool | None:
+    """A variable that is on, off or absent (None), as convmixer_fast/environment.py reads it."""
+    value = os.environ.get(name, "").strip().lower()
+    allowed = {"": None, "1": True, "true": True, "yes": True, "on": True}
+    allowed |= {"0": False, "false": False, "no": False, "off": False}
+    if value not in allowed:
+        raise SystemExit(
+            f"{name}: unknown switch {value}; use one of {', '.join(filter(None, allowed))}"
+        )
+    return allowed[value]
+
+
 @cache
 def plan() -> Plan:
     """Ask the machine once, before anything is built."""
-    if os.environ.get("CONVMIXER_FAST_CPU") == "0":
+    if switch("CONVMIXER_FAST_CPU") is False:
         return Plan(reason="left out: CONVMIXER_FAST_CPU=0")
     found = tools()
     return found if found.reason else plan_for(found.compiler, found.ninja)
@@ -272,7 +284,7 @@ def plan_for(compiler: list[str], ninja: str) -> Plan:
 @cache
 def cuda_plan() -> CudaPlan:
     """The same for nvcc."""
-    if os.environ.get("CONVMIXER_FAST_CUDA") == "0":
+    if switch("CONVMIXER_FAST_CUDA") is False:
         return CudaPlan(reason="left out: CONVMIXER_FAST_CUDA=0")
     if not sys.platform.startswith("linux"):
         return CudaPlan(reason="it needs Linux")
@@ -400,7 +412,7 @@ def build_config(p: Plan, version: str) -> str:
 
 
 def all_flags() -> str:
-    strict = "-Wall -Wextra -Werror" if os.environ.get("CONVMIXER_FAST_WERROR") == "1" else ""
+    strict = "-Wall -Wextra -Werror" if switch("CONVMIXER_FAST_WERROR") else ""
     return " ".join(f"{FLAGS} {strict} {os.environ.get('CXXFLAGS', '')}".split())
 
 
@@ -507,7 +519,7 @@ def cuda_config(p: CudaPlan, version: str) -> str:
 
 
 def nvcc_flags() -> str:
-    strict = os.environ.get("CONVMIXER_FAST_WERROR") == "1"
+    strict = switch("CONVMIXER_FAST_WERROR")
     return NVCC_FLAGS + (" -Werror all-warnings -Xcompiler=-Wall,-Wextra" if strict else "")
 
 
@@ -649,7 +661,7 @@ def record(version: str, folder: Path) -> None:
     tell("CUDA", cuda.reason, f"{', '.join(cuda.built_for())} by {cuda.nvcc_version}", cuda.omitted)
     for kind, reason in (("CPU", p.reason), ("CUDA", cuda.reason)):
         demanded = f"CONVMIXER_FAST_{kind}"
-        if reason and os.environ.get(demanded) == "1":
+        if reason and switch(demanded):
             raise SystemExit(f"{demanded}=1, but the extension was not built: {reason}")
 
 

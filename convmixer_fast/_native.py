@@ -8,7 +8,6 @@ avx512) makes it use a lower instruction set than the machine's best.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from ctypes import c_char, string_at
 from functools import cache, partial
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import environment
 from .arch import ACTIVATIONS
 
 _PLANAR, _CHANNELS_LAST = 0, 1
@@ -44,11 +44,13 @@ def build_info() -> dict[str, Any]:
 @cache
 def _find() -> tuple[ModuleType | None, str]:
     """The module, and why there is none: one of the two is empty."""
-    if os.environ.get("CONVMIXER_FAST_DISABLE_NATIVE") == "1":
-        return None, "switched off by CONVMIXER_FAST_DISABLE_NATIVE=1"
+    if off := environment.why_off("DISABLE_NATIVE"):
+        return None, off
     try:
         module = import_module("convmixer_fast._cpu")
-        module.isa()  # a CONVMIXER_FAST_ISA that cannot be used is told here, not at the first op
+        if isa := environment.read("ISA"):
+            module.set_isa(isa)
+        module.isa()
     except (ImportError, ValueError) as error:
         return None, why_absent("_cpu", "CPU", error, build_info())
     return module, ""
@@ -375,7 +377,7 @@ def strassen_levels() -> int:
     one where that is faster on this processor. With two, the largest error in a
     feature map may be over twice PyTorch's.
     """
-    return {"0": 0, "1": 1, "2": 2}.get(os.environ.get("CONVMIXER_FAST_STRASSEN", ""), -1)
+    return int(environment.read("STRASSEN") or -1)
 
 
 def mixer_stack(

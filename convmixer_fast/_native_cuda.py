@@ -6,7 +6,6 @@ on a machine without a GPU or a driver. ``CONVMIXER_FAST_DISABLE_CUDA=1`` leaves
 
 from __future__ import annotations
 
-import os
 from functools import cache, lru_cache
 from importlib import import_module
 from types import ModuleType
@@ -14,11 +13,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from . import environment
 from ._native import build_info, why_absent
 from .kernels.precision import dot_precision
 from .kernels.support import architecture
 
-DISABLE = "CONVMIXER_FAST_DISABLE_CUDA"
 #: Of kernels; those that only one architecture has come first.
 FAMILIES = ("wgmma", "mma.sync")
 #: An address as PyTorch's allocator gives them, to ask about a problem whose tensors are not there.
@@ -28,8 +27,8 @@ _ALIGNED = 1 << 9
 @cache
 def _find() -> tuple[ModuleType | None, str]:
     """The module, and why there is none: one of the two is empty."""
-    if os.environ.get(DISABLE, "0") not in ("", "0"):
-        return None, f"switched off by {DISABLE}"
+    if off := environment.why_off("DISABLE_CUDA"):
+        return None, off
     try:
         return import_module("convmixer_fast._cuda"), ""
     except ImportError as error:

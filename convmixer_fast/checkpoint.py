@@ -21,15 +21,15 @@ Nothing in a file is ever executed: pickles go through PyTorch's weights-only lo
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+import json
 import os
 import pickle
 import re
-import secrets
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
@@ -40,7 +40,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .arch import ACTIVATIONS, Arch, activation_layer, activation_name, known_activation
+from .arch import (
+    ACTIVATIONS,
+    VARIANTS,
+    Arch,
+    activation_layer,
+    activation_name,
+    known_activation,
+)
+from .files import replacement
+from .inert import SAFE_GLOBALS
 
 #: The key formats, ours (timm's) first.
 FORMATS = ("timm", "locuslab", "mmpretrain", "tweet")
@@ -63,12 +72,17 @@ class Checkpoint:
             where nothing tells the activation.
         format: the key format it was read from, one of `FORMATS`.
         source: where it came from, for messages.
+        pretrained_cfg: how images are prepared and what the classes are called, under timm's names
+            (`RECIPE`); what the file does not say is absent.
+        normalize: of a model that takes uint8 images, see `ConvMixer`.
     """
 
     state_dict: dict[str, Tensor]
     arch: Arch
     format: str
     source: str
+    pretrained_cfg: dict[str, Any] = field(default_factory=dict)
+    normalize: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
 
 class LoadResult(NamedTuple):
@@ -133,60 +147,75 @@ _ANY_KEY = {
     )
     for f, one in _LAYOUTS.items()
 }
+#: First parts of the keys in each format; mmpretrain's backbone alone leaves out ``backbone``.
+_OWN_PART = {
+    "timm": re.compile("stem|blocks|head"),
+    "locuslab": re.compile("[0-9]+"),
+    "mmpretrain": re.compile("backbone|stem|stages|head"),
+    "tweet": re.compile("[0-9]+"),
+}
+#: Parts of the longest key, ``backbone.stages.0.0.fn.0.weight``.
+_MOST_PARTS = 7
 
 _CONV = ("weight", "bias")
 _NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
-_EMA_WRAPPERS = ("state_dict_ema", "model_ema", "ema_state_dict")
-_WRAPPERS = ("state_dict", "model")
-#: Parts of a key that a wrapping module adds: DDP, DataParallel and averaged models; torch.compile;
-#: activation checkpointing; FSDP; Lightning and feature extractors. No format has a part so named.
-_WRAPPER_PARTS = frozenset(
-    {"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "model"}
-)
-#: Counters that averaged models (torch.optim.swa_utils, mmengine) keep beside the weights.
-_EMA_COUNTERS = frozenset({"n_averaged", "steps"})
+#: What a name says that stands above averaged weights: ``state_dict_ema``, ``params_ema``, ``swa``.
+_AVERAGED = re.compile(r"(?:^|[^a-zA-Z])(?:ema|swa|averaged?)(?:[^a-zA-Z]|$)", re.IGNORECASE)
 _PADDLE_LEAVES = {"_mean": "running_mean", "_variance": "running_var"}
 
 _META_FORMAT = "convmixer_fast.format"
 _META_ACT = "convmixer_fast.act"
+_META_CFG = "convmixer_fast.pretrained_cfg"
+_META_NORMALIZE = "convmixer_fast.normalize"
+
+#: What a file keeps of timm's ``pretrained_cfg``, and ``native_size``: images keep their size.
+RECIPE = (
+    "input_size", "crop_pct", "crop_mode", "interpolation", "mean", "std", "native_size",
+    "label_names", "label_descriptions",
+)  # fmt: skip
+_LABELS = ("label_names", "label_descriptions")
 
 
 def detect_format(keys: Iterable[str]) -> str:
-    """The format, one of `FORMATS`, in which most of the keys are names; wrappers do not matter.
+    """The format, one of `FORMATS`, of the ConvMixer among the keys, under whatever prefix.
 
     Raises:
-        CheckpointError: no key is a ConvMixer's in any format.
+        CheckpointError: no key is a ConvMixer's in any format, or the keys of several are there.
     """
-    keys = list(keys)
-    found = _best_format([_bare(key) for key in keys])
-    if found is None:
-        raise CheckpointError(_not_a_convmixer("the state dict", keys))
-    return found
+    return _identify([_Leaf((), key, None) for key in keys], "the state dict").format
 
 
 def read_checkpoint(source: Source, *, use_ema: bool = True) -> Checkpoint:
     """Read a whole ConvMixer from a file or from a state dict, whatever its names and wrappers.
 
-    Files are judged by their content: safetensors, PyTorch's zip files and its old pickles. Inside,
-    the weights may stand under ``state_dict_ema``, ``model_ema``, ``ema_state_dict``,
-    ``state_dict`` or ``model``, nested too, or bare. Tensors keep their dtype and, where possible,
-    their memory; they are on the CPU when they come from a file. Where no ``num_batches_tracked``
-    is stored at all, zeros are filled in, as PyTorch does. PaddleViT's names and its transposed
-    classifier are understood in mappings, of numpy arrays too.
+    Files are judged by their content: safetensors, PyTorch's zip files and its old pickles. The
+    weights are found by structure: the mapping, at any depth and under any names, whose keys
+    behind one common prefix are a ConvMixer's. Of several ConvMixers the averaged weights are
+    taken, those below a name with the word "ema", "swa" or "averaged" in it, as in
+    ``state_dict_ema`` and ``ema_model.``; where that leaves more than one, it is an error that
+    names them. Tensors keep their dtype and, where possible, their memory; they are on the CPU when
+    they come from a file. Where no ``num_batches_tracked`` is stored at all, zeros are filled in,
+    as PyTorch does. PaddleViT's names and its transposed classifier are understood in mappings, of
+    numpy arrays too.
 
     Args:
         source: a path, or what such a file holds: names to tensors, in any wrapper.
         use_ema: take the averaged weights where there are any.
 
+    Warns:
+        UserWarning: other parameters stand beside the ConvMixer's, or weights hold NaN or infinity.
+
     Raises:
-        CheckpointError: not a checkpoint, damaged, unsafe, not a ConvMixer, keys missing or left
-            over, shapes that contradict each other.
+        CheckpointError: not a checkpoint, damaged, unsafe, not a ConvMixer or several, keys missing
+            or left over, shapes that contradict each other.
     """
     parsed = _parse(source, use_ema)
     arch = _check_whole(parsed)
+    _warn_of_company(parsed)
     _warn_if_not_finite(parsed)
-    return Checkpoint(parsed.tensors, arch, parsed.format, parsed.source)
+    cfg, normalize = parsed.cfg, parsed.normalize
+    return Checkpoint(parsed.tensors, arch, parsed.format, parsed.source, cfg, normalize)
 
 
 def convert_state_dict(
@@ -232,7 +261,8 @@ def load_checkpoint(
     optimised or not, wrapped in DDP, DataParallel or torch.compile. Every key and shape is checked
     before the first tensor is written: on an error the model is as it was. A model without a
     classifier takes a checkpoint that has one. Values are copied bit for bit where the dtypes agree
-    and cast as ``load_state_dict`` does where they do not.
+    and cast as ``load_state_dict`` does where they do not. What the file says about preprocessing
+    and labels goes into the model's ``pretrained_cfg``, where it has one.
 
     Args:
         model: the model to fill, on any device but "meta".
@@ -242,8 +272,8 @@ def load_checkpoint(
         use_ema: take the averaged weights where there are any.
 
     Warns:
-        UserWarning: the model's activation is not the one the weights were trained with, or the
-            weights hold NaN or infinity.
+        UserWarning: the model's activation is not the one the weights were trained with, the
+            weights hold NaN or infinity, or (if strict) other parameters stand beside them.
 
     Raises:
         CheckpointError: see `read_checkpoint`; or the checkpoint does not fit the model.
@@ -255,10 +285,9 @@ def load_checkpoint(
         with contextlib.suppress(CheckpointError):
             parsed = replace(parsed, act=known_activation(_read_arch(parsed.tensors, parsed.depth)))
 
-    target = model.state_dict()
-    names = _identify(target, "the model")
-    model_names = {ours: own for own, ours in names.known.items()}
-    model_tensors = {ours: target[own] for ours, own in model_names.items()}
+    names = _identify(_leaves(model.state_dict()), "the model")
+    model_names = {ours: leaf.key for ours, leaf in names.known.items()}
+    model_tensors = {ours: leaf.value for ours, leaf in names.known.items()}
     heads = [key for key in parsed.tensors if key.startswith("head.")]
     model_heads = [key for key in model_tensors if key.startswith("head.")]
 
@@ -272,13 +301,14 @@ def load_checkpoint(
         skipped = heads
     misfits = [key for key in misfits if key not in skipped]
     missing = [own for ours, own in model_names.items() if ours not in parsed.tensors]
-    missing += names.unknown
+    missing += names.surplus + names.company
     unexpected = [k for k in parsed.tensors if k not in model_tensors and k not in skipped]
     unexpected += parsed.surplus
     if misfits or (strict and (missing or unexpected)):
         raise CheckpointError(
             _does_not_fit(parsed, model_tensors, names.depth, misfits, missing, unexpected)
         )
+    unexpected += parsed.company
 
     wanted = [key for key in parsed.tensors if key in model_tensors and key not in skipped]
     for key in wanted:
@@ -290,6 +320,8 @@ def load_checkpoint(
     _refuse_meta(parsed.source, {key: parsed.tensors[key] for key in wanted})
     if not isinstance(source, Checkpoint):  # `read_checkpoint` has told it
         _warn_if_not_finite(parsed)
+        if strict:
+            _warn_of_company(parsed)
     found = _activations(model)
     if parsed.act is not None and found and parsed.act not in found:
         warnings.warn(
@@ -300,6 +332,7 @@ def load_checkpoint(
             stacklevel=2,
         )
     model.load_state_dict({model_names[k]: parsed.tensors[k] for k in wanted}, strict=False)
+    _hand_over(parsed.cfg, model, labels=not skipped)
     return LoadResult(missing, unexpected, skipped, parsed.format)
 
 
@@ -307,25 +340,46 @@ def save_checkpoint(
     model: nn.Module | Checkpoint | Mapping[str, Any],
     path: str | os.PathLike[str],
     format: str = "timm",
+    *,
+    preprocessing: Any = None,
+    labels: Sequence[str] | None = None,
 ) -> None:
     """Write the weights of a ConvMixer to a file, in any of the formats.
 
-    A name that ends in ``.safetensors`` makes a safetensors file, whose metadata carries the format
-    and the activation. Any other name makes a PyTorch file: the bare state dict, as timm and
+    A name that ends in ``.safetensors`` makes a safetensors file. Its metadata carries the format,
+    the activation, and where they are known the preprocessing, the labels and the normalisation of
+    uint8 images: `Predictor` and the command line then prepare images as the model was trained. Any
+    other name makes a PyTorch file: the bare state dict, as timm and
     locuslab publish them, or ``{"state_dict": ...}`` for mmpretrain. The file appears whole or not
     at all, and a file that was there before is replaced only then.
 
     Args:
-        model: a model that `load_checkpoint` takes, what `read_checkpoint` returned, or a state
-            dict in any format.
+        model: a model that `load_checkpoint` takes, a `Predictor`, what `read_checkpoint` returned,
+            or a state dict in any format.
         path: the file to write; its folder must exist.
         format: one of `FORMATS`.
+        preprocessing: a `Preprocessing`, a `NativeSize`, or a mapping under timm's names
+            (``input_size``, ``crop_pct``, ``interpolation``, ``mean``, ``std``); default: the
+            Predictor's, else the model's ``pretrained_cfg``.
+        labels: a name for each class; default: likewise.
+
+    Warns:
+        UserWarning: the model's own preprocessing is not the published one, and the file is no
+            safetensors file, the only kind that can keep it.
 
     Raises:
-        CheckpointError: an unknown format, not a whole ConvMixer, or the file cannot be written.
+        CheckpointError: an unknown format, not a whole ConvMixer, the file cannot be written, or
+            ``preprocessing`` or ``labels`` cannot be kept.
     """
     if format not in FORMATS:
         raise CheckpointError(f"unknown format {format!r}: use one of {', '.join(FORMATS)}")
+    asked = preprocessing is not None or labels is not None
+    if not isinstance(model, nn.Module | Mapping | Checkpoint) and hasattr(model, "preprocessing"):
+        # A Predictor, which is of a module above this one.
+        preprocessing = model.preprocessing if preprocessing is None else preprocessing
+        labels = model.labels if labels is None else labels
+        model = model.model
+    recipe, normalize = _recipe_of(model, preprocessing, labels)
     if isinstance(model, Checkpoint):
         checkpoint, act = model, model.arch.act
     elif isinstance(model, nn.Module):
@@ -335,21 +389,40 @@ def save_checkpoint(
         checkpoint = read_checkpoint(model)
         act = checkpoint.arch.act
     _refuse_meta(checkpoint.source, checkpoint.state_dict)
+    names = recipe.get("label_names")
+    if names is not None and len(names) != checkpoint.arch.num_classes:
+        if labels is not None:
+            classes = checkpoint.arch.num_classes
+            raise CheckpointError(f"{len(names)} labels for a model of {classes} classes")
+        recipe = {key: value for key, value in recipe.items() if key not in _LABELS}
+    if not _has_metadata(path):
+        _refuse_to_lose(recipe, checkpoint.arch, path, asked)
     # Copies, since tensors that share memory or are slices of larger ones would be refused by
     # safetensors and stored with all their surroundings by PyTorch.
     tensors = {
         key: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for key, tensor in convert_state_dict(checkpoint.state_dict, format).items()
     }
-    target = Path(os.path.realpath(path))
-    with _written_whole(target) as unfinished:
-        if target.suffix.lower() == ".safetensors":
-            # An activation without a name is written as "unknown": left out, a reader would take
-            # the published variant's for it.
-            metadata = {"format": "pt", _META_FORMAT: format, _META_ACT: act or "unknown"}
-            save_file(tensors, unfinished, metadata)
-        else:
-            torch.save({"state_dict": tensors} if format == "mmpretrain" else tensors, unfinished)
+    try:
+        with replacement(Path(path)) as unfinished:
+            if _has_metadata(path):
+                # An activation without a name is written as "unknown": left out, a reader would
+                # take the published variant's for it.
+                metadata = {"format": "pt", _META_FORMAT: format, _META_ACT: act or "unknown"}
+                if recipe:
+                    metadata[_META_CFG] = json.dumps(recipe)
+                if normalize:
+                    metadata[_META_NORMALIZE] = json.dumps(normalize)
+                save_file(tensors, unfinished, metadata)
+            else:
+                held = {"state_dict": tensors} if format == "mmpretrain" else tensors
+                torch.save(held, unfinished)
+    except (OSError, RuntimeError, SafetensorError) as e:
+        reason = e.strerror if isinstance(e, OSError) and e.strerror else _one_line(e)
+        raise CheckpointError(
+            f"cannot write {path}: {reason}; nothing was written, choose a folder that exists, "
+            "is writable and has room"
+        ) from None
 
 
 def build_model_kwargs(
@@ -396,6 +469,8 @@ def build_model_kwargs(
     }
     if arch.num_classes and checkpoint.state_dict["head.weight"].shape[1] == 2 * arch.dim:
         kwargs["global_pool"] = "catavgmax"
+    if checkpoint.normalize is not None:
+        kwargs["normalize"] = checkpoint.normalize
     return kwargs
 
 
@@ -408,28 +483,81 @@ class _Parsed:
     depth: int
     tensors: dict[str, Tensor]
     surplus: list[str]
+    company: list[str]
     act: str | None
     #: The file itself speaks about its activation; None then means one that has no name.
     act_is_settled: bool
+    cfg: dict[str, Any]
+    normalize: Any
+
+
+class _Leaf(NamedTuple):
+    """A value of a state dict: the names of the mappings above it, its key, and the value."""
+
+    path: tuple[str, ...]
+    key: str
+    value: Any
 
 
 @dataclass(frozen=True)
 class _Names:
-    """Keys as they stand -> timm's names, and the keys that have none."""
+    """The values of a state dict by what they are.
+
+    Attributes:
+        format, depth: of the network.
+        known: under timm's names.
+        surplus: keys where a ConvMixer has its own, but not this one (``blocks.0.4.weight``).
+        company: keys of parameters that stand beside the network (``criterion.weight``).
+    """
 
     format: str
     depth: int
-    known: dict[str, str]
-    unknown: list[str]
+    known: dict[str, _Leaf]
+    surplus: list[str]
+    company: list[str]
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """Keys that look like a ConvMixer's: (format's key, index of the leaf) under one prefix."""
+
+    prefix: tuple[str, ...]
+    format: str
+    keys: list[tuple[str, int]]
+
+    @property
+    def numbers(self) -> set[int]:
+        """The blocks."""
+        found = (_BLOCK_KEY[self.format].fullmatch(key) for key, _ in self.keys)
+        return {int(match[1]) for match in found if match}
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether at most the classifier and BatchNorm's counters are missing."""
+        table = _key_table(self.format, len(self.numbers))
+        needed = {
+            key
+            for key, ours in table.items()
+            if not ours.startswith("head.") and not ours.endswith(".num_batches_tracked")
+        }
+        return needed <= {key for key, _ in self.keys}
+
+    @property
+    def is_averaged(self) -> bool:
+        return any(_AVERAGED.search(name) for name in self.prefix)
+
+    def __str__(self) -> str:
+        return repr(".".join(self.prefix)) if self.prefix else "the top"
 
 
 def _parse(source: Source, use_ema: bool) -> _Parsed:
     held, metadata, label = _open(source)
-    entries = _unwrap(held, label, use_ema)
-    names = _identify(entries, label)
+    leaves = _leaves(held)
+    if not any(_is_tensor(leaf.value) for leaf in leaves):
+        raise CheckpointError(_no_state_dict(label, held))
+    names = _identify(leaves, label, use_ema)
     tensors = {}
-    for key, name in names.known.items():
-        value = entries[key]
+    for name, (_, key, value) in names.known.items():
         if isinstance(value, np.ndarray):
             value = torch.from_numpy(np.array(value))
         if not isinstance(value, Tensor) or value.layout is not torch.strided:
@@ -441,7 +569,7 @@ def _parse(source: Source, use_ema: bool) -> _Parsed:
                 "checkpoint it was quantised from"
             )
         tensors[name] = value.detach()
-    if any(key.endswith(tuple(f".{leaf}" for leaf in _PADDLE_LEAVES)) for key in names.known):
+    if any(leaf.key.split(".")[-1] in _PADDLE_LEAVES for leaf in names.known.values()):
         head = tensors.get("head.weight")
         if head is not None and head.ndim == 2:
             tensors["head.weight"] = head.t().contiguous()
@@ -455,9 +583,12 @@ def _parse(source: Source, use_ema: bool) -> _Parsed:
         format=names.format,
         depth=names.depth,
         tensors={name: tensors[name] for name in order if name in tensors},
-        surplus=names.unknown,
+        surplus=names.surplus,
+        company=names.company,
         act=activation_name(metadata.get(_META_ACT)),
         act_is_settled=_META_ACT in metadata,
+        cfg=_read_recipe(source, metadata, tensors, label),
+        normalize=_read_normalize(metadata, label),
     )
 
 
@@ -468,9 +599,163 @@ def _parsed_again(checkpoint: Checkpoint) -> _Parsed:
         depth=checkpoint.arch.depth,
         tensors=checkpoint.state_dict,
         surplus=[],
+        company=[],
         act=checkpoint.arch.act,
         act_is_settled=True,
+        cfg=checkpoint.pretrained_cfg,
+        normalize=checkpoint.normalize,
     )
+
+
+def _recipe_of(
+    model: Any, preprocessing: Any, labels: Sequence[str] | None
+) -> tuple[dict[str, Any], Any]:
+    """What a model, or what is given beside it, says about its images and classes."""
+    known: Mapping[str, Any] = {}
+    normalize = None
+    if isinstance(model, Checkpoint):
+        known, normalize = model.pretrained_cfg, model.normalize
+    elif isinstance(model, nn.Module):
+        modules = list(model.modules())
+        known = next(filter(None, (getattr(m, "pretrained_cfg", None) for m in modules)), {})
+        normalize = next(filter(None, (getattr(m, "normalize", None) for m in modules)), None)
+        if not isinstance(normalize, tuple) or len(normalize) != 2:
+            normalize = None
+    recipe = {key: known[key] for key in RECIPE if known.get(key) is not None}
+    if normalize is not None:
+        recipe.setdefault("mean", normalize[0])
+        recipe.setdefault("std", normalize[1])
+    if preprocessing is not None:
+        recipe = {key: recipe[key] for key in _LABELS if key in recipe}
+        if not isinstance(preprocessing, Mapping):
+            if not hasattr(preprocessing, "mean") or not hasattr(preprocessing, "std"):
+                raise CheckpointError(
+                    f"a {type(preprocessing).__name__} cannot be kept in a file: pass a "
+                    "Preprocessing, or a mapping with input_size, crop_pct, mean and std"
+                )
+            native = {} if hasattr(preprocessing, "input_size") else {"native_size": True}
+            preprocessing = {k: getattr(preprocessing, k, None) for k in RECIPE} | native
+        recipe |= {k: preprocessing[k] for k in RECIPE if preprocessing.get(k) is not None}
+    if labels is not None and list(labels) != [str(i) for i in range(len(labels))]:
+        recipe = {key: value for key, value in recipe.items() if key not in _LABELS}
+        recipe["label_names"] = list(map(str, labels))
+    return recipe, normalize
+
+
+def _refuse_to_lose(
+    recipe: Mapping[str, Any], arch: Arch, path: str | os.PathLike[str], asked: bool
+) -> None:
+    """PyTorch's files hold the bare state dict, as others expect it."""
+    lost = f"{path} has no place for preprocessing and labels: name a .safetensors file"
+    if asked:
+        raise CheckpointError(lost)
+    usual = next((v.pretrained_cfg for v in VARIANTS.values() if v.arch.shape == arch.shape), {})
+    if any(_plain(usual.get(key)) != _plain(value) for key, value in recipe.items()):
+        warnings.warn(f"{lost}, or pass them where the file is used", UserWarning, stacklevel=3)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _read_recipe(
+    source: Any, metadata: Mapping[str, str], tensors: Mapping[str, Tensor], label: str
+) -> dict[str, Any]:
+    """The recipe in a file's metadata, else that of timm's or Hugging Face's config.json beside."""
+    if _META_CFG in metadata:
+        held = _json(metadata[_META_CFG], f"{label}: its metadata")
+        return _recipe_in(held, f"{label}: its metadata")
+    if isinstance(source, Mapping):
+        return {}
+    beside = Path(source).with_name("config.json")
+    try:
+        text = beside.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return {}
+    held = _json(text, str(beside))
+    cfg = held.get("pretrained_cfg") or held
+    if not isinstance(cfg, Mapping):
+        return {}
+    labels = {key: cfg.get(key) or held.get(key) for key in _LABELS}
+    by_index = held.get("id2label")
+    if not labels["label_names"] and isinstance(by_index, Mapping):
+        with contextlib.suppress(ValueError):
+            labels["label_names"] = [by_index[i] for i in sorted(by_index, key=int)]
+    recipe = _recipe_in({**cfg, **labels}, str(beside))
+    # A config.json of another model is no news about this one.
+    architecture = str(held.get("architecture") or cfg.get("architecture") or "convmixer")
+    stem, head = tensors.get("stem.0.weight"), tensors.get("head.weight")
+    classes = cfg.get("num_classes") or held.get("num_classes")
+    other = "convmixer" not in architecture.lower()
+    other |= stem is not None and recipe.get("input_size", (stem.shape[1],))[0] != stem.shape[1]
+    other |= head is not None and classes not in (None, head.shape[0])
+    names = recipe.get("label_names")
+    if names and (head is None or len(names) != head.shape[0]):
+        recipe = {key: value for key, value in recipe.items() if key not in _LABELS}
+    return {} if other else recipe
+
+
+def _recipe_in(held: Mapping[str, Any], label: str) -> dict[str, Any]:
+    """The keys of `RECIPE`, as timm has them.
+
+    Raises:
+        CheckpointError: a value is of a wrong kind.
+    """
+    kinds: dict[str, Any] = {
+        "crop_pct": int | float,
+        "crop_mode": str,
+        "interpolation": str,
+        "native_size": bool,
+        "label_descriptions": dict,
+    }
+    recipe = {}
+    for key in RECIPE:
+        value = held.get(key)
+        if value is None:
+            continue
+        if key in kinds:
+            good = isinstance(value, kinds[key])
+        else:
+            number = str if key == "label_names" else int | float
+            good = isinstance(value, list | tuple) and all(isinstance(v, number) for v in value)
+            good = good and (key != "input_size" or len(value) == 3)
+        if not good:
+            raise CheckpointError(
+                f"{label}: {key} is {_one_line(value)[:80]}, which makes no sense"
+            )
+        recipe[key] = tuple(value) if key in ("input_size", "mean", "std") else value
+    return recipe
+
+
+def _read_normalize(metadata: Mapping[str, str], label: str) -> Any:
+    if _META_NORMALIZE not in metadata:
+        return None
+    try:
+        mean, std = json.loads(metadata[_META_NORMALIZE])
+        return tuple(map(float, mean)), tuple(map(float, std))
+    except (TypeError, ValueError):
+        raise CheckpointError(f"{label}: the normalisation in its metadata is damaged") from None
+
+
+def _json(text: str, label: str) -> dict[str, Any]:
+    try:
+        held = json.loads(text)
+    except ValueError as e:
+        raise CheckpointError(f"{label} is no valid JSON ({_one_line(e)})") from None
+    return held if isinstance(held, dict) else {}
+
+
+def _hand_over(cfg: Mapping[str, Any], model: nn.Module, labels: bool) -> None:
+    """Put a file's recipe into the ``pretrained_cfg`` of a model that has one."""
+    found = {key: value for key, value in cfg.items() if labels or key not in _LABELS}
+    if not found:
+        return
+    for module in model.modules():
+        held = getattr(module, "pretrained_cfg", None)
+        if isinstance(held, dict):
+            kept = {key: value for key, value in held.items() if key not in RECIPE}
+            module.pretrained_cfg = {**kept, **found}  # type: ignore[assignment]
+            return
 
 
 def _open(source: Source) -> tuple[Any, Mapping[str, str], str]:
@@ -523,8 +808,7 @@ def _open_safetensors(path: str, label: str) -> tuple[dict[str, Tensor], dict[st
 
 def _open_pickle(path: str, label: str) -> Any:
     try:
-        # timm's training checkpoints carry the command line's arguments; a Namespace is plain data.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        with torch.serialization.safe_globals(SAFE_GLOBALS), warnings.catch_warnings():
             # Warnings about foreign files would come on top of the one line of the error.
             warnings.simplefilter("ignore")
             # An open file: by its path, torch.load would judge it by its extension.
@@ -552,75 +836,163 @@ def _open_pickle(path: str, label: str) -> Any:
         ) from None
 
 
-def _unwrap(held: Any, label: str, use_ema: bool) -> dict[str, Any]:
-    """The innermost mapping of names to tensors."""
+def _leaves(held: Any) -> list[_Leaf]:
+    """Every value in nested mappings, and in sequences of them; each mapping is visited once.
+
+    Mappings of averaged weights come last: what a file holds under two names is plain.
+    """
+    found: list[_Leaf] = []
     seen: set[int] = set()
-    while isinstance(held, Mapping) and id(held) not in seen:
-        seen.add(id(held))
-        inside = {k: v for k, v in held.items() if isinstance(v, Mapping) and v}
-        ema = [name for name in _EMA_WRAPPERS if name in inside]
-        plain = [name for name in _WRAPPERS if name in inside]
-        chosen = next(iter((ema if use_ema else []) + plain), None)
-        if chosen is not None:
-            held = inside[chosen]
+    waiting: deque[tuple[tuple[str, ...], Any]] = deque()
+    if isinstance(held, Mapping | list | tuple):
+        waiting.append(((), held))
+    averaged: deque[tuple[tuple[str, ...], Any]] = deque()
+    while waiting or averaged:
+        path, group = (waiting or averaged).popleft()
+        if id(group) in seen:
             continue
-        if ema:
+        seen.add(id(group))
+        for key, value in group.items() if isinstance(group, Mapping) else enumerate(group):
+            if isinstance(value, Mapping | list | tuple):
+                later = averaged if _AVERAGED.search(str(key)) else waiting
+                later.append(((*path, str(key)), value))
+            elif isinstance(group, Mapping):
+                found.append(_Leaf(path, key, value))  # type: ignore[arg-type]
+    return found
+
+
+def _candidates(leaves: list[_Leaf]) -> list[_Candidate]:
+    """The ConvMixers among the leaves, the one with the most keys first; none shares a leaf."""
+    groups: dict[tuple[tuple[str, ...], str], list[tuple[str, int]]] = {}
+    for i, leaf in enumerate(leaves):
+        parts = _parts(leaf)
+        if not parts or parts[-1] not in _NORM:
+            continue
+        for start in range(max(0, len(parts) - _MOST_PARTS), len(parts) - 1):
+            short = ".".join(parts[start:])
+            for form in FORMATS:
+                key = _in_full(short, form)
+                if _ANY_KEY[form].fullmatch(key):
+                    groups.setdefault((parts[:start], form), []).append((key, i))
+    found = [_Candidate(prefix, form, keys) for (prefix, form), keys in groups.items()]
+    found.sort(key=lambda c: (-len(c.keys), len(c.prefix), FORMATS.index(c.format)))
+    taken: set[int] = set()
+    apart = []
+    for candidate in found:
+        members = {i for _, i in candidate.keys}
+        if not members & taken:
+            apart.append(candidate)
+            taken |= members
+    # Two convolutions and a norm can be a stem. Keys of a block are no chance; without any, the
+    # stem of a network of no blocks has to be whole, or the keys bare.
+    deep = [c for c in apart if c.numbers]
+    return deep or [c for c in apart if c.is_whole] or [c for c in apart if not c.prefix]
+
+
+def _choose(found: list[_Candidate], leaves: list[_Leaf], label: str, use_ema: bool | None) -> Any:
+    """The candidate that is meant; ``use_ema`` None makes no difference between averaged and not.
+
+    Raises:
+        CheckpointError: it cannot be told.
+    """
+    # What is neither whole nor large is a part of some other network that happens to be alike.
+    rivals = [c for c in found if c.is_whole or 2 * len(c.keys) >= len(found[0].keys)]
+    averaged = [c for c in rivals if c.is_averaged]
+    plain = [c for c in rivals if not c.is_averaged]
+    if use_ema is False and not plain:
+        raise CheckpointError(
+            f"{label} holds averaged weights only ({averaged[0]}): pass use_ema=True to take them"
+        )
+    if use_ema is not None:
+        rivals = (averaged or plain) if use_ema else plain
+    first, *others = rivals
+    for other in others:
+        if not _same_values(first, other, leaves):
             raise CheckpointError(
-                f"{label} holds averaged weights only ({ema[0]}): pass use_ema=True to take them"
+                f"{label} holds {len(rivals)} ConvMixers, under {_few(map(str, rivals))}: pass a "
+                "state dict with the keys of one of them"
             )
-        if not any(isinstance(value, Tensor | np.ndarray) for value in held.values()):
-            break
-        strange = next((key for key in held if not isinstance(key, str)), None)
-        if strange is not None:
-            raise CheckpointError(f"{label}: the key {_few([repr(strange)])} is not a string")
-        return dict(held)
-    kind = f"has {_few(map(str, held))}" if isinstance(held, Mapping) and held else "is empty"
-    if not isinstance(held, Mapping):
-        kind = f"is a {type(held).__name__}"
-    raise CheckpointError(
-        f"{label} holds no state dict (it {kind}): tensors are looked for at the top and under "
-        f"{', '.join(_EMA_WRAPPERS + _WRAPPERS)}"
+    return first
+
+
+def _same_values(one: _Candidate, other: _Candidate, leaves: list[_Leaf]) -> bool:
+    """Whether two candidates are one network under two names."""
+    mine, theirs = dict(one.keys), dict(other.keys)
+    if one.format != other.format or mine.keys() != theirs.keys():
+        return False
+    pairs = [(leaves[i].value, leaves[theirs[key]].value) for key, i in mine.items()]
+    return all(
+        a is b
+        or (
+            (isinstance(a, Tensor) and isinstance(b, Tensor) and not a.is_meta and not b.is_meta)
+            and a.dtype == b.dtype
+            and a.device == b.device
+            and torch.equal(a, b)
+        )
+        for a, b in pairs
     )
 
 
-def _identify(keys: Iterable[str], label: str) -> _Names:
-    """Find the format, count the blocks and give every key its name in timm.
+def _identify(leaves: list[_Leaf], label: str, use_ema: bool | None = None) -> _Names:
+    """Find the ConvMixer, count its blocks and give every key its name in timm.
 
     Raises:
-        CheckpointError: no ConvMixer's keys, a gap in the blocks, or one key under two names.
+        CheckpointError: no ConvMixer's keys, or those of several, a gap in the blocks, or one key
+            under two names.
     """
-    bare = {key: _bare(key) for key in keys}
-    bare = {key: short for key, short in bare.items() if short not in _EMA_COUNTERS}
-    form = _best_format(bare.values())
-    if form is None:
-        raise CheckpointError(_not_a_convmixer(label, bare))
-    first = _LAYOUTS[form].first_block
-    shorts = {key: _in_full(short, form) for key, short in bare.items()}
-    numbers = {int(m[1]) for short in shorts.values() if (m := _BLOCK_KEY[form].fullmatch(short))}
-    _refuse_gap(numbers, first, label)
-    depth = len(numbers)
-    table = _key_table(form, depth)
-    known: dict[str, str] = {}
-    unknown: list[str] = []
-    owner: dict[str, str] = {}
-    for key, short in shorts.items():
-        name = table.get(short)
-        if name is None:
-            unknown.append(key)
+    found = _candidates(leaves)
+    if not found:
+        raise CheckpointError(_not_a_convmixer(label, leaves))
+    chosen = _choose(found, leaves, label, use_ema)
+    form, prefix = chosen.format, chosen.prefix
+    _refuse_gap(chosen.numbers, _LAYOUTS[form].first_block, label)
+    table = _key_table(form, len(chosen.numbers))
+    paths = {leaves[i].path for _, i in chosen.keys}
+    known: dict[str, _Leaf] = {}
+    surplus: list[str] = []
+    company: list[str] = []
+    for leaf in leaves:
+        parts = _parts(leaf)
+        if leaf.path not in paths or not parts:
             continue
-        if name in owner:
-            both = _few([owner[name], key])
+        inside = parts[: len(prefix)] == prefix
+        name = table.get(_in_full(".".join(parts[len(prefix) :]), form)) if inside else None
+        if name is None:
+            if inside and _is_tensor(leaf.value) and _OWN_PART[form].fullmatch(parts[len(prefix)]):
+                surplus.append(leaf.key)
+            elif _is_tensor(leaf.value, floating=True):
+                company.append(leaf.key)
+        elif name in known:
+            both = _few([known[name].key, leaf.key])
             raise CheckpointError(f"{label} holds one tensor under two names ({both}): remove one")
-        owner[name] = key
-        known[key] = name
-    return _Names(form, depth, known, unknown)
+        else:
+            known[name] = leaf
+    return _Names(form, len(chosen.numbers), known, surplus, company)
 
 
-def _bare(key: str) -> str:
-    """The key without what wrapping modules added to it, wherever in the key they stand."""
-    parts = key.split(".")
-    parts[-1] = _PADDLE_LEAVES.get(parts[-1], parts[-1]) if len(parts) > 1 else parts[-1]
-    return ".".join(part for part in parts if part not in _WRAPPER_PARTS)
+def _is_tensor(value: Any, floating: bool = False) -> bool:
+    """Integers beside a network are counters (``n_averaged``, ``steps``) and no parameters."""
+    if isinstance(value, np.ndarray):
+        return not floating or value.dtype.kind == "f"
+    return isinstance(value, Tensor) and (not floating or value.is_floating_point())
+
+
+def _parts(leaf: _Leaf) -> tuple[str, ...]:
+    """The names on the way to a leaf, without what wrapping modules added within its key.
+
+    Wrappers keep the wrapped module under a private name (torch.compile, FSDP, activation
+    checkpointing), as ``module`` (DDP, averaged models) or as ``model``; no format has such a part.
+    """
+    if not isinstance(leaf.key, str):
+        return ()
+    *parts, last = leaf.key.split(".")
+    last = _PADDLE_LEAVES.get(last, last) if parts else last
+    own = [
+        part
+        for part in parts
+        if _AVERAGED.search(part) or not (part.startswith("_") or part in ("module", "model"))
+    ]
+    return (*leaf.path, *own, last)
 
 
 def _in_full(short: str, form: str) -> str:
@@ -628,16 +1000,6 @@ def _in_full(short: str, form: str) -> str:
     if form == "mmpretrain" and not short.startswith(("backbone.", "head.")):
         return f"backbone.{short}"
     return short
-
-
-def _best_format(bare: Iterable[str]) -> str | None:
-    bare = list(bare)
-    score = {
-        form: sum(_ANY_KEY[form].fullmatch(_in_full(short, form)) is not None for short in bare)
-        for form in FORMATS
-    }
-    best = max(FORMATS, key=score.__getitem__)
-    return best if score[best] else None
 
 
 def _key_table(form: str, depth: int) -> dict[str, str]:
@@ -709,7 +1071,8 @@ def _check_whole(parsed: _Parsed) -> Arch:
     if missing or parsed.surplus:
         shown = {ours: theirs for theirs, ours in _key_table(parsed.format, parsed.depth).items()}
         faults = [f"{_few(shown[n] for n in missing)} missing"] if missing else []
-        faults += [f"{_few(parsed.surplus)} left over"] if parsed.surplus else []
+        left = [*parsed.company, *parsed.surplus]
+        faults += [f"{_few(left)} left over"] if parsed.surplus else []
         raise CheckpointError(
             f"{label} is not a whole ConvMixer of depth {parsed.depth} in the {parsed.format} "
             f"format: {' and '.join(faults)}; load_checkpoint(..., strict=False) takes what fits"
@@ -807,6 +1170,16 @@ def _refuse_meta(label: str, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
+def _warn_of_company(parsed: _Parsed) -> None:
+    if parsed.company:
+        warnings.warn(
+            f"{parsed.source} holds parameters beside the ConvMixer's, which are left out: "
+            f"{_few(parsed.company)}; if the network needs them, results will be wrong",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
 def _warn_if_not_finite(parsed: _Parsed) -> None:
     bad = [
         key
@@ -822,37 +1195,26 @@ def _warn_if_not_finite(parsed: _Parsed) -> None:
         )
 
 
-@contextlib.contextmanager
-def _written_whole(target: Path) -> Iterator[Path]:
-    """A file to write beside ``target`` that takes its place when the block ends well."""
-    unfinished = target.with_name(f".{target.name}.{secrets.token_hex(4)}.unfinished")
-    try:
-        if target.is_dir():
-            raise IsADirectoryError("it is a folder: name a file in it")
-        if target.exists() and not target.is_file():
-            # Its place would be taken by a file: /dev/null would be gone from the machine.
-            raise OSError("it is a device or a pipe: name a file")
-        # Opened here, for "no such folder" and "not allowed" as the system words them.
-        unfinished.open("xb").close()
-        mode = unfinished.stat().st_mode
-        yield unfinished
-        # safetensors puts a file of its own there, which only its owner may read.
-        unfinished.chmod(mode)
-        with unfinished.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(unfinished, target)
-    except (OSError, RuntimeError, SafetensorError) as e:
-        reason = e.strerror if isinstance(e, OSError) and e.strerror else _one_line(e)
-        raise CheckpointError(
-            f"cannot write {target}: {reason}; nothing was written, choose a folder that exists, "
-            "is writable and has room"
-        ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
+def _has_metadata(path: str | os.PathLike[str]) -> bool:
+    """Whether the name is that of a safetensors file, or of a link to one."""
+    return Path(os.path.realpath(path)).suffix.lower() == ".safetensors"
 
 
-def _not_a_convmixer(label: str, keys: Iterable[str]) -> str:
+def _no_state_dict(label: str, held: Any) -> str:
+    kind = f"has {_few(map(str, held))}" if isinstance(held, Mapping) and held else "is empty"
+    if not isinstance(held, Mapping):
+        kind = f"is a {type(held).__name__}"
+    return (
+        f"{label} holds no state dict (it {kind}): tensors are looked for at any depth, at the top "
+        "as below names such as state_dict and model_ema"
+    )
+
+
+def _not_a_convmixer(label: str, leaves: list[_Leaf]) -> str:
+    keys = [leaf.key for leaf in leaves if _is_tensor(leaf.value)] or [leaf.key for leaf in leaves]
+    strange = [key for key in keys if not isinstance(key, str)]
+    if strange:
+        return f"{label}: the key {_few([repr(strange[0])])} is not a string"
     formats = ", ".join(FORMATS)
     held = _few(keys) or "no keys"
     return f"{label} is not a ConvMixer in any known format ({formats}): it has {held}"

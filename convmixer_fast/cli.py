@@ -15,16 +15,24 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from . import environment
 from .cli_benchmark import add_benchmark, benchmark
-from .cli_common import ACTIVATIONS, FORMATS, PROG, note, positive, printable
+from .cli_common import (
+    ACTIVATIONS,
+    FORMATS,
+    PROG,
+    check_outputs,
+    note,
+    output_file,
+    positive,
+    printable,
+)
 from .cli_evaluate import add_evaluate, evaluate
 from .cli_predict import add_predict, predict
 from .cli_stream import add_stream, stream
 
 if TYPE_CHECKING:
     from .arch import Variant
-
-DEBUG = "CONVMIXER_FAST_DEBUG"
 
 
 # info
@@ -217,7 +225,7 @@ def build_parser() -> argparse.ArgumentParser:
         name: str, run: Callable[[argparse.Namespace], int], text: str
     ) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, parser=sub)
         return sub
 
     def output_format(sub: argparse.ArgumentParser) -> None:
@@ -246,6 +254,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument(
         "--output",
+        type=output_file,
         metavar="FILE",
         default="convmixer_fast-gpu.json",
         help="of --gpu (default: %(default)s)",
@@ -254,7 +263,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     convert = command("convert", _convert, "rewrite a checkpoint in another library's keys")
     convert.add_argument("source", metavar="SRC", help="checkpoint in any published format")
-    convert.add_argument("target", metavar="DST", help="file to write: .safetensors, or .pth")
+    convert.add_argument(
+        "target", type=output_file, metavar="DST", help="file to write: .safetensors, or .pth"
+    )
     convert.add_argument(
         "--format", choices=FORMATS, required=True, help="keys of the file written"
     )
@@ -288,9 +299,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(terminal, "reconfigure"):
             terminal.reconfigure(errors="backslashreplace")
     args = build_parser().parse_args(argv)
+    debug = False
     try:
+        debug = environment.flag("DEBUG")
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: note(f"warning: {message}")
+            check_outputs(args.parser, args)
             code: int = args.run(args)
         sys.stdout.flush()
         return code
@@ -301,7 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
-        if os.environ.get(DEBUG, "") not in ("", "0"):
+        if debug:
             raise
         print(f"{PROG}: error: {printable(_message(error))}", file=sys.stderr)
         return 2

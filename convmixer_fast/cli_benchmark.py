@@ -21,7 +21,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from .cli_common import ACTIVATIONS, BACKENDS, DEFAULT_MODEL, device_of, note, positive
+from .cli_common import ACTIVATIONS, BACKENDS, DEFAULT_MODEL, device_of, note, output_file, positive
 from .files import write_whole
 
 if TYPE_CHECKING:
@@ -94,7 +94,9 @@ def add_benchmark(sub: argparse.ArgumentParser) -> None:
     run.add_argument("--detail", action="store_true", help="forward, backward and optimizer apart")
 
     output = sub.add_argument_group("results")
-    output.add_argument("--results-file", metavar="FILE", help="write them there too")
+    output.add_argument(
+        "--results-file", type=output_file, metavar="FILE", help="write them there too"
+    )
     output.add_argument("--results-format", choices=("csv", "json"), default="csv")
 
 

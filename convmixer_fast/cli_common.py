@@ -216,6 +216,9 @@ def describe_predictor(predictor: Predictor) -> str:
     if hasattr(prepare, "input_size"):
         size = "x".join(map(str, prepare.input_size))
         images = f"as {size}, crop {prepare.crop_pct:g}, {prepare.interpolation}"
+    if hasattr(prepare, "mean"):
+        mean, std = (" ".join(f"{v:g}" for v in values) for values in (prepare.mean, prepare.std))
+        images += f", mean {mean}, std {std}"
     return f"{model.arch} on {predictor.device}; images {images}"
 
 
@@ -242,6 +245,31 @@ def add_target_argument(group: Any) -> None:
     group.add_argument(
         "--target", type=int, metavar="N", help="class of the heatmap (default: the likeliest)"
     )
+
+
+def output_file(text: str) -> str:
+    """Type of the options that name a file to write: `main` checks those before the work."""
+    return text
+
+
+def output_folder(text: str) -> str:
+    """Type of the options that name a folder to write files into."""
+    return text
+
+
+def check_outputs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse files that could not be written, or would be destroyed, at the end.
+
+    Raises:
+        OSError: with the file's name.
+    """
+    from .files import check_output
+
+    for action in parser._actions:
+        name = getattr(args, action.dest, None)
+        # Addresses (s3://...) are not this machine's, and are refused by those who know.
+        if action.type is output_file and name not in (None, action.default) and "://" not in name:
+            check_output(name)
 
 
 def memory_size(text: str) -> int:

@@ -21,6 +21,7 @@ from .cli_common import (
     make_predictor,
     note,
     note_left_out,
+    output_file,
 )
 
 if TYPE_CHECKING:
@@ -42,13 +43,22 @@ def add_evaluate(sub: argparse.ArgumentParser) -> None:
         "(default: the folders in natural order)",
     )
     output.add_argument(
-        "--results-file", metavar="FILE", help="what is printed, as CSV, or JSON if it ends so"
+        "--results-file",
+        type=output_file,
+        metavar="FILE",
+        help="what is printed, as CSV, or JSON if it ends so",
     )
     output.add_argument(
-        "--confusion", metavar="FILE", help="CSV: images by true and by predicted class"
+        "--confusion",
+        type=output_file,
+        metavar="FILE",
+        help="CSV: images by true and by predicted class",
     )
     output.add_argument(
-        "--per-class", metavar="FILE", help="CSV: images, top1, top5, precision of each class"
+        "--per-class",
+        type=output_file,
+        metavar="FILE",
+        help="CSV: images, top1, top5, precision of each class",
     )
     output.add_argument(
         "--on-error", choices=("skip", "stop"), default="skip", help="for a bad image"
@@ -62,20 +72,18 @@ def evaluate(args: argparse.Namespace) -> int:
     from .inference import ImageError, LeftOut, read_labels
     from .inference.evaluate import evaluate as count
     from .inference.evaluate import labelled_images
+    from .inference.labels import stored_labels
 
     check_running(args)
     folder = args.data or args.data_dir
     if not folder or (args.data and args.data_dir):
         raise ValueError("name the folder of labelled images, once")
-    for name in (args.results_file, args.confusion, args.per_class):
-        if name and not Path(name).parent.is_dir():
-            raise ValueError(f"{name}: there is no folder {Path(name).parent}")
     model = load_model(args)
     classes = read_labels(args.class_map, model.num_classes) if args.class_map else None
     left_out = LeftOut()
     try:
         paths, targets, names = labelled_images(
-            folder, model.num_classes, classes, args.suffixes, left_out
+            folder, model.num_classes, classes, args.suffixes, left_out, stored_labels(model)
         )
     finally:
         note_left_out(left_out)

@@ -22,6 +22,8 @@ from .cli_common import (
     make_predictor,
     note,
     note_left_out,
+    output_file,
+    output_folder,
     positive,
     table,
 )
@@ -70,12 +72,14 @@ def add_predict(sub: argparse.ArgumentParser) -> None:
     output.add_argument("--output-type", choices=OUTPUT_TYPES, default="prob")
     output.add_argument(
         "--results-file",
+        type=output_file,
         metavar="FILE",
         help="filename, index, label, prob (index_0, index_1, ... when --topk > 1); written in "
         "parts while it is computed, and whole at the end",
     )
     output.add_argument(
         "--results-dir",
+        type=output_folder,
         metavar="DIR",
         help="folder of --results-file (default name: predictions.FORMAT)",
     )
@@ -86,6 +90,7 @@ def add_predict(sub: argparse.ArgumentParser) -> None:
     )
     output.add_argument(
         "--errors-file",
+        type=output_file,
         metavar="FILE",
         help="CSV of the images that cannot be read: filename, error (default: beside the "
         "results, NAME.errors.csv)",
@@ -96,6 +101,7 @@ def add_predict(sub: argparse.ArgumentParser) -> None:
     output.add_argument("--overwrite", action="store_true", help="replace what is there")
     output.add_argument(
         "--heatmap",
+        type=output_folder,
         metavar="DIR",
         help="write where each image's class comes from: a PNG over the image as the model saw it, "
         "and the map itself as .npy, under the image's name with its folders",
@@ -141,7 +147,8 @@ def add_label_argument(group: Any) -> None:
 def predict(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from .inference import ImageError, class_labels
+    from .inference import ImageError
+    from .inference.labels import labels_for
 
     if args.topk < 1:
         raise ValueError(f"--topk must be at least 1, got {args.topk}")
@@ -158,7 +165,7 @@ def predict(args: argparse.Namespace) -> int:
     paths = _images(args)
     heatmaps = _heatmaps(args, paths)
     model = load_model(args)
-    labels = class_labels(model.num_classes, args.class_map) if model.num_classes else None
+    labels = labels_for(model, args.class_map) if model.num_classes else None
     options = {"topk": args.topk, "output_type": args.output_type, "labels": labels}
     predictor = make_predictor(args, model, **options)
     note(describe_predictor(predictor))
@@ -218,7 +225,8 @@ def predict(args: argparse.Namespace) -> int:
         raise ValueError(f"no image could be read, of {len(paths)}{why}")
     note(_summary(args, predictor, seen, skipped, before, seconds, waited))
     if results:
-        bad = f"; {results.errors_file} names what could not be read" if results.failed else ""
+        told = results.failed and results.errors_file
+        bad = f"; {results.errors_file} names what could not be read" if told else ""
         note(f"wrote {results.path} ({_count(results.kept)}){bad}")
     if heatmaps and seen:
         note(f"wrote {heatmaps.folder}: a .png and a .npy for each of {_count(seen)}")

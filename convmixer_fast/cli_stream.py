@@ -15,6 +15,8 @@ from .cli_common import (
     load_model,
     memory_size,
     note,
+    output_file,
+    output_folder,
     positive,
     table,
 )
@@ -41,10 +43,14 @@ def add_stream(sub: argparse.ArgumentParser) -> None:
     output.add_argument("--output-type", choices=("prob", "logit"), default="prob")
     what = output.add_mutually_exclusive_group()
     what.add_argument(
-        "--output", metavar="FILE", help="write the map of features as it comes: .npy or .zarr"
+        "--output",
+        type=output_file,
+        metavar="FILE",
+        help="write the map of features as it comes: .npy or .zarr",
     )
     what.add_argument(
         "--heatmap",
+        type=output_file,
         metavar="FILE",
         help="write where the class comes from: a PNG over the image, and the map itself as .npy",
     )
@@ -55,14 +61,22 @@ def add_stream(sub: argparse.ArgumentParser) -> None:
     running.add_argument(
         "--max-memory", type=memory_size, metavar="SIZE", help="for its buffers, like 2GB"
     )
-    running.add_argument("--scratch", metavar="DIR", help="folder for what does not fit in memory")
+    running.add_argument(
+        "--scratch",
+        type=output_folder,
+        metavar="DIR",
+        help="folder for what does not fit in memory",
+    )
     running.add_argument(
         "--resume",
         action="store_true",
         help="keep the state in a file as it goes, and go on from it if it is there",
     )
     running.add_argument(
-        "--state", metavar="FILE", help="that file (default: IMAGE's name and .stream-state, here)"
+        "--state",
+        type=output_file,
+        metavar="FILE",
+        help="that file (default: IMAGE's name and .stream-state, here)",
     )
     running.add_argument("--device", metavar="NAME", help="default: cuda if there is one, else cpu")
     running.add_argument(
@@ -80,7 +94,9 @@ def peak_memory() -> int:
 
 def stream(args: argparse.Namespace) -> int:
     from . import inference
-    from .inference import StreamStats, class_labels, top_predictions, write_overlay, write_scores
+    from .inference import StreamStats, top_predictions, write_overlay, write_scores
+    from .inference.labels import labels_for
+    from .inference.preprocessing import preprocessing_for
     from .ops import use_backend
 
     array = None
@@ -99,7 +115,8 @@ def stream(args: argparse.Namespace) -> int:
             raise FileExistsError(f"{path} is there already: pass --overwrite to replace it")
     device = device_of(args.device)
     model = load_model(args).to(device)
-    labels = class_labels(model.num_classes, args.class_map)
+    labels = labels_for(model, args.class_map)
+    preprocessing_for(model, native=True)  # warns of a mean and deviation that are assumed
     note(f"{model.arch} on {device}")
     what = "features" if args.output else "heatmap" if args.heatmap else "logits"
     stats = StreamStats()

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import __version__, _native, _native_cuda
+from . import __version__, _native, _native_cuda, environment
 from .arch import ACTIVATIONS
 from .blocks import MixerBlock
 from .kernels import support
@@ -44,7 +44,6 @@ OPTIONAL = {
     "ray": "",
 }
 REQUIRED = ("torch", "numpy", "safetensors", "pillow", "tqdm")
-PREFIX = "CONVMIXER_FAST_"
 
 # (N, C, H, W, k): an odd and an even kernel, an odd number of channels, a map narrower than a
 # vector and smaller than the window, where an index goes wrong first.
@@ -236,7 +235,7 @@ def examine() -> dict[str, Any]:
         # processes that died of one.
         "kernels": {str(case): why for case, why in first_use.results().items()} | _left_behind(),
         "kernels_without_copy_engine": {str(c): why for c, why in first_use.retreats().items()},
-        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(PREFIX)},
+        "environment": environment.given(),
         "environment_error": _environment_error(backends),
         "self_check": self_check,
     }
@@ -253,9 +252,11 @@ def _left_behind() -> dict[str, str]:
 
 def _environment_error(backends: dict[str, str]) -> str:
     """Why every forward pass will raise, where the environment asks for what cannot run."""
+    if wrong := environment.problems():
+        return "; ".join(wrong)
     try:
         asked = requested_backend()
-    except BackendError as error:
+    except (BackendError, ValueError) as error:
         return str(error)
     why = backends.get(asked, "")
     return f"{ENVIRONMENT} asks for {asked}, which cannot run: {why}" if why else ""

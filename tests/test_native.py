@@ -648,7 +648,7 @@ def test_switched_off_by_the_environment_and_says_so() -> None:
         print(error)
     """
     output = run_python(script, CONVMIXER_FAST_DISABLE_NATIVE="1").splitlines()
-    assert output[0] == "switched off by CONVMIXER_FAST_DISABLE_NATIVE=1"
+    assert output[0] == "switched off by CONVMIXER_FAST_DISABLE_NATIVE"
     assert output[1] == f"the CPU engine is not available: {output[0]}"
 
 

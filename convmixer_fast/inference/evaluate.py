@@ -95,12 +95,14 @@ def labelled_images(
     class_map: Sequence[str] | None = None,
     suffixes: str | Iterable[str] = IMG_EXTENSIONS,
     left_out: LeftOut | None = None,
+    stored: Sequence[str] | None = None,
 ) -> tuple[list[Location], list[int], list[str]]:
     """The images of an ImageFolder, their class indices, and the names of all classes.
 
     A class is the name of the folder that an image lies in. Its index is its place in
-    ``class_map``, else its place among the folders in natural order, as in timm. ``suffixes`` and
-    ``left_out`` are those of `find_images`.
+    ``class_map``, else in ``stored`` (the model's own names) if all folders are named there, else
+    among the folders in natural order, as in timm. ``suffixes`` and ``left_out`` are those of
+    `find_images`.
 
     Raises:
         ValueError: a folder is no class of ``class_map``, or, without one, there are not as many
@@ -109,6 +111,8 @@ def labelled_images(
     """
     paths = find_images([folder], suffixes, left_out)
     present = sorted({folder_name(path) for path in paths}, key=natural_key)
+    if class_map is None and stored is not None and set(present) <= set(stored):
+        class_map = stored
     if class_map is None:
         if len(present) != num_classes:
             raise ValueError(

@@ -14,7 +14,6 @@ import glob
 import json
 import os
 import shutil
-import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -24,7 +23,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from ..files import about_file, whole_or_absent
+from ..files import about_file, is_special, open_special, whole_or_absent
 from .results import Columns, Failure, Row, Vector
 
 #: In the folder of parts: the settings of the run. What is there without it belongs to no run.
@@ -296,26 +295,28 @@ class ResultFile:
         self.errors_file: Path | None = None
         self._rows: list[Row] = []
         self._failures: list[Failure] = []
+        #: Failures of a run whose results go to a device, for ``errors_file`` at the end.
+        self._told: list[Failure] = []
         self._part_seconds = part_seconds
         self._start = self._last = time.monotonic()
         self._number = 0
         self._finished: Path | None = None
         self._lock: IO[Any] | None = None
         self._out: IO[Any] | None = None
-        if self.path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(self.path))
         if name == "parquet":
             pyarrow()
+        if errors_file is not None:
+            self.errors_file = Path(errors_file)
+            is_special(self.errors_file)  # refuses what cannot be written, before the work
         # A device or a pipe cannot be replaced by a file: it is written to.
-        if self.path.exists() and not stat.S_ISREG(self.path.stat().st_mode):
+        if is_special(self.path):
             if name not in ("csv", "jsonl"):
                 raise ValueError(f"{self.path}: a device or a pipe takes csv or jsonl, not {name}")
-            self._out = open(  # noqa: SIM115 - closed in __exit__
-                self.path, "w", newline="", encoding="utf-8", errors="surrogateescape"
-            )
+            self._out = open_special(self.path)
             return
         self._target = Path(os.path.realpath(self.path))
-        self.errors_file = Path(errors_file or self.path.with_name(f"{self.path.stem}.errors.csv"))
+        if self.errors_file is None:
+            self.errors_file = self.path.with_name(f"{self.path.stem}.errors.csv")
         self.parts = self._target.with_name(self._target.name + ".parts")
         self._settings = {
             "format": name,
@@ -391,7 +392,7 @@ class ResultFile:
             self._check_finished()
         results = [self._target] if adopts else self._written()
         errors = self._written("errors")
-        if adopts and self.errors_file and self.errors_file.exists():
+        if adopts and self.errors_file and self.errors_file.is_file():
             errors = [self.errors_file]
         for path in results:
             self.done.update(self.format.filenames(path))
@@ -452,6 +453,7 @@ class ResultFile:
                 self._write_through(self._out)
             except OSError as error:
                 raise about_file(error, self.path) from error
+            self._told += self._failures
         elif self._rows or self._failures:
             self._adopt_finished()
             if self._failures:
@@ -481,7 +483,7 @@ class ResultFile:
         """A finished file that gets more rows becomes the first part."""
         if self._finished is None:
             return
-        if self.errors_file and self.errors_file.exists():
+        if self.errors_file and self.errors_file.is_file():
             with self._part("errors", "w", self.errors_file) as file:
                 Csv.join([self.errors_file], file)
         if self.format is Json:
@@ -499,15 +501,14 @@ class ResultFile:
             assert self.errors_file is not None
             errors, parts = self._written("errors"), self._written()
             if errors:
-                target = Path(os.path.realpath(self.errors_file))
-                with whole_or_absent(target, shown=self.errors_file) as file:
+                with whole_or_absent(self.errors_file) as file:
                     Csv.join(errors, file)
             if parts:
                 with whole_or_absent(self._target, _mode(self.format), self.path) as file:
                     self.format.join(parts, file)
-            if not errors:
+            if not errors and self.errors_file.is_file():
                 # What is there tells of the run before.
-                self.errors_file.unlink(missing_ok=True)
+                Path(os.path.realpath(self.errors_file)).unlink(missing_ok=True)
         self._remove_parts()
 
     def _remove_parts(self) -> None:
@@ -533,6 +534,9 @@ class ResultFile:
             # After a failed write, closing would fail once more, in the place of the first error.
             with suppress(*([OSError] if kind else [])):
                 self._out.close()
+            if kind is None and self.errors_file and self._told:
+                with whole_or_absent(self.errors_file) as file:
+                    _write_failures(file, self._told)
             return
         try:
             if kind is None:

@@ -76,6 +76,26 @@ def imagenet_labels() -> list[str] | None:
         return None
 
 
+def stored_labels(model: Any) -> list[str] | None:
+    """The classes' names in a model's ``pretrained_cfg``, where it has one for each class."""
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
+    return list(names) if names and len(names) == getattr(model, "num_classes", None) else None
+
+
+def labels_for(model: Any, path: str | os.PathLike[str] | None = None) -> list[str]:
+    """A name for each class of a model: `class_labels`, but those that came with the model first.
+
+    Raises:
+        ValueError: see `read_labels`.
+        OSError: the file cannot be read.
+    """
+    names = stored_labels(model) if path is None else None
+    if names is None:
+        return class_labels(model.num_classes, path)
+    described = model.pretrained_cfg.get("label_descriptions") or {}
+    return [str(described.get(name, name)) for name in names]
+
+
 def class_labels(num_classes: int, path: str | os.PathLike[str] | None = None) -> list[str]:
     """A name for each class: from ``path``, else ImageNet-1k's for 1000 classes, else the index.
 

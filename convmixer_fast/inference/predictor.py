@@ -20,7 +20,7 @@ from ..ops.backends import recording
 from .ambient import autocast
 from .batches import Prepare, Prepared, image_batches, in_one_piece, load_image
 from .heatmap import Heatmap, HeatmapFolder, check_mean_pooling, check_target, heatmap_of
-from .labels import class_labels
+from .labels import class_labels, labels_for
 from .preprocessing import NativeSize, preprocessing_for
 from .remote import located
 from .results import Columns, Failure, Row, rows_of
@@ -94,7 +94,8 @@ class Predictor:
             published format. It is put, itself, into eval mode, onto the device and to the dtype.
         preprocessing: a `Preprocessing`, ``"native"`` for images as large as they are, or any
             callable from a PIL image to a float32 tensor (C, H, W) with an attribute ``channels``;
-            default: that of the model's ``pretrained_cfg``, else the published recipe.
+            default: that of the model's ``pretrained_cfg``, which comes with a checkpoint that
+            `save_checkpoint` wrote, else the published recipe, with a warning.
         device: default: cuda where there is one, else cpu; in another process, that process's.
         dtype: of the weights and the computation, as torch's or by name; default: the model's own.
         amp_dtype: run under autocast with this dtype instead.
@@ -105,8 +106,9 @@ class Predictor:
         topk: classes in a `Prediction`; None for the scores of all.
         output_type: "prob", "logit", or "embedding" (pooled features, before the classifier:
             ``model.forward_head(model.forward_features(x), pre_logits=True)``, as in timm).
-        labels: class names, one for each output; default: ImageNet's for 1000 classes where timm
-            or torchvision is installed, else the indices.
+        labels: class names, one for each output; default: those that came with the checkpoint,
+            else ImageNet's for 1000 classes where timm or torchvision is installed, else the
+            indices.
         act: the activation, for checkpoints that do not tell; see `ConvMixer.from_checkpoint`.
         backend: see `use_backend`.
 
@@ -167,7 +169,7 @@ class Predictor:
         if self.labels is not None and classes not in (None, len(self.labels)):
             raise ValueError(f"{len(self.labels)} labels for a model of {classes} classes")
         if self.labels is None and classes:
-            self.labels = class_labels(classes)
+            self.labels = labels_for(model)
         self.batch_size = batch_size
         self.backend = backend
         #: Who computed the model's blocks so far ("cpu", "reference"...).

@@ -7,6 +7,7 @@ centre crop, normalisation, in Pillow), so that its pixels are equal to the last
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -211,19 +212,29 @@ def preprocessing_for(
         native: images keep their size: a `NativeSize` with the mean and std.
         overrides: as for `Preprocessing.from_cfg`.
 
+    Warns:
+        UserWarning: a setting is assumed: neither the model nor ``overrides`` have it, and the
+            model is of no published shape.
+
     Raises:
         ValueError: a setting makes no sense, or does not suit the model.
     """
     arch = getattr(model, "arch", None)
     shape = None if arch is None else arch.shape
-    known = (v for v in VARIANTS.values() if v.arch.shape == shape)
-    fallback = next(known, VARIANTS[_USUAL])
-    cfg = getattr(model, "pretrained_cfg", None) or fallback.pretrained_cfg
+    known = next((v for v in VARIANTS.values() if v.arch.shape == shape), None)
+    own = getattr(model, "pretrained_cfg", None) or {}
+    # What tells the size tells all that it does not leave to timm's defaults.
+    cfg = own if "input_size" in own else {**(known or VARIANTS[_USUAL]).pretrained_cfg, **own}
     in_chans = getattr(model, "in_chans", None)
+    sizes = ("img_size", "input_size", "crop_pct", "interpolation")
+    native = native or (own.get("native_size", False) and not any(map(overrides.get, sizes)))
+    is_published = known is not None and getattr(model, "num_classes", 0) == known.arch.num_classes
     found = Preprocessing.from_cfg(cfg, in_chans=in_chans, **overrides)
     channels, height, width = found.input_size
     if in_chans not in (None, channels):
         raise ValueError(f"input_size asks for {channels} channels, the model takes {in_chans}")
+    if not is_published:
+        _warn_of_assumptions(found, own, overrides, native)
     if native:
         return NativeSize(channels, found.mean, found.std)
     patch = 1 if arch is None else arch.patch_size
@@ -233,6 +244,30 @@ def preprocessing_for(
             "raise the image size"
         )
     return found
+
+
+def _warn_of_assumptions(
+    found: Preprocessing, own: Mapping[str, Any], overrides: Mapping[str, Any], native: bool
+) -> None:
+    given = {k for known in (own, overrides) for k, v in known.items() if v is not None}
+    if "img_size" in given or "input_size" in own:
+        given |= {"input_size"}
+    if "input_size" in own:  # timm's defaults stand for what a configuration leaves out
+        given |= {"crop_pct", "interpolation"}
+    values = {"mean": found.mean, "std": found.std}
+    if not native:
+        size = "x".join(map(str, found.input_size))
+        values |= {"input_size": size, "crop_pct": found.crop_pct}  # type: ignore[dict-item]
+        values |= {"interpolation": found.interpolation}  # type: ignore[dict-item]
+    assumed = [f"{name} {value}" for name, value in values.items() if name not in given]
+    if assumed:
+        warnings.warn(
+            f"the model does not say how its images were prepared; assumed: {', '.join(assumed)}; "
+            "pass preprocessing (on the command line --mean, --std, --img-size, --crop-pct), or "
+            "keep it in the file by save_checkpoint(..., preprocessing=)",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _in_mode(image: Image.Image, channels: int) -> Image.Image:

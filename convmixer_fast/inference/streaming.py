@@ -8,6 +8,7 @@ differ from ``model(image)`` in the last bits.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arch import IMAGENET_MEAN, IMAGENET_STD
-from ..files import whole_or_absent
+from ..files import replaceable, whole_or_absent
 from ..model import GlobalPool
 from .ambient import autocast
 from .bands import BandFlow, Plan, blocks_of
@@ -273,12 +274,12 @@ def stream(
         with autocast(run.device):
             return run(
                 of,
-                out=None if out is None else Path(out),
+                out=None if out is None else _features_target(Path(out)),
                 max_memory=max_memory,
                 band_rows=band_rows,
                 strip_columns=strip_columns,
                 scratch=None if scratch is None else os.fspath(scratch),
-                checkpoint=None if checkpoint is None else Path(checkpoint),
+                checkpoint=None if checkpoint is None else replaceable(checkpoint),
                 checkpoint_rows=checkpoint_rows,
                 target=target,
                 cell=cell,
@@ -678,6 +679,21 @@ class _Features:
                 shutil.rmtree(self._partial, ignore_errors=True)
             else:
                 self._partial.unlink(missing_ok=True)
+
+
+def _features_target(path: Path) -> Path:
+    """The file or the zarr array that will be written or replaced.
+
+    Raises:
+        OSError: something else stands there.
+    """
+    if path.suffix != ".zarr" or not path.exists():
+        return replaceable(path)
+    target = Path(os.path.realpath(path))
+    if not any((target / name).is_file() for name in (".zarray", "zarr.json")):
+        reason = "it is no zarr array, and would be deleted: name another folder"
+        raise FileExistsError(errno.EEXIST, reason, str(path))
+    return target
 
 
 def _create_npy(

@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-DISABLE = "CONVMIXER_FAST_DISABLE_TRITON"
+from .. import environment
+
 #: bf16 tensor-core instructions and asynchronous copies begin here.
 MIN_CAPABILITY = (8, 0)
 MIN_TRITON = (3, 4)
@@ -115,8 +116,8 @@ def why_not(device: torch.device) -> str:
     """
     if device.type == "cuda" and device.index in _capable:
         return ""
-    if os.environ.get(DISABLE, "0") not in ("", "0"):
-        return f"switched off by {DISABLE}"
+    if off := environment.why_off("DISABLE_TRITON"):
+        return off
     if device.type == "cpu" and is_emulated():
         return _why_no_triton()
     if device.type != "cuda":

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import _native, _native_cuda
+from .. import _native, _native_cuda, environment
 from ..kernels import precision, support
 from ..kernels.configs import TRITON, CudaConfig, ProductConfig, lookup_order, why_slower
 from . import first_use, verdicts
@@ -77,8 +77,9 @@ def use_backend(name: str) -> Iterator[None]:
 
 def requested_backend() -> str:
     """What the environment or `use_backend` asks for: a name in `BACKENDS`, or ``"auto"``."""
+    environment.check()
     asked = os.environ.get(ENVIRONMENT)
-    return _check_name(asked, ENVIRONMENT) if asked else _requested.get()
+    return _check_name(asked.strip().lower(), ENVIRONMENT) if asked else _requested.get()
 
 
 def available_backends() -> dict[str, str]:

@@ -17,7 +17,6 @@ there for the first time is PyTorch's until a call outside a capture.
 
 from __future__ import annotations
 
-import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from typing import Any
 
 import torch
 
+from .. import environment
 from ..kernels import support
 from ..kernels.support import is_capturing as is_capturing
 from . import markers
@@ -45,7 +45,7 @@ class ContextLostError(RuntimeError):
 
 
 def is_on() -> bool:
-    return os.environ.get(ENVIRONMENT, "1") != "0"
+    return environment.flag("VERIFY", default=True)
 
 
 def verdict(case: Case) -> str | None:

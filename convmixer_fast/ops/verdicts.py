@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
 import threading
 import typing
 import warnings
@@ -26,6 +25,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .. import environment
+from ..files import whole_or_absent
 from ..kernels import configs, support
 from .cases import Case
 
@@ -65,7 +66,7 @@ class Verdict(NamedTuple):
 
 def folder() -> Path:
     """Where the files are."""
-    named = os.environ.get(ENVIRONMENT)
+    named = environment.read("CACHE")
     if named:
         return Path(named).expanduser()
     if sys.platform == "darwin":
@@ -227,13 +228,5 @@ def _write(path: Path, device: torch.device, table: Mapping[str, Verdict]) -> No
         "verdicts": {key: _row(verdict) for key, verdict in sorted(table.items())},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A reader sees the old file or the new one, whenever this process dies.
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(held, file, indent=1)
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
+    with whole_or_absent(path) as file:
+        json.dump(held, file, indent=1)
