@@ -3,8 +3,8 @@
 // A piece of at most kWholeBytes, or without rows, is hashed whole: one element written is seen. Of
 // a larger one each row is sampled once, 8 bytes along the diagonal of the matrix (rows x row
 // bytes): a write to most of the piece, to one row (an output channel, a depthwise filter) or to
-// one column (an input channel) changes the hash, a write to single elements may not. Sizes count,
-// addresses do not.
+// one column (an input channel) of at most 32 bits an element changes the hash, a write to single
+// elements may not. Sizes count, addresses do not.
 //
 // Whole pieces cost a multiply for 8 bytes, eight chains at once; a sample, a multiply and a cache
 // miss. All parameters of 1024/20: 0.8 MB of vectors and 41 thousand samples.
