@@ -30,11 +30,12 @@ LABELS = ["zebra", "ant", "cat"]
 
 
 def network(in_chans: int = 1, classes: int = 3, **kwargs: Any) -> ConvMixer:
-    torch.manual_seed(0)
+    # Of this seed the answers depend on the recipe, which a test below holds.
+    torch.manual_seed(3)
     net = ConvMixer(
         16, 2, kernel_size=3, patch_size=4, in_chans=in_chans, num_classes=classes, **kwargs
     )
-    return trained_like_(net, (4, in_chans, 32, 32))
+    return trained_like_(net, (4, in_chans, 32, 32), seed=3)
 
 
 @pytest.fixture(autouse=True)
