@@ -44,7 +44,7 @@ def cell(
     notes: tuple[str, ...] = (),
     **ms: float,
 ) -> list[dict[str, Any]]:
-    """The rows of one cell of 1024/20: ``ms`` of ours, nchw and last; ``notes``: systems not run."""
+    """The rows of a cell of 1024/20: ``ms`` of ours, nchw and last; ``notes``: those not run."""
     at = {"model": "1024/20", "dtype": dtype, "threads": threads, "batch": batch, "side": side}
     group = f"1024/20, {dtype}, batch {batch}, {side} px, threads {threads}"
     names = {"ours": "ours", "nchw": "eager NCHW", "last": "eager channels-last"}
