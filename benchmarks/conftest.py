@@ -14,6 +14,7 @@ import report
 import torch
 from presets import DEVICES, PRESETS, THREADS, Preset, preset_of
 from recording import BenchmarkRecorder, Recorder
+from settings import SETTINGS
 from systems import SYSTEMS
 
 
@@ -31,6 +32,15 @@ def _systems(text: str) -> tuple[str, ...]:
     if unknown := set(names) - set(known):
         raise pytest.UsageError(
             f"unknown system {', '.join(sorted(unknown))}: use {', '.join(known)}"
+        )
+    return names
+
+
+def _settings(text: str) -> tuple[str, ...]:
+    names = _names(text)
+    if unknown := set(names) - set(SETTINGS):
+        raise pytest.UsageError(
+            f"unknown setting {', '.join(sorted(unknown))}: use {', '.join(SETTINGS)}"
         )
     return names
 
@@ -60,6 +70,13 @@ _OVERRIDES = {
     "step-batches": (_numbers, "batch sizes of the steps of fusion"),
     "photographs": (int, "images of the batch pipeline"),
     "systems": (_systems, "peers, or 'all'"),
+    "cell-variants": (_names, "models of the suite never_slower"),
+    "cell-settings": (_settings, f"of {', '.join(SETTINGS)}"),
+    "cell-batches": (_numbers, "its batch sizes"),
+    "cell-sides": (_numbers, "its images' sides, in pixels"),
+    "cell-budget": (float, "seconds for the rounds of one of its cells"),
+    "cell-call-seconds": (float, "its longest call, in seconds; longer ones are left out"),
+    "stock": (_systems, "what it holds ours against"),
     "least-rounds": (int, "interleaved rounds of each system, at least"),
     "most-rounds": (int, "and at most"),
     "budget": (float, "seconds for the rounds of one group of systems"),
@@ -114,7 +131,11 @@ _LISTS = {
     "block_batch": "block_batches",
     "memory_batch": "memory_batches",
     "dtype": "dtypes",
+    "cell_variant": "cell_variants",
+    "setting": "cell_settings",
     "threads": "threads",
+    "cell_batch": "cell_batches",
+    "cell_side": "cell_sides",
 }
 
 

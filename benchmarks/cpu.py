@@ -38,10 +38,11 @@ SUITES = {
     "training": True,
     "scaling": True,
     "resolution": True,
+    "never_slower": True,
     "models": True,
 }
 #: Suites whose tables end the run, "" that of the promises; the file has all of them.
-CLOSING = ("", "models")
+CLOSING = ("", "never_slower", "models")
 ON_GPU = ("kernels", "steps", "training", "resolution", "models")
 
 
@@ -68,14 +69,17 @@ def main(device: str = "cpu", about: str = __doc__ or "") -> int:
             parser.error(f"{why}: python benchmarks/cpu.py measures the processor")
         gpu = places.gpu("float32").name()
     preset = preset_of(args.preset, device)
-    variants = args.variants.split(",") if args.variants else list(preset.variants)
+    variants = args.variants.split(",") if args.variants else []
     folder = args.out or HERE / "results" / this_machine(gpu)["name"]
     rows = folder.resolve() / f"{'gpu' if gpu else 'cpu'}.json"
 
     pieces = []
     for suite in [s for s in known if s in suites]:
-        for variant in variants if SUITES[suite] else [""]:
+        own = list(preset.cell_variants) if suite == "never_slower" else list(preset.variants)
+        for variant in (variants or own) if SUITES[suite] else [""]:
             chosen = [f"--variants={variant}"] if variant else []
+            if suite == "never_slower":
+                chosen = [f"--cell-variants={variant}"]
             if suite == "scaling":
                 chosen.append(f"--large={variant if variant in preset.large else ''}")
             if suite == "resolution":

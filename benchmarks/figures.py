@@ -181,6 +181,25 @@ def missed(folder: Path = RESULTS) -> str:
     return "\n\n".join(parts) or "Every bar was reached."
 
 
+def slower_cells(folder: Path = RESULTS) -> str:
+    """Every cell of the suite never_slower below its bar, of every machine."""
+    rows, counted = [], []
+    for path in sorted(folder.glob("*/cpu.json")):
+        measured = results.load(path)
+        assert measured is not None
+        found = report.cells(measured["rows"])
+        slower = [cell for cell in found if cell.slower]
+        if found:
+            counted.append(f"{path.parent.name}: {len(slower)} of {len(found)} cells")
+        rows += [(path.parent.name, str(c), f"{c.ratio:.3f}", c.by) for c in slower]
+    if not counted:
+        return "No machine was measured yet."
+    parts = [f"Below {report.NEVER_SLOWER} of stock PyTorch's speed, {'; '.join(counted)}."]
+    if rows:
+        parts.append(table(("measured on", "call", "times stock's speed", "computed by"), rows))
+    return "\n\n".join(parts)
+
+
 #: Column of `gpu_static.json` and `cuda_static.json` -> the most that is aimed at, and what it is.
 _STATIC_AIMS = {
     "spills": (0, "values spilled"),
@@ -446,6 +465,7 @@ SNIPPETS: dict[str, Callable[[], str]] = {
     "whole-models": whole_models,
     "reached": reached,
     "missed": missed,
+    "slower-cells": slower_cells,
     "gpu-exceptions": gpu_exceptions,
     "halves": halves,
     "steps": steps,

@@ -57,6 +57,11 @@ class Preset:
     images of the usual size; ``photographs`` go through the batch pipeline. A group of systems that
     take turns is given as many rounds as fit into ``budget`` seconds, but at least ``least_rounds``
     and at most ``most_rounds``.
+
+    The suite never_slower has a cell for each of ``cell_variants``, ``cell_settings`` (names in
+    `settings.SETTINGS`), ``threads``, ``cell_batches`` and ``cell_sides``: ours against ``stock``,
+    rounds within ``cell_budget`` seconds. A call that is expected to take more than
+    ``cell_call_seconds`` is left out and noted.
     """
 
     variants: tuple[str, ...]
@@ -75,6 +80,13 @@ class Preset:
     least_rounds: int
     most_rounds: int
     budget: float
+    cell_variants: tuple[str, ...]
+    cell_settings: tuple[str, ...]
+    cell_batches: tuple[int, ...]
+    cell_sides: tuple[int, ...]
+    cell_budget: float
+    cell_call_seconds: float = 12.0
+    stock: tuple[str, ...] = ("eager NCHW", "eager channels-last")
     dtypes: tuple[str, ...] = ("float32",)
 
 
@@ -97,6 +109,11 @@ PRESETS = {
         least_rounds=3,
         most_rounds=9,
         budget=10.0,
+        cell_variants=("256/8", "1024/20"),
+        cell_settings=("float32", "bfloat16"),
+        cell_batches=(1,),
+        cell_sides=(32, 64, 128),
+        cell_budget=1.0,
     ),
     # Everything that the results in this repository show.
     "full": Preset(
@@ -124,6 +141,11 @@ PRESETS = {
         least_rounds=3,
         most_rounds=15,
         budget=300.0,
+        cell_variants=("256/8", "1024/20", "768/32"),
+        cell_settings=("float32", "bfloat16", "autocast", "float16", "reduced"),
+        cell_batches=(1, 4, 16),
+        cell_sides=(32, 64, 128, 224, 448),
+        cell_budget=1.5,
     ),
 }
 

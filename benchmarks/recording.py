@@ -31,6 +31,16 @@ class Recorder:
             if (suite, group) in there:
                 pytest.skip(f"{suite}, {group}: already in {self.path.name}")
 
+    def rows(self, suite: str) -> list[results.Row]:
+        """Every row of a suite in the session and, with ``resume``, in the file."""
+        there = results.load(self.path) if self.resume and self.path is not None else None
+        return [
+            row
+            for report in (there, self.session)
+            if report is not None
+            for row in results.select(report["rows"], suite=suite)
+        ]
+
     def __call__(self, suite: str, group: str, rows: list[results.Row]) -> None:
         """Add a group's rows, in the place of what was there of it."""
         rows = [{"suite": suite, "group": group, **row} for row in rows]

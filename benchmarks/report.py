@@ -41,6 +41,9 @@ MEMORY = 1.0
 #: At most: error against float64 as a multiple of eager PyTorch's.
 ERROR = 2.0
 
+#: On a CPU, times the speed of the best of stock PyTorch, in every cell of the suite never_slower.
+NEVER_SLOWER = 0.97
+
 #: On a GPU, times faster than the best of what stock PyTorch and TensorRT offer: never slower.
 GPU_SPEED_UP = 1.0
 
@@ -129,6 +132,88 @@ def _against_peers(what: str, group: list[Row], *bars: float) -> Line:
     return Line(what, speed_up, *bars, detail=detail)
 
 
+@dataclass(frozen=True)
+class Cell:
+    """One call of the suite never_slower.
+
+    ``ratio``: times the speed of the best of stock PyTorch, None where either was not run; ``by``:
+    what computes ours.
+    """
+
+    model: str
+    dtype: str
+    threads: int
+    batch: int
+    side: int
+    ratio: float | None
+    by: str
+
+    @property
+    def slower(self) -> bool:
+        return self.ratio is not None and self.ratio < NEVER_SLOWER
+
+    def __str__(self) -> str:
+        at = f"batch {self.batch}, {self.side} px, threads {self.threads}"
+        return f"{self.model}, {self.dtype}, {at}"
+
+
+def computed_by(explanation: Iterable[Any]) -> str:
+    """Backends and reasons of an `Explanation`, each once, with the operators they are of."""
+    ops: dict[tuple[str, str], list[str]] = {}
+    for row in explanation:
+        names = ops.setdefault((row.backend, row.reason), [])
+        if row.op not in names:
+            names.append(row.op)
+    return "; ".join(f"{', '.join(names)}: {b} ({why})" for (b, why), names in ops.items())
+
+
+def stock_ratio(cell: list[Row]) -> float | None:
+    """Times the speed of the best of stock PyTorch, of one cell's rows."""
+    best = best_peer(cell)
+    return _ratio(best["ms"] if best else None, _value(cell, "ms", system="ours"))
+
+
+def cells(rows: Iterable[Row]) -> list[Cell]:
+    """Every cell of the suite never_slower, in the order of the rows."""
+    groups: dict[str, list[Row]] = {}
+    for row in select(rows, suite="never_slower"):
+        groups.setdefault(row["group"], []).append(row)
+    found = []
+    for group in groups.values():
+        ours = next(row for row in group if row["system"] == "ours")
+        at = {key: ours[key] for key in ("model", "dtype", "threads", "batch", "side")}
+        found.append(Cell(**at, ratio=stock_ratio(group), by=ours.get("computed by", "")))
+    return found
+
+
+def cell_table(found: Iterable[Cell]) -> tuple[tuple[str, ...], list[Row]]:
+    """Columns and rows of the cells: a row for each model, dtype and thread count.
+
+    A ratio below `NEVER_SLOWER` is bold; "not run": ours, or all of stock PyTorch, was not.
+    """
+    found = list(found)
+    places = sorted({(c.batch, c.side) for c in found})
+    lines: dict[tuple[str, str, int], list[Cell]] = {}
+    for c in found:
+        lines.setdefault((c.model, c.dtype, c.threads), []).append(c)
+    rows = []
+    for (model, dtype, threads), line in lines.items():
+        row: Row = {"model": model, "dtype": dtype, "threads": threads}
+        computed: dict[str, list[str]] = {}
+        for c in line:
+            name = f"{c.batch} x {c.side}"
+            text = "not run" if c.ratio is None else f"{c.ratio:.2f}"
+            row[name] = f"**{c.ratio:.3f}**" if c.slower else text
+            if c.by:
+                computed.setdefault(c.by, []).append(name)
+        most = max(computed, key=lambda by: len(computed[by]), default="")
+        others = [f"{', '.join(at)}: {by}" for by, at in computed.items() if by != most]
+        row["computed by"] = ". ".join([most, *others])
+        rows.append(row)
+    columns = (*("model", "dtype", "threads"), *(f"{b} x {side}" for b, side in places))
+    return (*columns, "computed by"), rows
+
+
 def summary(report: Report) -> list[Line]:
     """Every promise, in the order of their weight, held against the rows."""
     rows = report["rows"]
@@ -178,6 +263,14 @@ def summary(report: Report) -> list[Line]:
         detail = f"1 image against {usual['batch']}: about the same number of patches"
         ratio = _ratio(big["ns / patch"], usual["ns / patch"])
         lines.append(Line(what, ratio, LARGE, at_most=True, detail=detail))
+
+    measured = [cell for cell in cells(rows) if cell.ratio is not None]
+    for model in dict.fromkeys(cell.model for cell in measured):
+        own = {cell: cell.ratio for cell in measured if cell.model == model}
+        slowest = min(own, key=lambda cell: cell.ratio or 0.0)
+        what = f"{model}, slowest cell against the best of stock PyTorch"
+        detail = f"{slowest}; {sum(c.slower for c in own)} of {len(own)} cells are below"
+        lines.append(Line(what, own[slowest], NEVER_SLOWER, detail=detail))
 
     halves = select(rows, suite="kernels", part="depthwise half", system="ours", threads=THREADS)
     for row in halves:
@@ -335,6 +428,17 @@ _SUITES: dict[str, tuple[str, str, tuple[str, ...]]] = {
             "GB/s, of peak, of limit, ns / patch, ms, p20 ms, p80 ms, rounds, peak MiB, note"
         ),
     ),
+    "never_slower": (
+        "Never slower than stock PyTorch",
+        "Ours under `auto` against the faster of eager PyTorch in NCHW and channels-last: times "
+        "its speed, from medians of interleaved rounds, every output checked first. Columns: batch "
+        f"x side in pixels. Bold: below {NEVER_SLOWER}. not run: one call of stock PyTorch, or of "
+        "both, would take too long (the notes of the rows say how long). dtype: that of model and "
+        "images; autocast is a float32 model under torch.autocast in bfloat16; reduced is a "
+        "float32 model whose products oneDNN may compute in bfloat16. `computed by`: what "
+        "`explain` says of most cells, then of the others.",
+        (),
+    ),
     "memory": (
         "Peak memory",
         "Of a fresh process that builds the model and runs it twice: all of it, and what it has "
@@ -432,6 +536,8 @@ def tables(report: Report, unmeasured: bool = True) -> list[Table]:
         rows = select(report["rows"], suite=suite)
         if suite in _COMPARED:
             rows = in_order(_with_speed_up(rows))
+        if suite == "never_slower":
+            columns, rows = cell_table(cells(rows))
         if rows:
             shown = tuple(c for c in columns if any(c in row for row in rows))
             found.append(Table(title, about, shown, rows, suite))
