@@ -44,8 +44,9 @@ def normalized_in_turn(self: Any, x: Tensor) -> Tensor:
         mean, std = self.normalize
         dtype = self[0].weight.dtype
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        shift = torch.tensor(mean, dtype=wide, device=x.device).view(1, -1, 1, 1)
-        scale = torch.tensor(std, dtype=wide, device=x.device).view(1, -1, 1, 1)
+        # Not by torch.tensor, which in TorchScript rounds floats to float32 first.
+        shift = torch.stack([torch.full((1, 1), v, dtype=wide, device=x.device) for v in mean])
+        scale = torch.stack([torch.full((1, 1), v, dtype=wide, device=x.device) for v in std])
         x = ((x.to(wide) / 255 - shift) / scale).to(dtype)
     for module in self:
         x = module(x)
