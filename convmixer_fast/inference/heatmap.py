@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ..blocks import is_patchwise
 from ..files import whole_or_absent
+from ..fusible import is_patchwise
 from .ambient import autocast
 from .separable import check_eval, reason_not_separable
 
