@@ -44,9 +44,13 @@ def normalized_in_turn(self: Any, x: Tensor) -> Tensor:
         mean, std = self.normalize
         dtype = self[0].weight.dtype
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        shift = torch.tensor(mean, dtype=wide, device=x.device).view(1, -1, 1, 1)
-        scale = torch.tensor(std, dtype=wide, device=x.device).view(1, -1, 1, 1)
-        x = ((x.to(wide) / 255 - shift) / scale).to(dtype)
+        # TorchScript's torch.tensor rounds to the default dtype first.
+        of_each = torch.empty([2, x.shape[1], 1, 1], dtype=wide, device=x.device)
+        for i, value in enumerate(mean):
+            of_each[0, i].fill_(value)
+        for i, value in enumerate(std):
+            of_each[1, i].fill_(value)
+        x = ((x.to(wide) / 255 - of_each[0]) / of_each[1]).to(dtype)
     for module in self:
         x = module(x)
     return x
