@@ -240,6 +240,22 @@ def test_uint8_images(name, way, dtype):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("default", [torch.float16, torch.float64])
+def test_pixels_do_not_depend_on_the_default_dtype(default):
+    model, x = made("model of uint8")
+    pixels = torch.randint(0, 256, x.shape, dtype=torch.uint8)
+    scripted, plain = torch.jit.script(model), to_reference(model)
+    expected = [scripted(pixels), plain(pixels)]
+    torch.set_default_dtype(default)
+    try:
+        found = [scripted(pixels), plain(pixels)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_same(ours, theirs, rtol=0, atol=0)
+
+
+@torch.no_grad()
 def test_reference_of_a_uint8_model_under_autocast():
     model, x = made("model of uint8")
     pixels = torch.randint(0, 256, x.shape, dtype=torch.uint8)
