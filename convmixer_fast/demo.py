@@ -35,6 +35,8 @@ SPLIT_SEED = 0
 HELD_OUT = 450
 # Mean and deviation of all pixels, on their scale of 0..16.
 _MEAN, _STD = 4.88, 6.02
+#: The same for scans stored as 8-bit images.
+PREPROCESSING = Preprocessing((1, 8, 8), crop_pct=1.0, mean=(_MEAN / 16,), std=(_STD / 16,))
 
 
 class Digits(NamedTuple):

@@ -19,9 +19,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import convmixer_fast
-from convmixer_fast.demo import DIGITS_ARCH, DIGITS_FILE, SPLIT_SEED, Digits, digits_split
-
-DEFAULT_OUTPUT = Path(convmixer_fast.__file__).parent / "data" / DIGITS_FILE
+from convmixer_fast.demo import (
+    DIGITS_ARCH,
+    DIGITS_FILE,
+    PREPROCESSING,
+    SPLIT_SEED,
+    Digits,
+    digits_split,
+)
+from convmixer_fast.files import replacement
 
 
 def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -79,21 +85,26 @@ def annotate(path: Path, notes: dict[str, str]) -> None:
     """Add to the metadata of a safetensors file."""
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    save_file(load_file(path), path, metadata | notes)
-    path.chmod(0o644)  # it is shipped: everybody may read it
+    with replacement(path) as unfinished:
+        save_file(load_file(path), unfinished, metadata | notes)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Train the demo's ConvMixer on scikit-learn's digits."
     )
-    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT)
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path(DIGITS_FILE),
+        help="default: %(default)s, here; the demo's own is convmixer_fast/data/%(default)s",
+    )
     parser.add_argument("--epochs", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     model, held_out = train(args.epochs, args.seed)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    convmixer_fast.save_checkpoint(model, args.output)
+    convmixer_fast.save_checkpoint(model, args.output, preprocessing=PREPROCESSING)
     annotate(
         args.output,
         {

@@ -9,10 +9,12 @@ from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 
+import convmixer_fast
 from convmixer_fast import ConvMixer, cli, demo
 from convmixer_fast.testing import trained_like_
 
@@ -52,6 +54,37 @@ def test_shipped_weights_are_small_and_say_where_they_come_from(digits_report):
         digits_report["right_fused"] / digits_report["images"], abs=1e-4
     )
     assert demo.digits_model().arch == demo.DIGITS_ARCH
+
+
+def test_shipped_weights_know_how_scans_stored_as_images_are_prepared(digits_report):
+    from sklearn.datasets import load_digits
+
+    order = np.random.RandomState(demo.SPLIT_SEED).permutation(1797)[: demo.HELD_OUT]
+    data = load_digits()
+    scans = np.rint(data.images[order] * 255 / 16).astype(np.uint8)
+    predictor = convmixer_fast.Predictor(shipped(), device="cpu")
+    assert predictor.preprocessing == demo.PREPROCESSING
+    found = [row.indices[0] for row in predictor(list(scans))]
+    right = int((np.array(found) == data.target[order]).sum())
+    assert abs(right - digits_report["right_fused"]) <= 2
+
+
+def test_the_example_writes_to_the_current_folder(monkeypatch, tmp_path):
+    import runpy
+
+    path = Path(__file__).parents[1] / "examples" / "train_digits.py"
+    before = shipped().read_bytes()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [str(path), "--epochs", "1"])
+    threads = torch.get_num_threads()
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    finally:
+        torch.set_num_threads(threads)
+    assert shipped().read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == [demo.DIGITS_FILE]
+    with safe_open(tmp_path / demo.DIGITS_FILE, "pt") as file:
+        assert file.metadata()["epochs"] == "1"
 
 
 def test_the_split_is_whole_disjoint_and_always_the_same():
