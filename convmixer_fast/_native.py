@@ -523,8 +523,8 @@ def parameters_unchanged(halves: Any, settings: tuple[str, ...], stamps: Any) ->
         halves: (convolution, norm, tuple of the convolution's ``settings``, the norm's eps) each.
         settings: names of attributes of a convolution.
         stamps: (tensor, version, address, dtype, shape, strides) of each parameter and statistic of
-            the halves that is not None, in their order: weight and bias of the convolution, weight
-            and bias of the norm, its mean and variance.
+            the halves, or None, in their order: weight and bias of the convolution, weight and bias
+            of the norm, its mean and variance. The tensors were contiguous.
 
     Returns:
         False too where a parameter is not among its module's own.
@@ -533,6 +533,14 @@ def parameters_unchanged(halves: Any, settings: tuple[str, ...], stamps: Any) ->
         RuntimeError: the engine is not available.
     """
     return bool(_engine().parameters_unchanged(halves, settings, stamps))
+
+
+def attributes_unchanged(rows: tuple[tuple[Any, str, Any], ...]) -> bool:
+    """Whether attributes, (owner, name, value) each, are the very objects they were."""
+    engine = load()
+    if engine is not None:
+        return bool(engine.attributes_unchanged(rows))
+    return all(getattr(owner, name, None) is value for owner, name, value in rows)
 
 
 def joined_pixels(c_in: int, c_out: int) -> int:

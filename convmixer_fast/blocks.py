@@ -42,7 +42,14 @@ from .ops.cases import UINT8_STEM
 from .ops.common import accumulation_dtype, memory_format_of
 from .ops.depthwise import depthwise_mix
 from .ops.mixer import mixer_stack
-from .ops.packing import Packed, PackedCache, batch_norm_affine, cacheable, sources_of
+from .ops.packing import (
+    Packed,
+    PackedCache,
+    batch_norm_affine,
+    cacheable,
+    need_gradients,
+    sources_of,
+)
 from .ops.pointwise import pointwise_mix
 from .ops.stem import normalized, patch_embed_uint8
 from .reference import (
@@ -71,7 +78,7 @@ def _operands(
     """
     dtype = dtype or x.dtype
     sources = sources_of(conv, bn)
-    inference = not (torch.is_grad_enabled() and any(t.requires_grad for t in sources))
+    inference = not (torch.is_grad_enabled() and need_gradients(sources))
     if inference and not torch.compiler.is_compiling() and cacheable(sources):
         op = "" if depthwise else "pointwise_mix"
         on_gpu = backends.gpu_kernels_run(x.device, dtype, op)
@@ -98,8 +105,9 @@ def _operands(
 
 def _planned(cache: PackedCache[Packed], conv: Any, act: Any, bn: Any, x: Tensor) -> Tensor | None:
     """A half by the plan of an earlier call, or None where there is none that holds."""
-    plan: Plan | None = cache.plan
-    if plan is None or not plan.holds(x) or activation_name(act) != plan.act:
+    plan = cache.plan
+    # Of a stem, another thread may keep a SteadyOnCpu there.
+    if not isinstance(plan, Plan) or not plan.holds(x) or activation_name(act) != plan.act:
         return None
     packed = cache.fresh((False, True, x.dtype, bn.eps), sources_of(conv, bn))
     if packed is None:
@@ -445,7 +453,7 @@ class PatchEmbed(_FusedSequential):
         serve = backends.compiled_kernels_run if compiling else backends.gpu_kernels_run
         if (not compiling and torch._C._get_tracing_state()) or not serve(x.device, dtype):
             return None
-        if torch.is_grad_enabled() and any(t.requires_grad for t in sources_of(conv, bn)):
+        if torch.is_grad_enabled() and need_gradients(sources_of(conv, bn)):
             return None
         # Where the modules run one by one the float stem says so.
         if reason_not_fusible(PATCHWISE, conv, act, bn, x, UINT8_STEM, dtype):
@@ -594,7 +602,7 @@ class MixerBlock(_FusedSequential):
         if conv.in_channels != conv.out_channels:
             return None
         sources = sources_of(depthwise, spatial_bn) + sources_of(conv, bn)
-        if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in sources)):
+        if torch.is_grad_enabled() and (x.requires_grad or need_gradients(sources)):
             return None
         whole = _Whole(x, x, conv.in_channels, depthwise.kernel_size[0], name)
         if backends.is_recording() and is_fake(x):
@@ -830,7 +838,7 @@ class MixerStack(_FusedSequential):
             return None
         if torch.is_grad_enabled() and (
             x.requires_grad
-            or any(t.requires_grad for half in halves for t in sources_of(half.conv, half.bn))
+            or any(need_gradients(sources_of(half.conv, half.bn)) for half in halves)
         ):
             return None
         return tuple(

@@ -22,21 +22,28 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._device import DeviceContext
 
+from . import _native
 from .arch import ACTIVATIONS, activation_name
 from .ops import backends
+from .ops.common import accumulation_dtype
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 #: What a call of a module goes through. None may be set on an object or patched on a class.
 CALL_PATH = (
     "forward",
-    "_conv_forward",
-    "_check_input_dim",
     "_call_impl",
     "_wrapped_call_impl",
+    "_conv_forward",
+    "_check_input_dim",
     "_compiled_call_impl",
 )
-_FUNCTIONS = ("conv2d", "batch_norm", "gelu", "relu", "silu", "hardswish")
+#: The functions that the forwards of the plain classes call, and those that these call.
+_FUNCTIONS = {
+    F: ("conv2d", "batch_norm", "gelu", "relu", "silu", "hardswish"),
+    torch: ("conv2d", "batch_norm", "relu", "relu_"),
+    torch._C._nn: ("gelu", "silu", "silu_", "hardswish", "hardswish_"),
+}
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
@@ -55,7 +62,7 @@ def is_depthwise(conv: nn.Module) -> bool:
         and conv.groups == conv.in_channels == conv.out_channels
         and conv.stride == (1, 1)
         and conv.dilation == (1, 1)
-        and (conv.padding_mode == "zeros" or k == 1)
+        and conv.padding_mode == "zeros"
     )
 
 
@@ -67,6 +74,7 @@ def is_pointwise(conv: nn.Module) -> bool:
         and conv.groups == 1
         and conv.stride == (1, 1)
         and conv.padding in ((0, 0), "same", "valid")
+        and conv.padding_mode == "zeros"
     )
 
 
@@ -79,6 +87,7 @@ def is_patchwise(conv: nn.Module) -> bool:
         and conv.groups == 1
         and conv.dilation == (1, 1)
         and conv.padding in ((0, 0), "valid")
+        and conv.padding_mode == "zeros"
     )
 
 
@@ -115,16 +124,14 @@ def is_exactly(module: nn.Module, cls: type[_M]) -> TypeGuard[_M]:
     kind = type(module)
     return (
         isinstance(module, cls)
-        and kind.forward is cls.forward
-        and kind.__call__ is nn.Module.__call__
+        and all(getattr(kind, name) is getattr(cls, name) for name in _CLASS_PATH)
         and not is_touched(module)
     )
 
 
-class _EntryPoint(NamedTuple):
-    owner: Any
-    name: str
-    original: Any
+#: What a call looks up on the class. Of `nn.Module` torch.export patches ``__call__`` as it traces.
+_CLASS_PATH = ("__call__", "forward", "_call_impl")
+_OWN_PATH = {nn.Conv2d: ("_conv_forward",), nn.BatchNorm2d: ("_check_input_dim",)}
 
 
 def _is_torchs_own(value: Any) -> bool:
@@ -133,24 +140,27 @@ def _is_torchs_own(value: Any) -> bool:
     return value is None or isinstance(value, BuiltinFunctionType)
 
 
-def _entry_points() -> Iterator[_EntryPoint]:
+def _entry_points() -> Iterator[tuple[Any, str, Any]]:
+    """(owner, name, value) of all that the plain children go through."""
     for cls in (nn.Conv2d, *_NORMS, nn.Sequential, *ACTIVATIONS.values()):
-        for name in CALL_PATH:
-            if hasattr(cls, name):
-                yield _EntryPoint(cls, name, getattr(cls, name))
-    for name in _FUNCTIONS:
-        yield _EntryPoint(F, name, getattr(F, name))
+        for name in (*_CLASS_PATH, *_OWN_PATH.get(cls, ())):
+            yield cls, name, getattr(cls, name)
+    for owner, names in _FUNCTIONS.items():
+        for name in names:
+            yield owner, name, getattr(owner, name)
 
 
-_watched = list(_entry_points())
-_CALL = nn.Module.__call__
+_watched = tuple(_entry_points())
 #: Patched before this package was imported: never fused.
-_PATCHED_EARLY = not all(_is_torchs_own(point.original) for point in _watched)
+_PATCHED_EARLY = not all(_is_torchs_own(value) for _, _, value in _watched)
 
 
 def watch_classes(*classes: type[nn.Module]) -> None:
-    """Add the fused modules' own forwards to what `is_patched` compares."""
-    _watched.extend(_EntryPoint(cls, "forward", cls.forward) for cls in classes)
+    """Add the call paths of other classes of modules to what `is_patched` compares."""
+    global _watched
+    rows = ((cls, name, getattr(cls, name)) for cls in classes for name in _CLASS_PATH)
+    known = {(owner, name) for owner, name, _ in _watched}
+    _watched += tuple(row for row in rows if row[:2] not in known)
 
 
 def is_patched() -> bool:
@@ -160,10 +170,10 @@ def is_patched() -> bool:
     """
     if _PATCHED_EARLY:
         return True
-    # torch.export patches it itself while it traces.
-    if nn.Module.__call__ is not _CALL and not torch.compiler.is_compiling():
-        return True
-    return any(getattr(owner, name) is not original for owner, name, original in _watched)
+    rows = _watched
+    if torch.compiler.is_compiling():
+        rows = tuple(row for row in rows if row[1] != "__call__")
+    return not _native.attributes_unchanged(rows)
 
 
 # What torch.compiler.assume_constant_result does, which would import the compiler and Triton here.
@@ -227,10 +237,17 @@ def reason_not_plain(kind: Kind, conv: Any, act: nn.Module, bn: Any) -> str:
     k = conv.kernel_size[0]
     shape = (conv.out_channels, conv.in_channels // conv.groups, k, k)
     weight, bias = conv.weight, conv.bias
-    if weight.shape != shape or statistics.shape != shape[:1]:
+    norms = (bn.weight, bn.bias, statistics, bn.running_var)
+    if weight.shape != shape or any(t is not None and t.shape != shape[:1] for t in norms):
         return "the parameters do not have the shapes that the modules were built for"
     if bias is not None and bias.dtype != weight.dtype:
         return f"the convolution's bias is {bias.dtype}, its weight {weight.dtype}"
+    for t in norms:
+        # PyTorch's BatchNorm takes float32 parameters for half activations, and no other mixture.
+        if t is not None and t.dtype not in (weight.dtype, accumulation_dtype(weight.dtype)):
+            return f"the norm has {t.dtype} tensors, the convolution {weight.dtype}"
+    if weight.is_neg() or (bias is not None and bias.is_neg()):
+        return "a parameter is a lazily negated view"
     if weight.layout != torch.strided:
         return f"the weight has the layout {weight.layout}"
     return ""

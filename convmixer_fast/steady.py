@@ -26,7 +26,7 @@ from .kernels import support
 from .kernels.precision import dot_precision
 from .ops import backends, first_use, gpu
 from .ops.cases import Case
-from .ops.packing import JoinedCopies, Packed, PackedCache, now_on, sources_of
+from .ops.packing import JoinedCopies, Packed, PackedCache, Sources, now_on, sources_of
 
 #: What makes a call of a module more than its class's forward, and training.
 _STATE_NAMES = (
@@ -255,7 +255,7 @@ class SteadyOnCpu(NamedTuple):
         watched = Watched.of(children, [half.act for half in halves])
         if type(x) is not Tensor or _is_watched() or not watched.unchanged():
             return None
-        sources: dict[PackedCache[Any], tuple[Tensor, ...]] = {}
+        sources: dict[PackedCache[Any], Sources] = {}
         for half in halves:
             sources[half.cache] = sources.get(half.cache, ()) + sources_of(half.conv, half.bn)
         copies = JoinedCopies.of(list(sources), list(sources.values()))

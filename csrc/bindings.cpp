@@ -377,6 +377,8 @@ PYBIND11_MODULE(_cpu, m) {
         "Whether calls of modules, (module, class, children) each, run what they ran, in eval mode, and "
         "nobody watches. acts: (module, its `approximate` or None) each; falsy: names of what must be "
         "false or empty in a module; methods: names that must not be set on its object.");
+  m.def("attributes_unchanged", &cmf::attributes_unchanged, py::arg("rows"),
+        "Whether attributes, (owner, name, value) each, are the very objects they were.");
   m.def("parameters_unchanged", &cmf::parameters_unchanged, py::arg("halves"), py::arg("settings"),
         py::arg("stamps"),
         "Whether halves, (convolution, norm, its settings, eps) each, have the settings, and their tensors "

@@ -28,7 +28,8 @@ struct Names {
   PyObject* data_ptr = name("data_ptr");
   PyObject* dtype = name("dtype");
   PyObject* shape = name("shape");
-  PyObject* stride = name("stride");
+  PyObject* is_contiguous = name("is_contiguous");
+  PyObject* is_neg = name("is_neg");
 };
 
 const Names& names() {
@@ -109,13 +110,16 @@ bool act_unchanged(PyObject* row) {
   return PyObject_RichCompareBool(form == nullptr ? Py_None : form, item(row, 1), Py_EQ) == 1;
 }
 
+// Of tensors that were contiguous, as those on a CPU must be to have a packed copy: with the same shape
+// they have the same strides while they are so.
 bool stamped(PyObject* tensor, PyObject* stamp) {
   return item(stamp, 0) == tensor &&
          Ref(PyObject_GetAttr(tensor, names().version)).equals(item(stamp, 1)) &&
          Ref(PyObject_CallMethodNoArgs(tensor, names().data_ptr)).equals(item(stamp, 2)) &&
          Ref(PyObject_GetAttr(tensor, names().dtype)).is(item(stamp, 3)) &&
          Ref(PyObject_GetAttr(tensor, names().shape)).equals(item(stamp, 4)) &&
-         Ref(PyObject_CallMethodNoArgs(tensor, names().stride)).equals(item(stamp, 5));
+         Ref(PyObject_CallMethodNoArgs(tensor, names().is_contiguous)).is(Py_True) &&
+         Ref(PyObject_CallMethodNoArgs(tensor, names().is_neg)).is(Py_False);
 }
 
 // `next`: of the stamps; moves past those of this half.
@@ -139,11 +143,19 @@ bool half_unchanged(PyObject* row, PyObject* settings, PyObject* stamps, Py_ssiz
                                entry(affine, names().bias),
                                entry(statistics, names().running_mean),
                                entry(statistics, names().running_var)};
+  // An attribute of the object comes before its parameter of that name.
+  PyObject* const names_of[] = {names().weight, names().bias, names().running_mean, names().running_var};
+  for (PyObject* key : names_of) {
+    if (entry(conv.get(), key) != nullptr || entry(norm.get(), key) != nullptr) return false;
+  }
   for (PyObject* tensor : sources) {
-    if (tensor == nullptr) return false;
-    if (tensor == Py_None) continue;
-    if (next == PyTuple_GET_SIZE(stamps) || !stamped(tensor, item(stamps, next))) return false;
-    ++next;
+    if (tensor == nullptr || next == PyTuple_GET_SIZE(stamps)) return false;
+    PyObject* stamp = item(stamps, next++);
+    if (tensor == Py_None || stamp == Py_None) {
+      if (tensor != stamp) return false;
+    } else if (!PyTuple_Check(stamp) || PyTuple_GET_SIZE(stamp) != 6 || !stamped(tensor, stamp)) {
+      return false;
+    }
   }
   return true;
 }
@@ -170,9 +182,17 @@ bool modules_unchanged(const py::tuple& modules, const py::tuple& acts, const py
   return answer(true);
 }
 
+bool attributes_unchanged(const py::tuple& rows) {
+  require_tuples(rows, 3, "rows");
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(rows.ptr()); ++i) {
+    PyObject* row = item(rows.ptr(), i);
+    if (!Ref(PyObject_GetAttr(item(row, 0), item(row, 1))).is(item(row, 2))) return answer(false);
+  }
+  return true;
+}
+
 bool parameters_unchanged(const py::tuple& halves, const py::tuple& settings, const py::tuple& stamps) {
   require_tuples(halves, 4, "halves");
-  require_tuples(stamps, 6, "stamps");
   Py_ssize_t next = 0;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(halves.ptr()); ++i) {
     if (!half_unchanged(item(halves.ptr(), i), settings.ptr(), stamps.ptr(), next)) return answer(false);

@@ -19,8 +19,11 @@ bool modules_unchanged(const pybind11::tuple& modules, const pybind11::tuple& ac
 // Whether parameters and settings of halves of blocks are what they were.
 //   halves: (convolution, norm, values of the convolution's settings, eps) each; settings: their names;
 //   stamps: (tensor, version, address, dtype, shape, strides) of each parameter and statistic of all
-//   halves that is not None: weight and bias of the convolution, those of the norm, its mean and variance.
+//   halves, or None: weight and bias of the convolution, those of the norm, its mean and variance.
 bool parameters_unchanged(const pybind11::tuple& halves, const pybind11::tuple& settings,
                           const pybind11::tuple& stamps);
+
+// Whether attributes of classes and modules, (owner, name, value) each, are the very objects they were.
+bool attributes_unchanged(const pybind11::tuple& rows);
 
 }  // namespace convmixer_fast

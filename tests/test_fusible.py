@@ -102,6 +102,11 @@ def on_class(name: str) -> Callable[[nn.Module, Patch], None]:
     return touch
 
 
+def own_call_of_the_class(child: nn.Module, patch: Patch) -> None:
+    plainly = nn.Module.__call__
+    patch.setattr(type(child), "__call__", lambda s, *a: 0.5 * plainly(s, *a), raising=False)
+
+
 def other_class(child: nn.Module, patch: Patch) -> None:
     kind = type(child)
     half = {"forward": lambda self, x: 0.5 * kind.forward(self, x)}
@@ -133,6 +138,7 @@ TOUCHES: dict[str, Callable[[nn.Module, Patch], None]] = {
     "forward on the object": set_on_object("forward"),
     "_call_impl on the object": set_on_object("_call_impl"),
     "forward of the class": on_class("forward"),
+    "__call__ of the class": own_call_of_the_class,
     "another class": other_class,
     "forward hook": forward_hook,
     "forward pre-hook": forward_pre_hook,
@@ -164,7 +170,11 @@ def applies(name: str, place: str) -> bool:
     if name == "weight norm":
         return "conv" in place
     # No such network; a Sequential's forward is that of the containers too.
-    return (name, place) not in (("Identity", "stem conv"), ("forward of the class", "branch"))
+    return (name, place) not in (
+        ("Identity", "stem conv"),
+        ("forward of the class", "branch"),
+        ("__call__ of the class", "branch"),
+    )
 
 
 CASES = [(name, place) for name in TOUCHES for place in PLACES if applies(name, place)]
@@ -199,13 +209,17 @@ def test_a_touched_child_runs_as_it_is(name, place, warm, make, monkeypatch) -> 
 
 
 @pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
-@pytest.mark.parametrize("name", ["conv2d", "batch_norm", "gelu"])
-def test_a_patched_function_is_called(name, warm, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(F, "conv2d"), (F, "batch_norm"), (F, "gelu"), (torch, "batch_norm")],
+    ids=["F.conv2d", "F.batch_norm", "F.gelu", "torch.batch_norm"],
+)
+def test_a_patched_function_is_called(owner, name, warm, monkeypatch) -> None:
     net, x, calls = ours(), image(), []
     if warm:
         net(x), net(x)
-    plainly = getattr(F, name)
-    monkeypatch.setattr(F, name, lambda *a, **k: calls.append(name) or plainly(*a, **k))
+    plainly = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *a, **k: calls.append(name) or plainly(*a, **k))
     net(x)
     assert len(calls) == 1 + 2 * len(net.blocks)
     assert "patched" in explain(net, x)[0].reason
@@ -410,6 +424,25 @@ def test_a_tensor_subclass_gets_what_pytorch_gives_it() -> None:
     got = net(tagged)
     assert type(got) is type(plain(net, tagged))
     torch.testing.assert_close(got.as_subclass(Tensor), net(x), rtol=1e-4, atol=1e-5)
+
+
+def test_settings_and_dtypes_that_pytorch_treats_otherwise() -> None:
+    x = image()
+    net = ours()
+    conv = net.blocks[1][1]
+    conv.padding_mode, conv._reversed_padding_repeated_twice = "reflect", [1, 1, 1, 1]
+    torch.testing.assert_close(net(x), plain(net, x), rtol=1e-4, atol=1e-5)
+    for change in (
+        lambda norm: norm.double(),
+        lambda norm: setattr(norm.weight, "data", norm.weight.data[:1].clone()),
+    ):
+        net = ours()
+        net(x), net(x)
+        change(net.blocks[1][3])
+        with pytest.raises(RuntimeError):
+            plain(net, x)
+        with pytest.raises(RuntimeError):
+            net(x)
 
 
 def test_pruned_shapes_compute_what_pytorch_computes() -> None:

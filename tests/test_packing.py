@@ -378,3 +378,30 @@ def test_gradients_after_a_look_in_inference_mode(frozen):
                 net(x)[:, 1].sum().backward()
             grads.append(x.grad)
         torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
+def test_a_tensor_in_another_role_and_an_attribute_in_front_of_a_parameter_are_seen(model):
+    block, x = model.blocks[0], torch.randn(SHAPE)
+    with torch.no_grad():
+        block[3].weight = None
+        model(x), model(x)
+        moved, block[3].bias = block[3].bias, None
+        block[3].weight = moved
+        assert_fresh(model)
+        model(x)
+        conv = block[1]
+        conv.__dict__["weight"] = 3 * conv._parameters["weight"].detach()
+        assert_fresh(model)
+
+
+def test_a_lazily_negated_parameter_is_seen(model):
+    x = torch.randn(SHAPE)
+    for name, tensor in (parts(model) | of_the_stem(model)).items():
+        if "var" in name:
+            continue  # whose root is NaN
+        with torch.no_grad():
+            before = model(x)
+            tensor.data = torch._neg_view(tensor.data)
+            assert not torch.equal(model(x), before)
+            assert_fresh(model)
+            tensor.data = tensor.data.resolve_neg().neg()

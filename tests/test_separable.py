@@ -545,3 +545,42 @@ def test_gradients_and_grad_mode_are_the_callers(folder: Path) -> None:
     for context in (torch.enable_grad, torch.no_grad, torch.inference_mode, nullcontext):
         with context():
             assert check(model, folder) == ([], [])
+
+
+def test_a_block_that_stands_twice_runs_twice() -> None:
+    model = build()
+    model.blocks[1] = model.blocks[0]
+    torch.testing.assert_close(cf.stream(model, BATCH), model(BATCH), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1)),
+        nn.Sequential(nn.AvgPool2d(2), nn.AdaptiveMaxPool2d(1)),
+        nn.AvgPool2d(2),
+    ],
+)
+def test_another_pool_inside_the_pool_is_not_streamed(pool: nn.Module) -> None:
+    model = build()
+    model.global_pool.pool = pool.eval()
+    with pytest.raises(TypeError, match=r"global_pool"):
+        cf.stream(model, BATCH)
+
+
+def test_a_models_own_normalisation_is_what_inference_uses() -> None:
+    torch.manual_seed(0)
+    recipe = ((0.5, 0.4, 0.3), (0.3, 0.2, 0.1))
+    model = cf.ConvMixer(16, 2, 3, 4, num_classes=5, normalize=recipe).eval()
+    pixels = torch.randint(0, 256, (1, 3, 40, 48), dtype=torch.uint8)
+    with torch.no_grad():
+        want = model(pixels)
+    torch.testing.assert_close(cf.stream(model, pixels), want, rtol=1e-4, atol=1e-4)
+    predictor = cf.Predictor(
+        model, preprocessing="native", topk=None, output_type="logit", device="cpu"
+    )
+    image = pixels[0].permute(1, 2, 0).numpy()
+    torch.testing.assert_close(torch.as_tensor(predictor(image)), want[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(predictor.scores(pixels), want, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="uint8"):
+        cf.Predictor(build(), topk=1, device="cpu").scores(pixels)

@@ -302,7 +302,8 @@ def blocks_of(stack: nn.Module, stem: nn.Conv2d, example: Tensor) -> Blocks:
     Raises:
         TypeError: a child is no `MixerBlock`.
     """
-    blocks: list[Any] = list(stack.children())
+    # Not children(), which leaves out blocks that stand there twice.
+    blocks: list[Any] = list(stack._modules.values())
     for block in blocks:
         if not isinstance(block, MixerBlock) or len(block) != 4:
             raise TypeError(

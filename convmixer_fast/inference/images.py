@@ -415,11 +415,11 @@ class PillowPixels:
             prefix = file.read(16)
             for name in readable_formats():
                 opener, accepts = Image.OPEN[name]
-                accepted = accepts(prefix) if accepts else True
-                if not accepted or isinstance(accepted, str):
-                    continue
                 file.seek(0)
                 try:
+                    accepted = accepts(prefix) if accepts else True
+                    if not accepted or isinstance(accepted, str):
+                        continue
                     # `Image.open` would count the pixels and refuse a large image.
                     image = opener(file, "")
                 except Exception:

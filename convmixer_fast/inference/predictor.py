@@ -139,7 +139,7 @@ class Predictor:
         backend: str = "auto",
     ) -> None:
         if not isinstance(model, nn.Module):
-            model = ConvMixer.from_checkpoint(model, act)
+            model = ConvMixer.from_checkpoint(model, act, device="cpu", dtype=torch.float32)
         elif act is not None:
             raise ValueError("act is for checkpoints: a model has its activation")
         if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
@@ -290,7 +290,11 @@ class Predictor:
         self, images: Sequence[Tensor], heatmaps: HeatmapFolder | None
     ) -> tuple[Tensor, list[Heatmap]]:
         batch = in_one_piece(images)
-        dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
+        floats = (p.dtype for p in self.model.parameters() if p.is_floating_point())
+        dtype = next(floats, torch.float32)
+        if batch.dtype == torch.uint8:
+            # `model.normalize` or the model's own error: bytes are no pixels of another dtype.
+            dtype = torch.uint8
         batch = batch.to(device=self.device, dtype=dtype, memory_format=self._layout)
         amp = autocast(self.device, self._amp)
         drawn: list[Heatmap] = []

@@ -222,7 +222,7 @@ def preprocessing_for(
     arch = getattr(model, "arch", None)
     shape = None if arch is None else arch.shape
     known = next((v for v in VARIANTS.values() if v.arch.shape == shape), None)
-    own = getattr(model, "pretrained_cfg", None) or {}
+    own = {**(getattr(model, "pretrained_cfg", None) or {}), **own_normalization(model)}
     # What tells the size tells all that it does not leave to timm's defaults.
     cfg = own if "input_size" in own else {**(known or VARIANTS[_USUAL]).pretrained_cfg, **own}
     in_chans = getattr(model, "in_chans", None)
@@ -244,6 +244,15 @@ def preprocessing_for(
             "raise the image size"
         )
     return found
+
+
+def own_normalization(model: nn.Module) -> dict[str, tuple[float, ...]]:
+    """Mean and std by which the model's stem normalises uint8 images; empty where it does not."""
+    normalize = getattr(getattr(model, "stem", None), "normalize", None)
+    if normalize is None:
+        return {}
+    mean, std = normalize
+    return {"mean": tuple(mean), "std": tuple(std)}
 
 
 def _warn_of_assumptions(

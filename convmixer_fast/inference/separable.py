@@ -177,19 +177,30 @@ def _global_pool(model: Any) -> Iterator[str]:
         yield _touched(name, module)
     if _known_base(type(pool), _KNOWN_POOLS) is not type(pool):
         yield f"global_pool is a {type(pool).__name__}"
-    # Its children can be replaced, so its own answer is compared with that of its name.
+        return
+    # Its children can be replaced, so they are compared with those that its class makes.
+    made = type(pool)(pool_type=pool.pool_type)
+    names = {name: type(module) for name, module in made.named_modules()}
+    for name, module in pool.named_modules():
+        if name != "flatten" and names.get(name) is not type(module):
+            yield f"global_pool.{name} is a {type(module).__name__}"
+    # Its settings and its flatten, by its own answer.
     kind = GlobalPool(pool.pool_type)
     if not kind.is_identity():
-        x = torch.tensor([[[[0.0, 1.0], [5.0, 2.0]]]], dtype=torch.float32, device="cpu")
+        x = torch.tensor([[[[0.0, -1.0], [5.0, 2.0]]]], dtype=torch.float32, device="cpu")
         wanted = kind.of_statistics(x.mean((2, 3)), x.amax((2, 3)))
-        found = pool(x)
-        if found.shape != wanted.shape or not torch.equal(found, wanted):
+        try:
+            found = pool(x)
+        except RuntimeError as error:
+            found = None
+            yield f"global_pool cannot pool a map: {error}"
+        if found is not None and (found.shape != wanted.shape or not torch.equal(found, wanted)):
             yield f"global_pool does not compute {pool.pool_type!r}"
 
 
 def _blocks(model: Any) -> Iterator[str]:
     yield _plain("blocks", model.blocks, (MixerStack, nn.Sequential))
-    for key, block in model.blocks.named_children():
+    for key, block in model.blocks._modules.items():
         yield from _block(f"blocks.{key}", block)
 
 

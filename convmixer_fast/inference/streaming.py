@@ -32,7 +32,7 @@ from .bands import BandFlow, Plan, blocks_of
 from .heatmap import Heatmap, check_mean_pooling, class_scores
 from .identity import model_digest
 from .images import ImageError
-from .preprocessing import Preprocessing
+from .preprocessing import Preprocessing, own_normalization
 from .separable import check_eval, reason_not_separable
 from .sources import Source, StackSource, forget, open_source
 
@@ -174,8 +174,8 @@ class _Reduced:
 
 
 def default_preprocessing(model: nn.Module) -> Preprocessing:
-    """The normalisation of a model's ``pretrained_cfg``, ImageNet's where it has none."""
-    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+    """The normalisation of a model's stem, else of its ``pretrained_cfg``, else ImageNet's."""
+    cfg: Any = {**(getattr(model, "pretrained_cfg", None) or {}), **own_normalization(model)}
     channels = int(getattr(model, "in_chans", 3))
 
     def per_channel(name: str, default: tuple[float, ...]) -> tuple[float, ...]:

@@ -459,9 +459,8 @@ def stock_runs(device: torch.device, dtype: torch.dtype) -> str:
 
     ``""`` where it does not, and where a backend was asked for by name.
     """
-    if device.type != "cpu" or requested_backend() != "auto":
-        return ""
-    return reason_stock_is_faster(dtype)
+    why = reason_stock_is_faster(dtype) if device.type == "cpu" else ""
+    return why if why and requested_backend() == "auto" else ""
 
 
 def whole_blocks_run(device: torch.device, dtype: torch.dtype) -> bool:

@@ -57,13 +57,19 @@ def batch_norm_affine(bn: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return scale, shift
 
 
-def sources_of(conv: Any, bn: Any) -> tuple[Tensor, ...]:
-    """Every tensor that a packed copy depends on."""
+#: The tensors that a packed copy depends on, None where a module has none.
+Sources = tuple[Tensor | None, ...]
+
+
+def sources_of(conv: Any, bn: Any) -> Sources:
+    """Weight and bias of a convolution, weight, bias, mean and variance of its norm."""
     try:
         # Straight from the dictionaries: this runs at every forward, and an attribute of a module
         # costs ten times as much.
         kept, norm, statistics = conv._parameters, bn._parameters, bn._buffers
-        candidates = (
+        if not SHADOWED.isdisjoint(conv.__dict__) or not SHADOWED.isdisjoint(bn.__dict__):
+            raise KeyError
+        return (
             kept["weight"],
             kept["bias"],
             norm["weight"],
@@ -72,22 +78,32 @@ def sources_of(conv: Any, bn: Any) -> tuple[Tensor, ...]:
             statistics["running_var"],
         )
     except KeyError:  # a plain tensor was set in the place of a parameter
-        candidates = (conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var)
-    return tuple(t for t in candidates if t is not None)
+        return (conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var)
 
 
-def cacheable(sources: tuple[Tensor, ...]) -> bool:
+#: Attributes of an object that come before its parameters and buffers of that name.
+SHADOWED = frozenset({"weight", "bias", "running_mean", "running_var"})
+
+
+def need_gradients(sources: Sources) -> bool:
+    return any(t is not None and t.requires_grad for t in sources)
+
+
+def cacheable(sources: Sources) -> bool:
     """Whether every change to the tensors can be noticed.
 
     Not for tensor subclasses (fake, distributed, wrapped by a transform), for tensors made in
-    inference mode (they have no version), or for parameters that are strided views.
+    inference mode (they have no version), for parameters that are strided views, or for lazily
+    negated ones.
     """
     return all(
         type(t) in (Tensor, nn.Parameter)
         # Samples of the memory under a view with gaps would read what is not its own.
         and (t.device.type == "cuda" or (t.device.type == "cpu" and t.is_contiguous()))
         and not t.is_inference()
+        and not t.is_neg()
         for t in sources
+        if t is not None
     )
 
 
@@ -106,7 +122,9 @@ class _Stamp(NamedTuple):
     strides: tuple[int, ...]
 
     @classmethod
-    def of(cls, t: Tensor) -> _Stamp:
+    def of(cls, t: Tensor | None) -> _Stamp | None:
+        if t is None:
+            return None
         return cls(t, t._version, t.data_ptr(), t.dtype, t.shape, t.stride())
 
     def is_of(self, t: Tensor) -> bool:
@@ -117,12 +135,13 @@ class _Stamp(NamedTuple):
             and self.dtype is t.dtype
             and self.shape == t.shape
             and self.strides == t.stride()
+            and not t.is_neg()
         )
 
 
 class _Entry(NamedTuple):
     key: Any
-    stamps: tuple[_Stamp, ...]
+    stamps: tuple[_Stamp | None, ...]
     spans: list[_native.Span]
     fingerprint: int
     packed: Any
@@ -177,13 +196,13 @@ class JoinedCopies(NamedTuple):
 
     caches: tuple[PackedCache[Any], ...]
     entries: tuple[_Entry, ...]
-    stamps: tuple[_Stamp, ...]
+    stamps: tuple[_Stamp | None, ...]
     spans: list[_native.Span]
     fingerprint: int
 
     @classmethod
     def of(
-        cls, caches: Sequence[PackedCache[Any]], sources: Sequence[tuple[Tensor, ...]]
+        cls, caches: Sequence[PackedCache[Any]], sources: Sequence[Sources]
     ) -> JoinedCopies | None:
         """Of copies of parameters on a CPU that are true now, or None where one is not.
 
@@ -215,9 +234,12 @@ class JoinedCopies(NamedTuple):
         return self.fingerprint == _native.fingerprint_of(self.spans)
 
 
-def _are_stamped(stamps: Sequence[_Stamp], tensors: Sequence[Tensor]) -> bool:
+def _are_stamped(stamps: Sequence[_Stamp | None], tensors: Sources) -> bool:
     """Whether these are the very tensors, in the same memory, and no write was counted."""
-    return all(stamp.is_of(tensor) for stamp, tensor in zip(stamps, tensors, strict=True))
+    return all(
+        tensor is None if stamp is None else tensor is not None and stamp.is_of(tensor)
+        for stamp, tensor in zip(stamps, tensors, strict=True)
+    )
 
 
 class PackedCache(Generic[T]):
@@ -234,7 +256,7 @@ class PackedCache(Generic[T]):
         #: How calls that take this copy were served last; whoever keeps it asks whether it holds.
         self.plan: Any = None
 
-    def fresh(self, key: Any, sources: tuple[Tensor, ...], now: Now | None = None) -> T | None:
+    def fresh(self, key: Any, sources: Sources, now: Now | None = None) -> T | None:
         """The packed copy for ``key`` and ``sources`` if there is one that is still true.
 
         Args:
@@ -259,7 +281,7 @@ class PackedCache(Generic[T]):
                 made.join(packed, stream)
         return packed
 
-    def get(self, key: Any, sources: tuple[Tensor, ...], pack: Callable[[], T]) -> T:
+    def get(self, key: Any, sources: Sources, pack: Callable[[], T]) -> T:
         """The packed copy for ``key`` (settings such as eps and layout), made anew if stale.
 
         Args:
@@ -271,11 +293,12 @@ class PackedCache(Generic[T]):
         if known is not None:
             return known
         stamps = tuple(map(_Stamp.of, sources))
-        spans = [_native.span_of(t) for t in sources if t.device.type == "cpu"]
+        tensors = [t for t in sources if t is not None]
+        spans = [_native.span_of(t) for t in tensors if t.device.type == "cpu"]
         # Stamps and fingerprint before the copy: a write in between makes the entry stale, where
         # the other order would make a stale entry look true.
-        fingerprint = _native.fingerprint_of(spans) if spans else 0
-        on_gpu = tuple(t for t in sources if t.device.type == "cuda")
+        before = _native.fingerprint_of(spans) if spans else 0
+        on_gpu = tuple(t for t in tensors if t.device.type == "cuda")
         if on_gpu and gpu.is_capturing(on_gpu[0].device):
             # Made inside a CUDA graph, a copy is true only while that graph is replayed.
             with torch.inference_mode(False), torch.no_grad():
@@ -284,7 +307,13 @@ class PackedCache(Generic[T]):
             watch = Watch(on_gpu) if on_gpu else None
             packed = pack()
         made = _Made.now(on_gpu[0].device) if on_gpu else None
-        self._entry = _Entry(key, stamps, spans, fingerprint, packed, made, watch)
+        # What is used where the parameter keeps it is no copy, and never stale.
+        parts = packed if isinstance(packed, tuple) else ()
+        used = {t.data_ptr() for t in parts if isinstance(t, Tensor)}
+        copied = [span for span in spans if span[0] not in used]
+        fingerprint = _native.fingerprint_of(copied) if copied else 0
+        if not spans or before == _native.fingerprint_of(spans):
+            self._entry = _Entry(key, stamps, copied, fingerprint, packed, made, watch)
         return packed
 
     def clear(self) -> None:
