@@ -1,6 +1,6 @@
 """Run the tests on other versions of torch and Python.
 
-    python tests/versions.py  # the selection of CI on torch 2.11, this Python
+    python tests/versions.py  # torch 2.11 on this Python, as CI does
     python tests/versions.py 2.8 2.9:3.12  # torch 2.8 on this Python, torch 2.9 on Python 3.12
     python tests/versions.py --record all  # every pair of the table in docs/support.md
 
@@ -9,9 +9,9 @@ replaces it, and the last one is removed unless ``--keep`` is given. The package
 Python, because its compiled engine links no torch. Environments, wheels and logs are in
 ``--cache``.
 
-``--record`` runs all of `FILES` and writes one entry a version into tests/versions.json, at once
-after its tests. A version whose entry is of the same sources is not run again, so that an
-interrupted run continues where it stopped. ``python benchmarks/report.py --readme`` puts the
+``--record`` writes one entry a version into tests/versions.json, at once after its tests. A version
+whose entry is of the same sources is not run again, so that an interrupted run continues where it
+stopped. ``python benchmarks/report.py --readme`` puts the
 entries into docs/support.md.
 """
 
@@ -36,28 +36,21 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "tests" / "versions.json"
 
-#: Run by every CI: drop-in modules, foreign models, operators, checkpoints, the engine and, with a
-#: double in the place of a GPU, the GPU path.
-QUICK = (
-    *("import", "model", "blocks", "optimize", "checkpoint"),
-    *("ops", "backends", "mixer", "stem", "gpu_path", "first_use"),
-)
-#: Run for the table.
+#: Run on every version: drop-in modules, foreign models, operators, checkpoints, the engine and,
+#: with a double in place of a GPU, the GPU path.
 FILES = (
-    *QUICK,
-    *("arch", "compat", "demo", "doctor", "predictor", "streaming", "testing", "training"),
-    *("memory", "native", "packing", "steady", "watch"),
-    *("cuda_path", "graphs", "gpu_model", "gpu_report", "native_cuda", "tune"),
-    *(f"kernels_{name}" for name in ("after_product", "depthwise", "pointwise", "stem")),
+    *("import", "model", "blocks", "optimize", "compat", "checkpoint"),
+    *("ops", "backends", "mixer", "stem", "packing", "steady", "native"),
+    *("gpu_path", "cuda_path", "first_use", "graphs", "kernels_after_product"),
 )
 
 #: torch x Python of the table in docs/support.md.
 TORCHES = tuple(f"2.{minor}" for minor in range(8, 15))
 PAIRS = (
     *((torch, "3.11") for torch in TORCHES),
-    *((torch, "3.10") for torch in ("2.8", "2.11", "2.14")),
-    *((torch, "3.12") for torch in ("2.8", "2.11", "2.14")),
-    *((torch, "3.13") for torch in ("2.8", "2.11", "2.14")),
+    *(("2.8", "3.10"), ("2.11", "3.10")),
+    *(("2.11", "3.12"), ("2.14", "3.12")),
+    *(("2.11", "3.13"), ("2.14", "3.13")),
 )
 
 #: What the tests need besides torch. Triton 3.4, that of torch 2.8, cannot interpret kernels with
@@ -358,9 +351,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("versions", nargs="*", help="TORCH, TORCH:PYTHON or 'all' (default: 2.11)")
-    add("--record", action="store_true", help="run all files, write tests/versions.json")
+    add("--record", action="store_true", help="write tests/versions.json")
     add("--again", action="store_true", help="with --record: also what is recorded already")
-    add("--files", help=f"names of test files by commas (default: {','.join(QUICK)})")
+    add("--files", help=f"names of test files by commas (default: {','.join(FILES)})")
     add("--keep", action="store_true", help="leave the last environment for the next run")
     add("--wheel", type=Path, help="the package, built for this Python (default: it is built)")
     add("--jobs", default="auto", help="processes that run tests (default: one a processor)")
@@ -377,7 +370,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ]
     except argparse.ArgumentTypeError as error:
         parser.error(str(error))
-    files = FILES if options.record else options.files.split(",") if options.files else QUICK
+    files = options.files.split(",") if options.files else FILES
     wheel = options.wheel.resolve() if options.wheel else None
     runner = Runner(options.cache.resolve(), options.jobs, options.minutes, wheel)
     failed = False
