@@ -41,6 +41,13 @@ def build_info() -> dict[str, Any]:
     return info if isinstance(info, dict) else {}
 
 
+def _use(module: ModuleType, isa: str) -> None:
+    try:
+        module.set_isa(isa)
+    except ValueError as error:
+        raise ValueError(f"CONVMIXER_FAST_ISA: {str(error).removeprefix('isa: ')}") from None
+
+
 @cache
 def _find() -> tuple[ModuleType | None, str]:
     """The module, and why there is none: one of the two is empty."""
@@ -49,7 +56,7 @@ def _find() -> tuple[ModuleType | None, str]:
     try:
         module = import_module("convmixer_fast._cpu")
         if isa := environment.read("ISA"):
-            module.set_isa(isa)
+            _use(module, isa)
         module.isa()
     except (ImportError, ValueError) as error:
         return None, why_absent("_cpu", "CPU", error, build_info())
