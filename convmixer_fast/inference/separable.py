@@ -172,14 +172,15 @@ def _head_drop(model: Any) -> Iterator[str]:
 
 
 def _global_pool(model: Any) -> Iterator[str]:
-    pool = model.global_pool
+    pool: Any = model.global_pool
     for name, module in pool.named_modules(prefix="global_pool"):
         yield _touched(name, module)
-    if _known_base(type(pool), _KNOWN_POOLS) is not type(pool):
-        yield f"global_pool is a {type(pool).__name__}"
+    make: Any = type(pool)
+    if _known_base(make, _KNOWN_POOLS) is not make:
+        yield f"global_pool is a {make.__name__}"
         return
     # Its children can be replaced, so they are compared with those that its class makes.
-    made = type(pool)(pool_type=pool.pool_type)
+    made = make(pool_type=pool.pool_type)
     names = {name: type(module) for name, module in made.named_modules()}
     for name, module in pool.named_modules():
         if name != "flatten" and names.get(name) is not type(module):
