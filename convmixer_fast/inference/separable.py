@@ -175,12 +175,11 @@ def _global_pool(model: Any) -> Iterator[str]:
     pool: Any = model.global_pool
     for name, module in pool.named_modules(prefix="global_pool"):
         yield _touched(name, module)
-    make: Any = type(pool)
-    if _known_base(make, _KNOWN_POOLS) is not make:
-        yield f"global_pool is a {make.__name__}"
+    if f"{type(pool).__module__}.{type(pool).__qualname__}" not in _KNOWN_POOLS:
+        yield f"global_pool is a {type(pool).__name__}"
         return
     # Its children can be replaced, so they are compared with those that its class makes.
-    made = make(pool_type=pool.pool_type)
+    made = type(pool)(pool_type=pool.pool_type)
     names = {name: type(module) for name, module in made.named_modules()}
     for name, module in pool.named_modules():
         if name != "flatten" and names.get(name) is not type(module):
