@@ -246,8 +246,6 @@ def reason_not_plain(kind: Kind, conv: Any, act: nn.Module, bn: Any) -> str:
         # PyTorch's BatchNorm takes float32 parameters for half activations, and no other mixture.
         if t is not None and t.dtype not in (weight.dtype, accumulation_dtype(weight.dtype)):
             return f"the norm has {t.dtype} tensors, the convolution {weight.dtype}"
-    if weight.is_neg() or (bias is not None and bias.is_neg()):
-        return "a parameter is a lazily negated view"
     if weight.layout != torch.strided:
         return f"the weight has the layout {weight.layout}"
     return ""
@@ -298,4 +296,6 @@ def reason_not_fusible(
         return ""
     if type(weight) not in (Tensor, nn.Parameter) and not backends.modes_of_recording():
         return f"the weight is a {type(weight).__name__}"
+    if weight.is_neg() or (conv.bias is not None and conv.bias.is_neg()):
+        return "a parameter is a lazily negated view"
     return ""
