@@ -55,12 +55,14 @@ def test_a_fresh_python_imports_the_package_under_test(monkeypatch, tmp_path):
 def test_every_fresh_python_is_fresh_pythons():
     # Builds run in copies of the project, which is what they are about; benchmarks/cpu.py starts
     # its suites in an empty folder of its own, and counts.py a script that imports no package.
-    # versions.py starts the Pythons of other environments.
+    # versions.py starts the Pythons of other environments, and test_outputs.py a shell in an empty
+    # folder.
     own = {
         "tests/support/fresh_python.py",
         "tests/packaging/test_build.py",
         f"tests/{Path(__file__).name}",
         "tests/versions.py",
+        "tests/test_outputs.py",
         "benchmarks/counts.py",
         "benchmarks/cpu.py",
     }

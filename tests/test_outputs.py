@@ -303,5 +303,5 @@ def test_standard_output_is_written_to_wherever_it_goes(how: str, tmp_path: Path
     out = tmp_path / "out"
     out.write_text("old\n")
     command = f'{sys.executable} -c "{script}" {how} {"cat > " if how == "|" else ""}{out}'
-    subprocess.run(["bash", "-c", command], check=True)
+    subprocess.run(["bash", "-c", command], check=True, cwd=tmp_path)
     assert out.read_text() == ("old\n" if how == ">>" else "") + "before\nwithin\nafter\n"
