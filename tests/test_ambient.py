@@ -321,7 +321,10 @@ def test_models_are_built_and_run_on_fake_tensors() -> None:
 
 
 def test_a_real_model_does_not_stream_into_fake_tensors(world: World) -> None:
-    with FakeTensorMode(), pytest.raises(TypeError, match="a dispatch or function mode sees its operators"):
+    with (
+        FakeTensorMode(),
+        pytest.raises(TypeError, match="a dispatch or function mode sees its operators"),
+    ):
         cf.stream(world.model, world.images[0])
 
 
