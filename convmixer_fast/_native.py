@@ -642,7 +642,7 @@ def _activation_numbers() -> dict[str, int]:
 #: Address, bytes, and bytes of a row (0 for a vector) of a stretch of memory.
 Span = tuple[int, int, int]
 #: `kWholeBytes` and `kShortestRow` of csrc/cpu/fingerprint.
-_WHOLE_BYTES, _SHORTEST_ROW, _SAMPLE_BYTES = 32 * 1024, 64, 8
+_WHOLE_BYTES, _SHORTEST_ROW, _SAMPLE_BYTES = 16 * 1024, 64, 8
 
 
 def span_of(tensor: Tensor) -> Span:
@@ -654,7 +654,7 @@ def span_of(tensor: Tensor) -> Span:
 def fingerprint(pieces: Iterable[Tensor]) -> int:
     """A 64-bit hash of the contents of tensors, for noticing writes.
 
-    Vectors and tensors of at most 32 KiB are hashed whole. Larger ones are sampled once a row: a
+    Vectors and tensors of at most 16 KiB are hashed whole. Larger ones are sampled once a row: a
     write to most of the tensor, to one row or to one column is noticed, one to a few elements may
     not be. The values count, their addresses do not. Without the engine a slower hash of the same
     samples is used; its numbers are others.

@@ -27,6 +27,7 @@ from .kernels.precision import dot_precision
 from .ops import backends, first_use, gpu
 from .ops.cases import Case
 from .ops.packing import JoinedCopies, Packed, PackedCache, Sources, now_on, sources_of
+from .ops.stock import reason_stock_is_faster
 
 #: What makes a call of a module more than its class's forward, and training.
 _STATE_NAMES = (
@@ -291,7 +292,7 @@ class SteadyOnCpu(NamedTuple):
             and x.device.type == "cpu"
             and self.epoch == support.epoch()
             and self.asked == backends.requested_backend()
-            and not backends.stock_runs(x.device, x.dtype)
+            and (self.asked == "cpu" or not reason_stock_is_faster(x.dtype))
             and self.watched.unchanged()
             and _native.parameters_unchanged(self.halves, _GEOMETRY_NAMES, self.copies.stamps)
             and self.copies.fresh()

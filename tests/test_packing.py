@@ -322,7 +322,7 @@ def test_a_write_through_data_to_one_channel_is_seen(name, write, whole):
         for block in net.blocks:
             block[0].register_forward_hook(nothing)
     tensor = parts(net)[name]
-    if tensor.nbytes > 32 * 1024:
+    if tensor.nbytes > 16 * 1024:
         # Sampled once a row: `refresh` is for a write to one element.
         write = "row" if write == "element" else write
     x = torch.randn(SHAPE)
@@ -394,14 +394,12 @@ def test_a_tensor_in_another_role_and_an_attribute_in_front_of_a_parameter_are_s
         assert_fresh(model)
 
 
-def test_a_lazily_negated_parameter_is_seen(model):
-    x = torch.randn(SHAPE)
+def test_lazily_negated_parameters_are_read_as_they_are(model):
     for name, tensor in (parts(model) | of_the_stem(model)).items():
         if "var" in name:
             continue  # whose root is NaN
-        with torch.no_grad():
-            before = model(x)
-            tensor.data = torch._neg_view(tensor.data)
-            assert not torch.equal(model(x), before)
-            assert_fresh(model)
-            tensor.data = tensor.data.resolve_neg().neg()
+        # At the address that it has: of torch's public functions none gives such a view.
+        tensor.data = torch._neg_view(tensor.data)
+        refresh(model)
+        assert_fresh(model)
+        tensor.data = tensor.data.resolve_neg().neg()

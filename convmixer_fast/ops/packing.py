@@ -8,7 +8,7 @@ while everything that decides the values a kernel reads is what it was:
 * their memory: address, shape, strides, dtype and device (``.to()``, ``.data = ...``),
 * torch's version counters (optimizers, ``copy_``, ``load_state_dict``),
 * a fingerprint of their bits: writes through ``.data`` or numpy do not count as versions. Vectors
-  and tensors of at most 32 KiB are hashed whole, larger ones once a row, so that a write to most of
+  and tensors of at most 16 KiB are hashed whole, larger ones once a row, so that a write to most of
   a tensor, to one output channel or filter, or to one input channel is noticed. On a GPU the
   comparison runs on the GPU, so that nothing waits for it, and the answer can be a second late: see
   `watch`.
@@ -67,7 +67,7 @@ def sources_of(conv: Any, bn: Any) -> Sources:
         # Straight from the dictionaries: this runs at every forward, and an attribute of a module
         # costs ten times as much.
         kept, norm, statistics = conv._parameters, bn._parameters, bn._buffers
-        if not SHADOWED.isdisjoint(conv.__dict__) or not SHADOWED.isdisjoint(bn.__dict__):
+        if _shadows(conv) or _shadows(bn):
             raise KeyError
         return (
             kept["weight"],
@@ -81,8 +81,11 @@ def sources_of(conv: Any, bn: Any) -> Sources:
         return (conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var)
 
 
-#: Attributes of an object that come before its parameters and buffers of that name.
-SHADOWED = frozenset({"weight", "bias", "running_mean", "running_var"})
+def _shadows(module: Any) -> bool:
+    """Whether an attribute of the object comes before its parameter or buffer of that name."""
+    # Spelt out: dynamo of torch 2.11 traces no set operation on a module's dictionary.
+    own = module.__dict__
+    return "weight" in own or "bias" in own or "running_mean" in own or "running_var" in own
 
 
 def need_gradients(sources: Sources) -> bool:
@@ -135,7 +138,6 @@ class _Stamp(NamedTuple):
             and self.dtype is t.dtype
             and self.shape == t.shape
             and self.strides == t.stride()
-            and not t.is_neg()
         )
 
 

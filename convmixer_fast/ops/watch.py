@@ -20,7 +20,7 @@ from torch import Tensor
 #: Seconds between comparisons. Each is a handful of launches of a few microseconds for each half of
 #: a block: a few milliseconds of launching a second for 32 blocks, under 1 %.
 CADENCE = 1.0
-_WHOLE_BYTES = 32 * 1024
+_WHOLE_BYTES = 16 * 1024
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

@@ -15,7 +15,7 @@
 
 namespace convmixer_fast {
 
-constexpr std::size_t kWholeBytes = 32 * 1024;
+constexpr std::size_t kWholeBytes = 16 * 1024;
 
 struct Piece {
   const void* address;
