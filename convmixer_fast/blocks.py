@@ -26,6 +26,7 @@ from .fusible import (
     PATCHWISE,
     POINTWISE,
     Kind,
+    has_its_forward,
     is_depthwise,
     is_exactly,
     is_patchwise,
@@ -146,6 +147,8 @@ class _Fused(nn.Module):
     """What the fused modules share: a cache that no copy or pickle carries, and a report."""
 
     _packed: PackedCache[Any]
+    #: The module whose place this one took; in a tuple, because it is no child.
+    _original: tuple[nn.Module] | None = None
     #: What belongs to fusion: neither TorchScript nor a plain module in this one's place has it.
     __jit_ignored_attributes__ = (
         "_packed",
@@ -156,6 +159,16 @@ class _Fused(nn.Module):
         "_depth_first",
         "_idle_in_eval",
     )
+
+    def _patched(self) -> Callable[[Tensor], Tensor] | None:
+        """The forward of the module whose place this one took, if its class has another one now."""
+        if self._original is None or torch.compiler.is_compiling():
+            return None
+        (original,) = self._original
+        if has_its_forward(type(original)):
+            return None
+        original.__dict__["training"] = self.training
+        return original.forward
 
     def _decide(
         self,
@@ -255,6 +268,9 @@ class DepthwiseMix(_Fused):
 
     @scripted_as(residual)
     def forward(self, x: Tensor) -> Tensor:
+        patched = self._patched()
+        if patched is not None:
+            return patched(x)
         fn: Any = getattr(self, self._branch)
         why = self._reason_composed(fn, x)
         # Where it is not three modules, `why` says so and they are not looked at.
@@ -334,6 +350,9 @@ class PointwiseMix(_FusedSequential):
 
     @scripted_as(in_turn)
     def forward(self, x: Tensor) -> Tensor:
+        patched = self._patched()
+        if patched is not None:
+            return patched(x)
         if len(self) != 3:
             return super().forward(x)
         conv, act, bn = self
@@ -550,6 +569,9 @@ class MixerBlock(_FusedSequential):
 
     @scripted_as(in_turn)
     def forward(self, x: Tensor) -> Tensor:
+        patched = self._patched()
+        if patched is not None:
+            return patched(x)
         if len(self) != 4:
             return super().forward(x)
         whole = self._whole(x) if _stacks_run_on(x) else None

@@ -33,7 +33,6 @@ _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 CALL_PATH = (
     "forward",
     "_call_impl",
-    "_wrapped_call_impl",
     "_conv_forward",
     "_check_input_dim",
     "_compiled_call_impl",
@@ -41,8 +40,8 @@ CALL_PATH = (
 #: The functions that the forwards of the plain classes call, and those that these call.
 _FUNCTIONS = {
     F: ("conv2d", "batch_norm", "gelu", "relu", "silu", "hardswish"),
-    torch: ("conv2d", "batch_norm", "relu", "relu_"),
-    torch._C._nn: ("gelu", "silu", "silu_", "hardswish", "hardswish_"),
+    torch: ("batch_norm", "relu", "relu_"),
+    torch._C._nn: ("silu", "silu_", "hardswish", "hardswish_"),
 }
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 
@@ -161,6 +160,17 @@ def watch_classes(*classes: type[nn.Module]) -> None:
     rows = ((cls, name, getattr(cls, name)) for cls in classes for name in _CLASS_PATH)
     known = {(owner, name) for owner, name, _ in _watched}
     _watched += tuple(row for row in rows if row[:2] not in known)
+
+
+_forwards: dict[type[nn.Module], Any] = {}
+
+
+def has_its_forward(cls: type[nn.Module]) -> bool:
+    """Whether a class has the forward that it had at the first such question."""
+    if cls not in _forwards:
+        watch_classes(cls)
+        _forwards[cls] = cls.forward
+    return cls.forward is _forwards[cls]
 
 
 def is_patched() -> bool:

@@ -181,6 +181,8 @@ class ConvMixer(nn.Module):
     ) -> "ConvMixer":
         """The model that a file holds, in eval mode; its numbers are read off the shapes.
 
+        Its device and dtype are PyTorch's defaults unless ``kwargs`` say otherwise.
+
         Args:
             path: a checkpoint in any published key format; see `convmixer_fast.load_checkpoint`.
             act: the activation's name. Needed unless the shapes are a published variant's or the

@@ -32,7 +32,7 @@ from .blocks import (
     _Fused,
     _FusedSequential,
 )
-from .fusible import CALL_PATH, is_depthwise, is_pointwise, watch_classes
+from .fusible import CALL_PATH, has_its_forward, is_depthwise, is_pointwise, watch_classes
 from .graphs import StackGraphs
 from .reference import NormalizedSequential, Residual, ResidualSequential
 
@@ -471,7 +471,7 @@ def _check_drop_path(drop_path: nn.Module) -> None:
     _check_untouched(drop_path, "its drop_path")
     # DepthwiseMix leaves it out in eval mode, so it must do nothing there.
     try:
-        idle = type(drop_path) is nn.Identity or _formula(drop_path, (False,)) == "x"
+        idle = type(drop_path) is nn.Identity or _formula(drop_path, (False,), settings=True) == "x"
     except _Refused:
         idle = False
     if not idle:
@@ -581,23 +581,41 @@ class _OneLevel(torch.fx.Tracer):
         return True
 
 
-def _formula(module: nn.Module, modes: tuple[bool, ...] = (True, False)) -> str:
+def _formula(
+    module: nn.Module, modes: tuple[bool, ...] = (True, False), settings: bool = False
+) -> str:
     """What ``module`` computes of its input x, such as ``"fn(x) + x"``, in every mode of ``modes``.
 
     Names are those of its children; of a sum, the part that is x itself stands last.
 
+    Args:
+        module: to trace.
+        modes: of ``training``.
+        settings: its forward may read attributes of its own, as a probability.
+
     Raises:
-        _Refused: it computes anything but calls of children and sums, or modes differ.
+        _Refused: it computes anything but calls of children and sums, or modes differ, or an
+            attribute could change what it computes.
     """
-    formulas = {_trace(module, training) for training in modes}
+    formulas = {_trace(module, training, settings) for training in modes}
     if len(formulas) > 1:
         raise _Refused("its forward is another one in training than in eval mode")
     return formulas.pop()
 
 
-def _trace(module: nn.Module, training: bool) -> str:
-    # A shadow with the same children: what a forward writes on self does not reach the module.
-    shadow = object.__new__(type(module))
+def _trace(module: nn.Module, training: bool, settings: bool) -> str:
+    read: set[str] = set()
+
+    class Shadow(type(module)):  # type: ignore[misc]
+        """Of the same children: what a forward writes on self does not reach the module."""
+
+        def __getattribute__(self, name: str) -> Any:
+            value = super().__getattribute__(name)
+            if not (callable(value) or name in _STATE or name.startswith("__")):
+                read.add(name)
+            return value
+
+    shadow = object.__new__(Shadow)
     shadow.__dict__.update(module.__dict__)
     shadow.__dict__["training"] = training
     try:
@@ -606,6 +624,9 @@ def _trace(module: nn.Module, training: bool) -> str:
         # Anything can go wrong in a forward that is not ours, run on a symbol.
         first = (str(error).strip().splitlines() or ["no message"])[0]
         raise _Refused(f"its forward cannot be traced ({type(error).__name__}: {first})") from error
+    if read and not settings:
+        # A fused module would not ask it again.
+        raise _Refused(f"its forward depends on the attribute {', '.join(sorted(read))}")
     terms: dict[torch.fx.Node, str] = {}
     for node in graph.nodes:
         if node.op == "output":
@@ -671,6 +692,7 @@ def _fuse(finding: _Finding, fused: Mapping[int, nn.Module]) -> nn.Module:
         new = finding.target.from_parts(*parts)  # type: ignore[arg-type]
     _take_over(new, old)
     new.__dict__["_original"] = (old,)
+    has_its_forward(type(old))
     return new
 
 
@@ -706,7 +728,8 @@ def _unfuse(module: nn.Module) -> nn.Module:
     _take_over(plain, module)
     if type(plain) is Residual and original is None:
         # Its own dictionary: without the Identity that stands for "no stochastic depth".
-        plain.__dict__["_modules"] = {"fn": module._modules["fn"]}
+        children = {name: m for name, m in module._modules.items() if name != "drop_path"}
+        plain.__dict__["_modules"] = children
     return plain
 
 

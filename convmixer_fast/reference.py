@@ -27,11 +27,13 @@ def in_turn(self: Any, x: Tensor) -> Tensor:
 
 
 def residual(self: Any, x: Tensor) -> Tensor:
-    """The forward of a spatial half: ``drop_path(branch(x)) + x``, the branch of any name."""
+    """The forward of a spatial half: ``drop_path(branch(x)) + x``; the first other child is it."""
     y = x
+    ran = False
     for name, module in self.named_children():
-        if name != "drop_path":
+        if name != "drop_path" and not ran:
             y = module(y)
+            ran = True
     for name, module in self.named_children():
         if name == "drop_path":
             y = module(y)
@@ -104,7 +106,7 @@ class Residual(nn.Module):
 
 
 class ResidualSequential(nn.Sequential):
-    """``x`` plus what its children make of it in turn, such as ``drop_path(fn(x)) + x``."""
+    """``drop_path(branch(x)) + x``; the branch is the first child of another name."""
 
     forward = residual
 

@@ -450,10 +450,13 @@ def test_every_way_to_write_the_sum_is_found(form):
 class Written(nn.Module):
     """A residual module whose forward is given as a function of itself and x."""
 
+    default = 1
+
     def __init__(self, forward: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
         self.fn = block()[0].fn
         self.calls = 0
+        self.on = True
         self._forward = forward
 
     def forward(self, x):
@@ -488,6 +491,8 @@ def counting(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         (in_place, "changes its input in place"),
         (lambda m, x: None, "also uses None"),
         (lambda m, x: (m.fn(x), m.fn(x) + x)[1], "drops the result of fn"),
+        (lambda m, x: m.fn(x) + x if m.on else x, "depends on the attribute on"),
+        (lambda m, x: m.fn(x) + x if m.default == 1 else x, "depends on the attribute default"),
     ],
 )
 def test_other_formulas_are_refused_with_the_reason(forward, reason):
@@ -669,6 +674,42 @@ def test_a_forward_set_on_a_child_later_is_called():
     changed_result = model(x)
     assert (changed_result - before).abs().max() > 1e-2
     torch.testing.assert_close(restore(model)(x), changed_result, rtol=2e-4, atol=2e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("steady", [False, True], ids=["first call", "later call"])
+@pytest.mark.parametrize("of", ["half", "block"])
+def test_a_forward_patched_on_a_replaced_class_is_called(monkeypatch, of, steady):
+    class Half(Residual):
+        pass
+
+    class Whole(nn.Sequential):
+        pass
+
+    def network() -> nn.Sequential:
+        made = block()
+        made[0] = Half(made[0].fn)
+        return nn.Sequential(Whole(*made))
+
+    model, x, fired = network().eval(), torch.randn(2, 8, 9, 7), []
+    plain = copy.deepcopy(model)
+    before = optimize(model)(x)
+    for module in (model[0], model[0][0]):
+        module.register_forward_hook(lambda *call: fired.append(call))
+    if steady:
+        model(x)
+        model(x)
+    cls = {"half": Half, "block": Whole}[of]
+    usual = cls.forward
+    monkeypatch.setattr(cls, "forward", lambda module, x: 2 * usual(module, x))
+    assert (model(x) - before).abs().max() > 1e-2
+    torch.testing.assert_close(model(x), plain(x), rtol=2e-4, atol=2e-4)
+    fired.clear()
+    copy.deepcopy(model)(x)
+    model(x)
+    assert len(fired) == 4
+    monkeypatch.undo()
+    torch.testing.assert_close(model(x), before, rtol=2e-4, atol=2e-4)
 
 
 def test_unnested_residual_is_named():

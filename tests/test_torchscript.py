@@ -90,6 +90,8 @@ MEMBERS: dict[str, tuple[tuple[int, ...], Callable[[], nn.Module]]] = {
         MAPS,
         lambda: DepthwiseMix.from_parts(reference_block(8, 3, nn.SiLU)[0].fn, "branch"),
     ),
+    "depthwise half with an idle child": (MAPS, lambda: idle(DepthwiseMix(8, 5))),
+    "dropping half with an idle child": (MAPS, lambda: idle(DepthwiseMix(8, 5, drop_path=0.5))),
     "pointwise half": (MAPS, lambda: PointwiseMix(8, 12)),
     "stem": (IMAGES, lambda: PatchEmbed(3, 8, 4)),
     "stem of uint8": (IMAGES, lambda: PatchEmbed(3, 8, 4, normalize=PIXELS)),
@@ -142,6 +144,11 @@ TRACED_ONLY = {"optimized mmpretrain"}
 def reset(model: ConvMixer) -> ConvMixer:
     model.reset_classifier(5, "max")
     return model
+
+
+def idle(half: DepthwiseMix) -> DepthwiseMix:
+    half.add_module("probe", nn.Conv2d(8, 8, 3))
+    return half
 
 
 def checkpointed(model: ConvMixer) -> ConvMixer:
