@@ -228,7 +228,7 @@ def test_the_default_is_what_is_fastest_and_others_can_be_asked_for(isa, monkeyp
 
 
 # Maps of more than half a tile, and maps that share one: whole sets of panels, or the rest of one.
-@pytest.mark.parametrize("shape", [(3, 19, 17), (7, 8, 8), (11, 3, 7)])
+@pytest.mark.parametrize("shape", [(3, 19, 17), (7, 8, 8), (11, 3, 7), (9, 4, 4)])
 @pytest.mark.parametrize("dim", [300, 640])
 @pytest.mark.parametrize("strassen", ["0", "2"])
 def test_bits_of_wide_blocks_do_not_depend_on_threads_or_batch(

@@ -234,14 +234,25 @@ struct WeightRows {
 #endif
 
 // out[m][V of kVectors] = (add: out +) sum_k weight[m][k] * panel[k][V of kVectors]; from one row of weights
-// to the next it is kRow floats. Asks, with kAsks, for kAsked floats at `next` a term, and for 2 * count
-// floats at `ahead`: line by line, because a processor that is asked for many at once stops until the first
-// of them are there.
+// to the next it is kRow floats, or `stride` where that is 0. Asks, with kAsks, for kAsked floats at `next` a
+// term, and for 2 * count floats at `ahead`, of rows that are `stride` apart for `count` of each: line by
+// line, because a processor that is asked for many at once stops until the first of them are there.
 template <int M, int V, int64_t kRow, bool kAsks>
 CMF_INLINE void multiply_vectors(const float* panel, const float* weight, int64_t count,
-                                 const float* next, const float* ahead, bool add, float* out) {
+                                 const float* next, const float* ahead, bool add, float* out,
+                                 int64_t stride = kRow) {
+  constexpr bool kInPlace = kRow == 0;
   do {
     Float acc[M * V] = {};
+    const float* rows[M] = {};
+    // Opaque row pointers: GCC otherwise keeps the offset of every weight of a step, and spills them.
+    auto find_rows = [&]() __attribute__((always_inline)) {
+      static_for<kInPlace ? M : 0>([&](auto m) __attribute__((always_inline)) {
+        constexpr int I = decltype(m)::value;
+        rows[I] = weight + I * stride;
+        asm("" : "+r"(rows[I]));
+      });
+    };
     auto term = [&](int64_t k) __attribute__((always_inline)) {
       if (kAsks) __builtin_prefetch(next + k * kAsked, 0, kPiece == kSum ? 3 : 2);
       Float x[V];
@@ -251,7 +262,7 @@ CMF_INLINE void multiply_vectors(const float* panel, const float* weight, int64_
       });
       static_for<M>([&](auto m) __attribute__((always_inline)) {
         constexpr int I = decltype(m)::value;
-        const Float w = S::broadcast(weight[I * kRow + k]);
+        const Float w = S::broadcast(kInPlace ? rows[I][k] : weight[I * kRow + k]);
         static_for<V>([&](auto v) __attribute__((always_inline)) {
           constexpr int N = decltype(v)::value;
           S::accumulate(acc[I * V + N], w, x[N]);
@@ -262,17 +273,21 @@ CMF_INLINE void multiply_vectors(const float* panel, const float* weight, int64_
       panel += terms * kPanel;
       next += terms * kAsked;
       weight += terms;
-      ahead += 2 * terms;
+      ahead += kInPlace ? terms : 2 * terms;
     };
     const float* end = weight + min(kSum, count);
     CMF_ROLLED
     while (end - weight >= kTerms) {
-      __builtin_prefetch(ahead, 0, 2);
+      static_for<kInPlace ? M : 1>([&](auto m) __attribute__((always_inline)) {
+        __builtin_prefetch(ahead + decltype(m)::value * stride, 0, 2);
+      });
+      find_rows();
       static_for<kTerms>([&](auto k) __attribute__((always_inline)) { term(decltype(k)::value); });
       step(kTerms);
     }
     CMF_ROLLED
     while (weight != end) {
+      find_rows();
       term(0);
       step(1);
     }
@@ -303,6 +318,14 @@ __attribute__((noinline)) void multiply_part(const float* panel, const float* we
                                              const float* next, const float* ahead, bool add,
                                              float* out) {
   multiply_vectors<M, V, kRow, true>(panel, weight, count, next, ahead, add, out);
+}
+
+// By rows of weights where PyTorch keeps them, `stride` apart: no copy.
+template <int M, int V>
+__attribute__((noinline)) void multiply_in_place(const float* panel, const float* weight,
+                                                 int64_t stride, int64_t count, const float* ahead,
+                                                 bool add, float* out) {
+  multiply_vectors<M, V, 0, false>(panel, weight, count, panel, ahead, add, out, stride);
 }
 
 // Calls f(Index<V>) with a panel's vectors as a constant.
@@ -617,6 +640,38 @@ struct Results {
   }
 };
 
+// The most single panels of a tile for which weights are read where they are. A copy of a band's weights
+// waits for memory: with more panels, their products ask for all of the next band's rows in time.
+constexpr int64_t kInPlacePanels = 2;
+
+// The single panels of a tile by `count` groups of whole rows from channel `first` on, for one chunk, with
+// no copy of the weights. Every piece of kSum terms is multiplied by all groups before the next, and each
+// asks for the weights of its successor: at the end of the rows those of the next band, where there is one.
+// The sums have the pieces of multiply_groups, and so the same bits.
+void band_in_place(const Pointwise& p, const Chunk& t, const Panels& panels, int64_t first,
+                   int64_t count, bool more, float* band_results) {
+  constexpr int64_t kResult = int64_t{2} * kRows * kPanel;
+  const int64_t length = t.kc + t.rest, blocks = 2 * count;
+  for (int64_t i = 0; i < panels.singles; ++i) {
+    const float* panel = p.panels + panels.single[i] * p.panel_stride + t.k0 * kPanel;
+    with_vectors(panel_vectors(p.plane, panels.pixel_of(panels.single[i])), [&](auto v) {
+      for (int64_t k = 0, end = t.kc; k < length; end = k < t.kc ? t.kc : length) {
+        const int64_t terms = min(kSum, end - k), then = k + terms;
+        for (int64_t g = 0; g < blocks; ++g) {
+          const float* weight = p.weight + (first + g * kRows) * p.c_in + t.k0;
+          const float* next_band = more ? weight + blocks * kRows * p.c_in : weight;
+          multiply_in_place<kRows, decltype(v)::value>(
+              panel + k * kPanel, weight + k, p.c_in, terms,
+              then < length ? weight + then : next_band, !t.first || k > 0,
+              band_results + g / 2 * kGroupFloats + panels.single[i] * kResult +
+                  g % 2 * (kRows * kPanel));
+        }
+        k = then;
+      }
+    });
+  }
+}
+
 // `count` groups of output channels from `first` on, for one chunk and one product of the outer level.
 template <int M, int Q, int64_t kRow>
 __attribute__((noinline)) void band(const Pointwise& p, const Chunk& t, const Panels& panels,
@@ -628,7 +683,9 @@ __attribute__((noinline)) void band(const Pointwise& p, const Chunk& t, const Pa
   constexpr int64_t kGroupProducts = Scratch::kBlock * kProducts * kProduct;
   constexpr int64_t kGroupRows = int64_t{2} * M * Q;
   const bool strassen = panels.sets > 0, direct = panels.singles > 0;
-  for (int64_t g = 0; g < count; ++g) {
+  const bool in_place = Q == 1 && M == kRows && !strassen && panels.singles <= kInPlacePanels &&
+                        first + count * kGroupRows <= p.c_out;
+  for (int64_t g = 0; g < count && !in_place; ++g) {
     float* operands = scratch.operands + g * (kOperands * kOperand);
     if (t.outer.a_sign == 0.0f) {
       pack_operands<M, Q, 1, kRow>(p, t, first + g * kGroupRows, strassen, direct, operands);
@@ -730,7 +787,10 @@ __attribute__((noinline)) void band(const Pointwise& p, const Chunk& t, const Pa
     }
   }
   if constexpr (Q == 1) {
-    for (int64_t i = 0; i < panels.singles; ++i) {
+    if (in_place) {
+      band_in_place(p, t, panels, first, count, next_weights.groups > 0, band_results);
+    }
+    for (int64_t i = 0; i < panels.singles && !in_place; ++i) {
       auto panel = [&](int64_t n) {
         return p.panels + panels.single[n] * p.panel_stride + t.k0 * kPanel;
       };

@@ -386,10 +386,7 @@ void test_pointwise(Random& random, const std::vector<std::string>& isas) {
       const int64_t groups = (c_out + kernels.group(taken) - 1) / kernels.group(taken);
       const cmf::Floats scratch =
           cmf::aligned_floats(kernels.scratch_floats(c_in, c_out, levels));
-      Floats first;
-      // All groups of a tile together, then each by itself.
-      for (int64_t groups_each : {groups, int64_t{1}}) {
-        Floats z = untouched_floats(c_out * plane);
+      auto problem_of = [&](Floats& z) {
         cmf::Pointwise p;
         p.panel_stride = stride;
         p.weight = weight.data();
@@ -402,6 +399,13 @@ void test_pointwise(Random& random, const std::vector<std::string>& isas) {
         p.z_stride = p.plane = p.whole_plane = plane;
         p.act = act;
         p.strassen_levels = levels;
+        return p;
+      };
+      Floats first;
+      // All groups of a tile together, then each by itself.
+      for (int64_t groups_each : {groups, int64_t{1}}) {
+        Floats z = untouched_floats(c_out * plane);
+        cmf::Pointwise p = problem_of(z);
         for (int64_t at = 0; at < plane; at += kernels.tile) {
           p.panels = panel + at / kernels.panel * stride;
           for (int64_t group = 0; group < groups; group += groups_each) {
@@ -418,6 +422,20 @@ void test_pointwise(Random& random, const std::vector<std::string>& isas) {
         for (int64_t i = 0; i < c_out * plane; ++i) check(z[i], expected[i], where, i);
         first = std::move(z);
       }
+      // Alone an image of one or two panels is multiplied by weights where they are, three together by copies.
+      const int64_t images = 3;
+      if (images * panels * kernels.panel > kernels.tile) continue;
+      const cmf::Floats together = cmf::aligned_floats(images * panels * stride);
+      Floats z = untouched_floats(images * c_out * plane), alike;
+      for (int64_t i = 0; i < images; ++i) {
+        std::copy_n(panel, panels * stride, together.get() + i * panels * stride);
+        alike.insert(alike.end(), first.begin(), first.end());
+      }
+      cmf::Pointwise p = problem_of(z);
+      p.panels = together.get();
+      p.images = images;
+      kernels.run(p, 0, plane, 0, groups, scratch.get());
+      require_same(z, alike, problem + " isa=" + isa + text(" levels=", levels), "a batch");
     }
   }
 }
