@@ -143,8 +143,8 @@ PRESETS = {
         budget=300.0,
         cell_variants=("256/8", "1024/20", "768/32"),
         cell_settings=("float32", "bfloat16", "autocast", "float16", "reduced"),
-        cell_batches=(1, 4, 16),
-        cell_sides=(32, 64, 128, 224, 448),
+        cell_batches=(1, 4),
+        cell_sides=(32, 64, 128, 224),
         cell_budget=1.5,
     ),
 }
