@@ -56,7 +56,6 @@ SOURCES = (
     "csrc/cpu/mixer.cpp",
     "csrc/cpu/peak.cpp",
     "csrc/cpu/threads.cpp",
-    "csrc/steady.cpp",
 )
 #: Compiled once for each instruction set.
 KERNELS = (

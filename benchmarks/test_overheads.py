@@ -12,7 +12,7 @@ from recording import BenchmarkRecorder
 
 from convmixer_fast import MixerBlock, MixerStack, create_model
 from convmixer_fast.ops import gpu
-from convmixer_fast.steady import SteadyStack
+from convmixer_fast.route import Route
 from convmixer_fast.timing import interleaved_times, spread
 
 
@@ -87,8 +87,8 @@ def test_host_time_of_fused_halves(
         table = gpu.kernels()._replace(depthwise_mix=_does_nothing, pointwise_mix=_does_nothing)
         monkeypatch.setattr(gpu, "kernels", lambda: table)
         stack(x), stack(x)
-        assert isinstance(stack._packed.plan, SteadyStack)
-        assert stack._packed.plan.holds(x)
+        assert isinstance(stack._packed.route, Route)
+        assert stack._packed.route.holds(x)
 
         def asked_one_by_one() -> None:
             for block in stack:

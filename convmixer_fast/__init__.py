@@ -8,6 +8,7 @@ from .arch import ACTIVATIONS, VARIANTS, Arch
 from .blocks import DepthwiseMix, MixerBlock, MixerStack, PointwiseMix, refresh
 from .checkpoint import CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint
 from .explain import explain
+from .for_inference import optimize_for_inference
 from .model import ConvMixer, create_model, list_models
 from .ops import BackendError, available_backends, use_backend
 from .optimize import optimization_report, optimize, restore, to_reference
@@ -51,6 +52,7 @@ __all__ = [
     "load_checkpoint",
     "optimization_report",
     "optimize",
+    "optimize_for_inference",
     "read_checkpoint",
     "refresh",
     "restore",

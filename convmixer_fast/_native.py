@@ -506,50 +506,6 @@ def _launch_stack(
     return out
 
 
-def modules_unchanged(
-    modules: Any, acts: Any, falsy: tuple[str, ...], methods: tuple[str, ...]
-) -> bool:
-    """`steady.Watched.unchanged` in one go.
-
-    Args:
-        modules: (module, its class, tuple of its children) each.
-        acts: (activation, its attribute ``approximate`` or None) each.
-        falsy: the names of what must be false or empty in every module.
-        methods: the names that must not be set on a module's object.
-
-    Raises:
-        RuntimeError: the engine is not available.
-    """
-    return bool(_engine().modules_unchanged(modules, acts, falsy, methods))
-
-
-def parameters_unchanged(halves: Any, settings: tuple[str, ...], stamps: Any) -> bool:
-    """Whether halves of blocks have the settings, tensors and versions that they had.
-
-    Args:
-        halves: (convolution, norm, tuple of the convolution's ``settings``, the norm's eps) each.
-        settings: names of attributes of a convolution.
-        stamps: (tensor, version, address, dtype, shape, strides) of each parameter and statistic of
-            the halves, or None, in their order: weight and bias of the convolution, weight and bias
-            of the norm, its mean and variance. The tensors were contiguous.
-
-    Returns:
-        False too where a parameter is not among its module's own.
-
-    Raises:
-        RuntimeError: the engine is not available.
-    """
-    return bool(_engine().parameters_unchanged(halves, settings, stamps))
-
-
-def attributes_unchanged(rows: tuple[tuple[Any, str, Any], ...]) -> bool:
-    """Whether attributes, (owner, name, value) each, are the very objects they were."""
-    engine = load()
-    if engine is not None:
-        return bool(engine.attributes_unchanged(rows))
-    return all(getattr(owner, name, None) is value for owner, name, value in rows)
-
-
 def joined_pixels(c_in: int, c_out: int) -> int:
     """How many neighbouring pixels a matrix product of these channels may join, 1 where none.
 

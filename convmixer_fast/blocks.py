@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.fx
@@ -37,7 +37,6 @@ from .fusible import (
     watch_classes,
 )
 from .kernels import support
-from .kernels.precision import dot_precision
 from .ops import backends, first_use, gpu
 from .ops.cases import UINT8_STEM
 from .ops.common import accumulation_dtype, memory_format_of
@@ -53,6 +52,7 @@ from .ops.packing import (
 )
 from .ops.pointwise import pointwise_mix
 from .ops.stem import normalized, patch_embed_uint8
+from .ops.stock import fastest_layout
 from .reference import (
     DropPath,
     Normalization,
@@ -61,7 +61,10 @@ from .reference import (
     residual,
     scripted_as,
 )
-from .steady import Half, Plan, SteadyOnCpu, SteadyStack
+from .route import FusedParts, Inputs, Kernel, Promise, Route, Step, chained, dispatch_state
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 def _operands(
@@ -104,54 +107,19 @@ def _operands(
     return Packed(conv.weight.to(dtype), bias, *batch_norm_affine(bn, dtype))
 
 
-def _planned(cache: PackedCache[Packed], conv: Any, act: Any, bn: Any, x: Tensor) -> Tensor | None:
-    """A half by the plan of an earlier call, or None where there is none that holds."""
-    plan = cache.plan
-    # Of a stem, another thread may keep a SteadyOnCpu there.
-    if not isinstance(plan, Plan) or not plan.holds(x) or activation_name(act) != plan.act:
-        return None
-    packed = cache.fresh((False, True, x.dtype, bn.eps), sources_of(conv, bn))
-    if packed is None:
-        return None
-    return gpu.launch(plan.case, plan.config, x, *packed, plan.act)
-
-
-def _plan(cache: PackedCache[Packed], op: str, conv: Any, act: Any, x: Tensor) -> None:
-    """Keep how a call that was just served was served, where the next may be served alike."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not Tensor:
-        return
-    cache.plan = None
-    if not backends.gpu_kernels_run(x.device, x.dtype, op):
-        return
-    call = backends.call_of(op, x, conv.weight, conv.bias, activation_name(act))
-    if call is None:
-        return
-    choice = backends.choose(op, x.device, x.dtype, call)
-    if choice.case is None or first_use.verdict(choice.case) != "":
-        return
-    cache.plan = Plan(
-        x.shape,
-        x.stride(),
-        x.dtype,
-        x.device,
-        backends.requested_backend(),
-        support.epoch(),
-        dot_precision(x.dtype),
-        choice.case.act,
-        choice.case,
-        first_use.retreat(choice.case)[0] or choice.config,
-    )
-
-
 class _Fused(nn.Module):
-    """What the fused modules share: a cache that no copy or pickle carries, and a report."""
+    """The common base of the fused modules: packed copies, the remembered route, the decision."""
 
+    #: The packed copy and the last `Route`; no copy or pickle carries them.
     _packed: PackedCache[Any]
+    #: See `optimize_for_inference`.
+    _promise: Promise | None = None
     #: The module whose place this one took; in a tuple, because it is no child.
     _original: tuple[nn.Module] | None = None
     #: What belongs to fusion: neither TorchScript nor a plain module in this one's place has it.
     __jit_ignored_attributes__ = (
         "_packed",
+        "_promise",
         "_halves",
         "_branch",
         "_original",
@@ -170,6 +138,36 @@ class _Fused(nn.Module):
         original.__dict__["training"] = self.training
         return original.forward
 
+    def _by_route(self, cache: PackedCache[Any], x: Tensor) -> Tensor | None:
+        """The result by the remembered route, or None where the call needs a new decision."""
+        if torch.compiler.is_compiling():
+            return None
+        route: Route | None = cache.route
+        if route is None:
+            return None
+        if route.holds(x):
+            return route.run(x)
+        cache.route = None
+        return None
+
+    def _break_promise(self) -> None:
+        """End what `optimize_for_inference` promised of this model: routes compare everything."""
+        if self._promise is not None:
+            self._promise.is_kept = False
+
+    def train(self, mode: bool = True) -> Self:
+        if mode:
+            self._break_promise()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self._break_promise()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._break_promise()
+        super()._load_from_state_dict(*args, **kwargs)
+
     def _decide(
         self,
         op: str,
@@ -187,7 +185,7 @@ class _Fused(nn.Module):
             choice = backends.composed(why_composed)
         else:
             call = backends.call_of(op, x, conv.weight, conv.bias, activation_name(act), dtype)
-            choice = backends.choose(op, x.device, dtype or x.dtype, call)
+            choice = backends.choose(op, x.device, dtype or x.dtype, conv.out_channels, call)
         if backends.is_recording():
             backends.record(self, op, choice, call)
         # The operator also knows PyTorch's own calls, in the layout that was measured.
@@ -271,20 +269,20 @@ class DepthwiseMix(_Fused):
         patched = self._patched()
         if patched is not None:
             return patched(x)
+        out = self._by_route(self._packed, x)
+        if out is not None:
+            return out
         fn: Any = getattr(self, self._branch)
         why = self._reason_composed(fn, x)
         # Where it is not three modules, `why` says so and they are not looked at.
         conv, act, bn = (None, None, None) if why else fn
-        if not why and not torch.compiler.is_compiling():
-            out = _planned(self._packed, conv, act, bn, x)
-            if out is not None:
-                return out
         if not self._decide("depthwise_mix", why, x, conv, act):
             branch = fn(x)
             return (branch if self.drop_path is None else self.drop_path(branch)) + x
         weight, bias, scale, shift = _operands(self._packed, conv, bn, x, depthwise=True)
         out = depthwise_mix(x, weight, bias, scale, shift, activation_name(act))
-        _plan(self._packed, "depthwise_mix", conv, act, x)
+        parts = FusedParts(conv, act, bn, self._packed)
+        self._packed.route = _half_route(self, "depthwise_mix", parts, x)
         return out
 
     def _reason_composed(self, fn: nn.Module, x: Tensor) -> str:
@@ -420,42 +418,9 @@ class PatchEmbed(_FusedSequential):
             x = normalized(x, *normalize, dtype_of_pixels(x, self))
         if len(self._modules) != 3:
             return super().forward(x)
-        if not torch.compiler.is_compiling():
-            known = self._packed.plan
-            if isinstance(known, SteadyOnCpu):
-                if tuple(self._modules.values()) == known.children and known.holds(x):
-                    return known.run(x)
-                self._packed.plan = None
         conv, act, bn = self
         out = _fused_pointwise(self, self._packed, conv, act, bn, x, PATCHWISE)
-        if out is None:
-            return super().forward(x)
-        if not torch.compiler.is_compiling() and x.device.type == "cpu":
-            self._packed.plan = self._packed.plan or self._made_steady(x)
-        return out
-
-    def _made_steady(self, x: Tensor) -> SteadyOnCpu | None:
-        """The stem as a call with ``x`` found it, if the engine served it."""
-        conv: Any
-        bn: Any
-        conv, act, bn = self._modules.values()
-        name = activation_name(act)
-        if torch.is_grad_enabled() or x.dtype != torch.float32 or name is None:
-            return None
-        call = backends.call_of("pointwise_mix", x, conv.weight, conv.bias, name)
-        if backends.choose("pointwise_mix", x.device, x.dtype, call).backend != "cpu":
-            return None
-        packed = self._packed.fresh((False, False, x.dtype, bn.eps), sources_of(conv, bn))
-        if packed is None:
-            return None
-        operands: Any = (*packed, name)
-        return SteadyOnCpu.of(
-            x,
-            (conv, act, bn),
-            [Half(conv, act, bn, self._packed)],
-            lambda: _native.prepared_mix(*operands),
-            lambda x: pointwise_mix(x, *operands),
-        )
+        return super().forward(x) if out is None else out
 
     def _on_uint8(self, x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor | None:
         """The stem with its normalisation as one operator, or None where PyTorch normalises first.
@@ -574,10 +539,13 @@ class MixerBlock(_FusedSequential):
             return patched(x)
         if len(self) != 4:
             return super().forward(x)
+        out = self._by_route(self._packed, x)
+        if out is not None:
+            return out
         whole = self._whole(x) if _stacks_run_on(x) else None
         if whole is not None:
-            return _run_stack([self], [whole], x)
-        return _by_stock(self, self._by_halves, x)
+            return _run_stack(self, [self], [whole], x)
+        return _by_stock(self, [self], self._by_halves, x)
 
     def _by_halves(self, x: Tensor) -> Tensor:
         x = _laid_out(self, x)
@@ -664,7 +632,7 @@ def _stacks_run_on(x: Tensor) -> bool:
     """Whether whole blocks on ``x`` are the engine's; a compiler sees the halves instead."""
     if torch.compiler.is_compiling() or isinstance(x, torch.fx.Proxy):
         return False
-    return backends.whole_blocks_run(x.device, x.dtype)
+    return x.dim() == 4 and backends.whole_blocks_run(x.device, x.dtype, x.shape[1])
 
 
 def _laid_out(module: nn.Module, x: Tensor) -> Tensor:
@@ -681,19 +649,58 @@ def _laid_out(module: nn.Module, x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if serve(x.device, x.dtype) else x
 
 
-def _by_stock(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``forward(x)``, in channels-last where PyTorch is faster than the engine.
+def _by_stock(
+    owner: _Fused, blocks: Iterable[nn.Module], forward: Callable[[Tensor], Tensor], x: Tensor
+) -> Tensor:
+    """``forward(x)``; where PyTorch is faster than the engine, in the layout that it likes best.
 
     The result has the layout of ``x``.
+
+    Args:
+        blocks: what ``forward`` runs one after the other.
     """
-    if module.training or torch.compiler.is_compiling() or isinstance(x, torch.fx.Proxy):
+    if owner.training or torch.compiler.is_compiling() or isinstance(x, torch.fx.Proxy):
         return forward(x)
     if x.device.type != "cpu" or reason_observed(x) or x.dim() != 4:
         return forward(x)
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    if memory_format_of(x) == torch.channels_last or not backends.stock_runs(x.device, dtype):
+    if not backends.stock_runs(x.device, dtype, x.shape[1]):
         return forward(x)
-    return forward(x.contiguous(memory_format=torch.channels_last)).contiguous()
+    given = memory_format_of(x)
+    wanted = fastest_layout(x)
+    out = forward(x.contiguous(memory_format=wanted))
+    owner._packed.route = _plain_route(owner, blocks, x)
+    return out if wanted == given else out.contiguous(memory_format=given)
+
+
+def _plain_route(owner: _Fused, blocks: Iterable[nn.Module], x: Tensor) -> Route | None:
+    """The route of blocks that PyTorch's operators just computed although they could be fused."""
+    if type(x) is not Tensor or dispatch_state(x.device, x.dtype) is None:
+        return None
+    blocks = list(blocks)
+    halves = list(_fusible_halves(blocks, x))
+    if not blocks or len(halves) != 2 * len(blocks):
+        return None
+    steps = [Step(*half[:3], is_residual=i % 2 == 0) for i, half in enumerate(halves)]
+    return Route.composed(x, owner, owner._promise, steps)
+
+
+def _fusible_halves(blocks: Iterable[nn.Module], x: Tensor) -> Iterator[FusedParts]:
+    """The halves of blocks that fused operators could compute on ``x``, up to the first other."""
+    for block in blocks:
+        if not is_exactly(block, MixerBlock) or len(block) != 4:
+            return
+        spatial, conv, act, bn = block
+        if not is_exactly(spatial, DepthwiseMix):
+            return
+        branch: Any = spatial._modules[spatial._branch]
+        if spatial._reason_composed(branch, x):
+            return
+        if reason_not_fusible(POINTWISE, conv, act, bn, x, "pointwise_mix"):
+            return
+        depthwise, spatial_act, spatial_bn = branch
+        yield FusedParts(depthwise, spatial_act, spatial_bn, spatial._packed)
+        yield FusedParts(conv, act, bn, block._halves)
 
 
 class MixerStack(_FusedSequential):
@@ -729,49 +736,21 @@ class MixerStack(_FusedSequential):
 
     @scripted_as(in_turn)
     def forward(self, x: Tensor) -> Tensor:
-        if not self._modules or not _stacks_run_on(x):
-            if not self._modules or not self._may_be_steady(x):
-                return _by_stock(self, super().forward, x)
-            if self._graphs is not None or self._depth_first:
-                return self._on_gpu(x)
-            return self._one_by_one(x)
-        known = self._packed.plan
-        if isinstance(known, SteadyOnCpu):
-            if tuple(self._modules.values()) == known.children and known.holds(x):
-                return known.run(x)
-            self._packed.plan = None
-        wholes: list[_Whole] = []
-        for block in self._modules.values():
-            if not is_exactly(block, MixerBlock):
-                return super().forward(x)
-            whole = block._whole(x)
-            if whole is None or (wholes and whole[2:] != wholes[0][2:]):
-                return super().forward(x)
-            wholes.append(whole)
-        out = _run_stack(list(self), wholes, x)
-        self._packed.plan = self._made_steady_whole(x, wholes)
-        return out
+        planned = (self._graphs is not None or self._depth_first) and self._may_run_kernels(x)
+        if not planned:
+            out = self._by_route(self._packed, x)
+            if out is not None:
+                return out
+        if self._modules and _stacks_run_on(x):
+            wholes = self._wholes(x)
+            return super().forward(x) if wholes is None else _run_stack(self, self, wholes, x)
+        if not self._modules or not self._may_run_kernels(x):
+            return _by_stock(self, self, super().forward, x)
+        if planned and not gpu.is_capturing(x.device):
+            return self._on_gpu(x)
+        return self._one_by_one(x)
 
-    def _made_steady_whole(self, x: Tensor, wholes: list[_Whole]) -> SteadyOnCpu | None:
-        """The stack as a call with ``x`` found it, if the engine served all of it at once."""
-        blocks: Any = tuple(self._modules.values())
-        halves = []
-        for block in blocks:
-            spatial, conv, act, bn = block._modules.values()
-            depthwise, spatial_act, spatial_bn = spatial._modules[spatial._branch]
-            halves.append(Half(depthwise, spatial_act, spatial_bn, block._packed))
-            halves.append(Half(conv, act, bn, block._packed))
-        weights, packed = [whole.weight for whole in wholes], [whole.packed for whole in wholes]
-        operands = (weights, packed, wholes[0].kernel_size, wholes[0].act)
-        return SteadyOnCpu.of(
-            x,
-            blocks,
-            halves,
-            lambda: _native.prepared_stack(*operands),
-            lambda x: mixer_stack(x, *operands),
-        )
-
-    def _may_be_steady(self, x: Tensor) -> bool:
+    def _may_run_kernels(self, x: Tensor) -> bool:
         return (
             not self.training
             and not torch.compiler.is_compiling()
@@ -780,64 +759,56 @@ class MixerStack(_FusedSequential):
             and support.is_kernel_device(x.device)
         )
 
+    def _wholes(self, x: Tensor) -> list[_Whole] | None:
+        """The blocks as one `mixer_stack` takes them, or None where they must run one by one."""
+        wholes: list[_Whole] = []
+        for block in self._modules.values():
+            whole = block._whole(x) if is_exactly(block, MixerBlock) else None
+            if whole is None or (wholes and whole[2:] != wholes[0][2:]):
+                return None
+            wholes.append(whole)
+        return wholes
+
     def _one_by_one(self, x: Tensor) -> Tensor:
-        """The blocks in turn, with fewer questions where the last call was like this one."""
-        steady = self._still_steady(x)
-        out = None if steady is None else steady.run(x)
-        if out is None:
-            out = super().forward(x)
-            self._packed.plan = self._made_steady(x)
+        out = super().forward(x)
+        self._packed.route = self._kernel_route(x)
         return out
 
-    def _still_steady(self, x: Tensor) -> SteadyStack | None:
-        """What `_made_steady` kept, where a call with ``x`` is like that one."""
-        steady = self._packed.plan
-        if not isinstance(steady, SteadyStack):
+    def _kernel_route(self, x: Tensor) -> Route | None:
+        """The route of all blocks that were just computed for ``x``, each half by a GPU kernel."""
+        if type(x) is not Tensor or dispatch_state(x.device, x.dtype) is None:
             return None
-        if tuple(self._modules.values()) == steady.blocks and steady.holds(x):
-            return steady
-        self._packed.plan = None
-        return None
-
-    def _made_steady(self, x: Tensor) -> SteadyStack | None:
-        """The stack as a call with ``x`` found it, if GPU kernels served all of it."""
-        if torch.is_grad_enabled() or backends.is_recording() or type(x) is not Tensor:
+        # If one axis has one element, results have other strides than the maps of `chained`.
+        if x.numel() == 0 or min(x.shape[1], x.shape[2] * x.shape[3]) == 1:
             return None
-        found = list(self._halves_on(x))
-        if len(found) != 2 * len(self._modules):
+        parts = list(_fusible_halves(self, x))
+        if len(parts) != 2 * len(self._modules):
             return None
-        return SteadyStack.of(x, tuple(self._modules.values()), found)
-
-    def _halves_on(self, x: Tensor) -> Iterator[Half]:
-        """The halves of the blocks that kernels compute on ``x``, up to the first they do not."""
-        for block in self._modules.values():
-            if not is_exactly(block, MixerBlock) or len(block) != 4:
-                return
-            spatial, conv, act, bn = block
-            if not is_exactly(spatial, DepthwiseMix):
-                return
-            branch: Any = spatial._modules[spatial._branch]
-            if spatial._reason_composed(branch, x):
-                return
-            if reason_not_fusible(POINTWISE, conv, act, bn, x, "pointwise_mix"):
-                return
-            depthwise, spatial_act, spatial_bn = branch
-            yield Half(depthwise, spatial_act, spatial_bn, spatial._packed)
-            yield Half(conv, act, bn, block._halves)
+        laid_out = gpu.as_channels_last(x.detach())
+        kernels: list[Kernel] = []
+        for part in parts:
+            route = part.cache.route
+            if not isinstance(route, Route) or not route.kernels or not route.holds(laid_out):
+                return None
+            if part.conv.in_channels != part.conv.out_channels:
+                return None
+            kernels += route.kernels
+        inputs = Inputs(x.device, x.dtype, x.shape[1], x.shape, x.stride())
+        return Route.of(inputs, self, parts, self._promise, chained(kernels), tuple(kernels))
 
     def _on_gpu(self, x: Tensor) -> Tensor:
-        """The blocks as a CUDA graph or depth first, where that was asked for and can be."""
-        if gpu.is_capturing(x.device):
-            return self._one_by_one(x)
-        steady = self._still_steady(x)
-        packed = self._packed_now(x) if steady is None else steady.packed()
+        """The blocks as a CUDA graph or depth first, as `optimize` was asked to run them."""
+        route: Route | None = self._packed.route
+        if route is not None and not route.holds(x):
+            route = self._packed.route = None
+        packed = self._packed_now(x) if route is None else route.packed()
         if packed is None:
             return super().forward(x)
         laid_out = _laid_out(self, x)
         if self._graphs is not None and not self._graphs.why_not and x.shape[0] <= graphs.MAX_BATCH:
             out = self._graphs.run(graphs.key_of(laid_out), packed, super().forward, laid_out)
-            if steady is None:
-                self._packed.plan = self._made_steady(x)
+            if route is None:
+                self._packed.route = self._kernel_route(x)
             return out
         if self._depth_first:
             return graphs.depth_first(super().forward, laid_out, graphs.l2_bytes(x.device))
@@ -855,7 +826,7 @@ class MixerStack(_FusedSequential):
             or not backends.gpu_kernels_run(x.device, x.dtype)
         ):
             return None
-        halves = list(self._halves_on(x))
+        halves = list(_fusible_halves(self, x))
         if len(halves) != 2 * len(self._modules):
             return None
         if torch.is_grad_enabled() and (
@@ -869,14 +840,35 @@ class MixerStack(_FusedSequential):
         )
 
 
-def _run_stack(blocks: Sequence[nn.Module], wholes: list[_Whole], x: Tensor) -> Tensor:
-    """Blocks of the same width, kernel and activation as one operator."""
+def _run_stack(
+    owner: _Fused, blocks: Iterable[nn.Module], wholes: Sequence[_Whole], x: Tensor
+) -> Tensor:
+    """Blocks of the same width, kernel and activation as one operator of the CPU engine."""
     if backends.is_recording():
-        choice = backends.choose("mixer_stack", x.device, x.dtype)
+        choice = backends.choose("mixer_stack", x.device, x.dtype, wholes[0].dim)
         for block in blocks:
             backends.record(block, "mixer_stack", choice)
     weights, packed = [whole.weight for whole in wholes], [whole.packed for whole in wholes]
-    return mixer_stack(x, weights, packed, wholes[0].kernel_size, wholes[0].act)
+    operands = (weights, packed, wholes[0].kernel_size, wholes[0].act)
+    out = mixer_stack(x, *operands)
+    if type(x) is not Tensor or dispatch_state(x.device, x.dtype) is None:
+        return out
+    owner._packed.route = Route.of(
+        Inputs(x.device, x.dtype, x.shape[1]),
+        owner,
+        [part for block in blocks for part in _parts_of_whole(block)],
+        owner._promise,
+        _on_plain_maps(_native.prepared_stack(*operands), lambda x: mixer_stack(x, *operands)),
+    )
+    return out
+
+
+def _parts_of_whole(block: Any) -> Iterator[FusedParts]:
+    """Both halves of a block that `MixerBlock._whole` packed into one copy."""
+    spatial, conv, act, bn = block._modules.values()
+    depthwise, spatial_act, spatial_bn = spatial._modules[spatial._branch]
+    yield FusedParts(depthwise, spatial_act, spatial_bn, block._packed)
+    yield FusedParts(conv, act, bn, block._packed)
 
 
 def _fused_pointwise(
@@ -890,21 +882,78 @@ def _fused_pointwise(
 ) -> Tensor | None:
     """``bn(act(conv(x)))`` as one operator, or None where the three must run one by one."""
     op = "patch_embed" if kind is PATCHWISE else "pointwise_mix"
+    out = owner._by_route(cache, x)
+    if out is not None:
+        return out
     why = reason_not_fusible(kind, conv, act, bn, x, op)
-    if not why and not torch.compiler.is_compiling():
-        out = _planned(cache, conv, act, bn, x)
-        if out is not None:
-            return out
     if not owner._decide("pointwise_mix", why, x, conv, act):
         return None
     weight, bias, scale, shift = _operands(cache, conv, bn, x, depthwise=False)
     out = pointwise_mix(x, weight, bias, scale, shift, activation_name(act))
-    _plan(cache, "pointwise_mix", conv, act, x)
+    parts = FusedParts(conv, act, bn, cache)
+    cache.route = _half_route(owner, "pointwise_mix", parts, x)
     return out
 
 
+def _half_route(owner: _Fused, op: str, parts: FusedParts, x: Tensor) -> Route | None:
+    """The route of half a block, or of a stem, that was just computed for ``x``.
+
+    None where PyTorch's operators computed it, and for a half on a CPU, which computes a block as a
+    whole.
+    """
+    if torch.compiler.is_compiling() or type(x) is not Tensor:
+        return None
+    if dispatch_state(x.device, x.dtype) is None:
+        return None
+    if not isinstance(owner, PatchEmbed) and not support.is_kernel_device(x.device):
+        return None
+    conv, act, bn, cache = parts
+    name: Any = activation_name(act)
+    call = backends.call_of(op, x, conv.weight, conv.bias, name)
+    choice = backends.choose(op, x.device, x.dtype, conv.out_channels, call)
+    if choice.backend == "cpu":
+        if x.dtype != torch.float32 or not isinstance(owner, PatchEmbed):
+            return None
+        packed = cache.fresh((False, False, x.dtype, bn.eps), sources_of(conv, bn))
+        if packed is None:
+            return None
+        operands = (*packed, name)
+        inputs = Inputs(x.device, x.dtype, x.shape[1])
+        run = _native.prepared_mix(*operands)
+        launch = _on_plain_maps(run, lambda x: pointwise_mix(x, *operands))
+        return Route.of(inputs, owner, [parts], owner._promise, launch)
+    if choice.case is None or first_use.verdict(choice.case) != "":
+        return None
+    packed = cache.fresh((False, True, x.dtype, bn.eps), sources_of(conv, bn))
+    if packed is None:
+        return None
+    case, config = choice.case, first_use.retreat(choice.case)[0] or choice.config
+    bound = gpu.prepare(case, config, packed)
+    return Route.of(
+        Inputs(x.device, x.dtype, x.shape[1], x.shape, x.stride()),
+        owner,
+        [parts],
+        owner._promise,
+        lambda x: gpu.launch(case, config, x, *packed, case.act),
+        () if bound is None else (Kernel(case, bound),),
+    )
+
+
+def _on_plain_maps(
+    run: Callable[[Tensor], Tensor], otherwise: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor], Tensor]:
+    """``run`` on contiguous float32 maps, which the engine reads in place; else ``otherwise``."""
+
+    def call(x: Tensor) -> Tensor:
+        if x.dtype is torch.float32 and x.numel() and x.is_contiguous() and not x.is_neg():
+            return run(x)
+        return otherwise(x)
+
+    return call
+
+
 def refresh(model: nn.Module) -> None:
-    """Drop every packed copy of parameters in ``model``: the next forward makes them anew.
+    """Drop every packed copy of parameters in ``model``: the next forward makes new ones.
 
     Needed only after writes that torch cannot see to a few elements of a large tensor, such as one
     weight set through ``.data``; all others are noticed.

@@ -9,8 +9,10 @@ means that fusing is the same.
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Iterator
+from itertools import repeat
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple, TypeGuard, TypeVar
 
@@ -22,7 +24,6 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._device import DeviceContext
 
-from . import _native
 from .arch import ACTIVATIONS, activation_name
 from .ops import backends
 from .ops.common import accumulation_dtype
@@ -150,16 +151,19 @@ def _entry_points() -> Iterator[tuple[Any, str, Any]]:
 
 
 _watched = tuple(_entry_points())
+#: The same by column, for comparisons in C loops.
+_watched_columns = tuple(zip(*_watched, strict=True))
 #: Patched before this package was imported: never fused.
 _PATCHED_EARLY = not all(_is_torchs_own(value) for _, _, value in _watched)
 
 
 def watch_classes(*classes: type[nn.Module]) -> None:
     """Add the call paths of other classes of modules to what `is_patched` compares."""
-    global _watched
+    global _watched, _watched_columns
     rows = ((cls, name, getattr(cls, name)) for cls in classes for name in _CLASS_PATH)
     known = {(owner, name) for owner, name, _ in _watched}
     _watched += tuple(row for row in rows if row[:2] not in known)
+    _watched_columns = tuple(zip(*_watched, strict=True))
 
 
 _forwards: dict[type[nn.Module], Any] = {}
@@ -180,10 +184,11 @@ def is_patched() -> bool:
     """
     if _PATCHED_EARLY:
         return True
-    rows = _watched
+    owners, names, values = _watched_columns
     if torch.compiler.is_compiling():
-        rows = tuple(row for row in rows if row[1] != "__call__")
-    return not _native.attributes_unchanged(rows)
+        rows = [row for row in _watched if row[1] != "__call__"]
+        owners, names, values = zip(*rows, strict=True)
+    return not all(map(operator.is_, map(getattr, owners, names, repeat(None)), values))
 
 
 # What torch.compiler.assume_constant_result does, which would import the compiler and Triton here.

@@ -32,6 +32,7 @@ from .blocks import (
     _Fused,
     _FusedSequential,
 )
+from .for_inference import optimize_for_inference
 from .fusible import CALL_PATH, has_its_forward, is_depthwise, is_pointwise, watch_classes
 from .graphs import StackGraphs
 from .reference import NormalizedSequential, Residual, ResidualSequential
@@ -114,6 +115,7 @@ def optimize(
     inplace: bool = True,
     cuda_graph: bool | None = None,
     depth_first: bool | None = None,
+    for_inference: bool = False,
 ) -> nn.Module:
     """Replace the ConvMixer blocks inside ``model`` by fused ones.
 
@@ -142,12 +144,15 @@ def optimize(
             None leaves it as it is, which is off at first.
         depth_first: on a GPU, send as many images at a time through all blocks as leave their
             activations in the L2 cache. None as above.
+        for_inference: call `optimize_for_inference` on the result: the model is in eval mode and
+            its parameters do not change any more.
 
     Returns:
         ``model`` (or its copy); another object only where ``model`` itself is a block.
 
     Raises:
         TypeError: not a module.
+        ValueError: ``for_inference`` of a model in training mode.
 
     Warns:
         UserWarning: no block was found.
@@ -174,7 +179,7 @@ def optimize(
     _substitute(model, fused)
     model = fused.get(id(model), model)
     _set_stacks(model, cuda_graph, depth_first)
-    return model
+    return optimize_for_inference(model) if for_inference else model
 
 
 def _set_stacks(model: nn.Module, cuda_graph: bool | None, depth_first: bool | None) -> None:

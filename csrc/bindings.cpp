@@ -16,7 +16,6 @@
 #include "cpu/mixer.h"
 #include "cpu/peak.h"
 #include "cpu/threads.h"
-#include "steady.h"
 
 #include "build_config.h"
 
@@ -372,17 +371,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("fingerprint", &fingerprint, py::arg("pieces"),
         "A 64-bit hash of the contents of (address, bytes, bytes of a row) pieces: small ones whole, of "
         "larger ones a sample a row.");
-  m.def("modules_unchanged", &cmf::modules_unchanged, py::arg("modules"), py::arg("acts"),
-        py::arg("falsy"), py::arg("methods"),
-        "Whether calls of modules, (module, class, children) each, run what they ran, in eval mode, and "
-        "nobody watches. acts: (module, its `approximate` or None) each; falsy: names of what must be "
-        "false or empty in a module; methods: names that must not be set on its object.");
-  m.def("attributes_unchanged", &cmf::attributes_unchanged, py::arg("rows"),
-        "Whether attributes, (owner, name, value) each, are the very objects they were.");
-  m.def("parameters_unchanged", &cmf::parameters_unchanged, py::arg("halves"), py::arg("settings"),
-        py::arg("stamps"),
-        "Whether halves, (convolution, norm, its settings, eps) each, have the settings, and their tensors "
-        "the stamps, (tensor, version, address, dtype, shape, strides) each, that they had.");
   m.def(
       "multiply_add_rate",
       [](int threads, double seconds) {

@@ -25,7 +25,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 def as_on_a_gpu(monkeypatch):
     """``auto`` treats CPU tensors as it treats those on a GPU."""
     monkeypatch.setattr(backends, "_auto_is_triton", lambda device: True)
-    monkeypatch.setattr(backends, "whole_blocks_run", lambda device, dtype: False)
+    monkeypatch.setattr(backends, "whole_blocks_run", lambda *args: False)
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_what_is_missing_is_named_and_triton_serves(monkeypatch):
     call = backends.call_of
     with cuda_installed(capability=90, families=("mma.sync",)) as double:
         choice = backends.choose(
-            "pointwise_mix", given[0].device, BF16, call("pointwise_mix", *given[:3], "gelu")
+            "pointwise_mix", given[0].device, BF16, 16, call("pointwise_mix", *given[:3], "gelu")
         )
         assert choice.backend == "triton"
         assert "not wgmma: " in choice.reason
@@ -117,7 +117,7 @@ def test_what_is_missing_is_named_and_triton_serves(monkeypatch):
         backends._native_cuda.refusal.cache_clear()
         double.refused["wgmma"] = "the moon is in the wrong house"
         choice = backends.choose(
-            "pointwise_mix", given[0].device, BF16, call("pointwise_mix", *given[:3], "gelu")
+            "pointwise_mix", given[0].device, BF16, 16, call("pointwise_mix", *given[:3], "gelu")
         )
         assert choice.backend == "triton"
         assert "not wgmma: the moon is in the wrong house" in choice.reason
@@ -144,7 +144,7 @@ def test_a_bad_cuda_kernel_warns_once_and_triton_serves(fault):
         assert double.calls["mma.sync"] == 1
         assert double.calls["pointwise_mix"] == 3
         call = backends.call_of("pointwise_mix", *given[:3], "gelu")
-        choice = backends.choose("pointwise_mix", given[0].device, FP16, call)
+        choice = backends.choose("pointwise_mix", given[0].device, FP16, 16, call)
     assert choice.backend == "triton"
     cause = "wrong numbers" if fault == "wrong" else "cudaErrorNoKernelImageForDevice"
     assert f"not cuda mma.sync: {'RuntimeError: ' * (fault == 'error')}{cause}" in choice.reason
@@ -344,7 +344,7 @@ def test_a_product_that_pytorch_computes_is_ended_by_one_kernel(act, bias):
         got = cf.ops.pointwise_mix(*given, act)
         assert set(double.calls) == {"after_product_"}
         call = backends.call_of("pointwise_mix", *given[:3], act)
-        choice = backends.choose("pointwise_mix", x.device, FP32, call)
+        choice = backends.choose("pointwise_mix", x.device, FP32, 16, call)
     assert choice.reason.startswith("PyTorch's product and one Triton kernel for the rest, checked")
     assert "float32 without TF32" in choice.reason
     torch.testing.assert_close(got, pointwise._reference(*given, act), rtol=1e-5, atol=1e-5)
@@ -367,7 +367,7 @@ def test_float64_is_multiplied_by_pytorch_and_ended_by_one_kernel(act, capabilit
         got = cf.ops.pointwise_mix(*given, act)
         assert double.calls == {"after_product_": 2}
         call = backends.call_of("pointwise_mix", *given[:3], act)
-        choice = backends.choose("pointwise_mix", given[0].device, F64, call)
+        choice = backends.choose("pointwise_mix", given[0].device, F64, 16, call)
     assert (choice.backend, choice.reason) == (
         "triton",
         "PyTorch's product and one Triton kernel for the rest, checked against PyTorch; "
@@ -426,7 +426,7 @@ def test_a_float64_model(monkeypatch):
             choose = backends.choose
 
             def other_half(op, *args):
-                assert op != "pointwise_mix" or args[2].case.op == "patch_embed"
+                assert op != "pointwise_mix" or args[3].case.op == "patch_embed"
                 return choose(op, *args)
 
             patch.setattr(backends, "choose", other_half)
@@ -442,7 +442,7 @@ def test_a_float64_model(monkeypatch):
 
 def chosen(given, act="gelu"):
     call = backends.call_of("pointwise_mix", *given[:3], act)
-    return backends.choose("pointwise_mix", given[0].device, given[0].dtype, call)
+    return backends.choose("pointwise_mix", given[0].device, given[0].dtype, 16, call)
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")

@@ -28,7 +28,7 @@ def double(monkeypatch):
         # By name a bad kernel raises; here PyTorch is to step in.
         monkeypatch.setattr(backends, "requested_backend", lambda: "auto")
         monkeypatch.setattr(backends, "_auto_is_triton", lambda device: True)
-        monkeypatch.setattr(backends, "whole_blocks_run", lambda device, dtype: False)
+        monkeypatch.setattr(backends, "whole_blocks_run", lambda *args: False)
         monkeypatch.setattr(backends, "_why_slower", lambda op, dtype: "")
         yield kernels
 
@@ -138,7 +138,7 @@ def test_a_bad_form_of_the_copy_engine_is_replaced_by_a_plain_one(double, copy_e
     assert first_use.results() == {case: ""}
     assert "wrong numbers" in first_use.retreats()[case]
     call = backends.call_of("pointwise_mix", x, weight, None, "gelu")
-    choice = backends.choose("pointwise_mix", x.device, x.dtype, call)
+    choice = backends.choose("pointwise_mix", x.device, x.dtype, 8, call)
     assert choice.backend == "triton"
     assert "checked against PyTorch, without the copy engine: wrong numbers" in choice.reason
     # A product of few outputs has no such form: nothing else is tried.

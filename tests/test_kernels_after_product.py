@@ -94,7 +94,7 @@ def test_interpreter_float64_operator(layout: str) -> None:
     with use_backend("triton"):
         got = pointwise_mix(*given)
         call = backends.call_of("pointwise_mix", *given[:3], case.act)
-        choice = backends.choose("pointwise_mix", o.x.device, o.x.dtype, call)
+        choice = backends.choose("pointwise_mix", o.x.device, o.x.dtype, 16, call)
     assert list(first_use.results().values()) == [""]
     assert choice.reason == (
         "asked for by name: PyTorch's product and one Triton kernel for the rest, "

@@ -166,7 +166,7 @@ def test_explain_says_it_before_the_first_call(monkeypatch):
     with installed() as double:
         monkeypatch.setattr(backends, "requested_backend", lambda: "auto")
         monkeypatch.setattr(backends, "_auto_is_triton", lambda device: True)
-        monkeypatch.setattr(backends, "whole_blocks_run", lambda device, dtype: False)
+        monkeypatch.setattr(backends, "whole_blocks_run", lambda *args: False)
         monkeypatch.setattr(backends, "_why_slower", lambda op, dtype: "")
         model = trained_like_(ConvMixer(8, 2, 3, 4, num_classes=3), (2, 3, 16, 16))
         x = torch.randn(2, 3, 16, 16)

@@ -25,10 +25,10 @@ def no_gradients():
         yield
 
 
-@pytest.fixture(params=[True, False], ids=["with bfloat16 units", "without"])
+@pytest.fixture(params=[True, False], ids=["with AMX", "without"])
 def multiplies(request, monkeypatch) -> bool:
     """A CPU that multiplies half precision itself, and one that does not."""
-    monkeypatch.setattr(stock, "_multiplies_bfloat16", lambda: request.param)
+    monkeypatch.setattr(stock, "_bfloat16_units", lambda: "AMX" if request.param else "")
     monkeypatch.setattr(stock, "_multiplies_float16", lambda: request.param)
     return request.param
 
@@ -60,7 +60,7 @@ def test_half_precision_goes_where_it_is_fastest(multiplies, dtype, layout) -> N
         assert {row.backend for row in on_blocks} == {"cpu"}
         return
     assert {row.backend for row in rows} == {"reference"}
-    assert all("with this CPU's own instructions" in row.reason for row in rows)
+    assert all("with this CPU's AMX" in row.reason for row in rows)
     for _ in range(3):
         got = net(x)
     plain = to_reference(net).to(memory_format=torch.channels_last)
@@ -136,8 +136,56 @@ def test_matmul_precision_does_not_concern_convolutions(multiplies) -> None:
 def test_operators_called_directly_follow_the_same_rule(multiplies) -> None:
     device = torch.device("cpu")
     for dtype in (torch.bfloat16, torch.float16):
-        assert backends.whole_blocks_run(device, dtype) is not multiplies
-    assert backends.whole_blocks_run(device, torch.float32)
+        assert backends.whole_blocks_run(device, dtype, 8) is not multiplies
+    assert backends.whole_blocks_run(device, torch.float32, 8)
     block = MixerBlock(8, 3).eval().bfloat16()
     x = torch.randn(1, 8, 5, 5).bfloat16()
     torch.testing.assert_close(block(x), copy.deepcopy(block)(x))
+
+
+@pytest.mark.parametrize("units", ["AMX", "AVX512-BF16", ""])
+def test_width_decides_where_bfloat16_is_only_twice_as_fast(monkeypatch, units) -> None:
+    monkeypatch.setattr(stock, "_bfloat16_units", lambda: units)
+    narrow, wide = stock._AVX512_CHANNELS - 1, stock._AVX512_CHANNELS
+    reasons = [bool(stock.reason_stock_is_faster(torch.bfloat16, c)) for c in (narrow, wide)]
+    assert reasons == {"AMX": [True, True], "AVX512-BF16": [False, True], "": [False, False]}[units]
+    monkeypatch.setattr(stock, "allows_bfloat16", lambda: True)
+    assert bool(stock.reason_stock_is_faster(torch.float32, wide)) == (units == "AMX")
+
+
+@engine
+@pytest.mark.parametrize("channels", [1023, 1024])
+@pytest.mark.parametrize("side", [1, 3, 4, 31, 32])
+@pytest.mark.parametrize("amx", [False, True])
+def test_layout_follows_width_and_pixels(monkeypatch, amx, side, channels) -> None:
+    monkeypatch.setattr(stock, "_bfloat16_units", lambda: "AMX" if amx else "AVX512-BF16")
+    x = torch.empty(1, channels, side, side, dtype=torch.bfloat16)
+    contiguous = not amx and channels == 1024 and side in (4, 31)
+    want = torch.contiguous_format if contiguous else torch.channels_last
+    assert stock.fastest_layout(x) == want
+
+
+@engine
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("of", [lambda net: net.blocks, lambda net: net.blocks[0]])
+def test_a_later_call_of_stock_blocks_gives_the_same_bits(monkeypatch, of, layout) -> None:
+    monkeypatch.setattr(stock, "_bfloat16_units", lambda: "AMX")
+    module = of(model(torch.bfloat16))
+    x = torch.randn(2, 16, 6, 5).bfloat16().contiguous(memory_format=layout)
+    first = module(x)
+    assert module._packed.route is not None
+    for y in (x, x[:1], x[:, :, :4, :4]):
+        later, fresh = module(y), copy.deepcopy(module)(y)
+        assert torch.equal(later, fresh)
+        assert later.stride() == fresh.stride()
+    assert torch.equal(module(x), first)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(module(x), copy.deepcopy(module)(x))
+    seen = []
+    module.register_forward_hook(lambda m, args, out: seen.append(out))
+    block = module[0] if len(module) == 3 else module
+    block[1].register_forward_hook(lambda m, args, out: seen.append(out))
+    module(x)
+    assert len(seen) == 2
+    with torch.enable_grad():
+        assert module(x.requires_grad_()).requires_grad

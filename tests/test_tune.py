@@ -27,7 +27,7 @@ def double(monkeypatch):
     with installed() as kernels:
         monkeypatch.setattr(backends, "requested_backend", lambda: "auto")
         monkeypatch.setattr(backends, "_auto_is_triton", lambda device: True)
-        monkeypatch.setattr(backends, "whole_blocks_run", lambda device, dtype: False)
+        monkeypatch.setattr(backends, "whole_blocks_run", lambda *args: False)
         monkeypatch.setattr(backends, "_why_slower", lambda op, dtype: "")
         monkeypatch.setattr(gpu, "pointwise_tiles", lambda device, dtype: TILES)
         yield kernels

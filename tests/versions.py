@@ -40,7 +40,7 @@ RECORDS = ROOT / "tests" / "versions.json"
 #: with a double in place of a GPU, the GPU path.
 FILES = (
     *("import", "model", "blocks", "optimize", "compat", "checkpoint"),
-    *("ops", "backends", "mixer", "stem", "packing", "steady", "native"),
+    *("ops", "backends", "mixer", "stem", "packing", "route", "native"),
     *("gpu_path", "cuda_path", "first_use", "graphs", "kernels_after_product"),
 )
 

@@ -212,10 +212,13 @@ def call_of(
     return Call(case, shape, verdict)
 
 
-def choose(op: str, device: torch.device, dtype: torch.dtype, call: Call | None = None) -> Choice:
+def choose(
+    op: str, device: torch.device, dtype: torch.dtype, channels: int, call: Call | None = None
+) -> Choice:
     """The backend for the operator ``op`` on activations of that device and dtype.
 
     Args:
+        channels: of the result.
         call: of a call on a GPU, what `call_of` makes of it; what was found out about its kernel
             then counts.
 
@@ -230,7 +233,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, call: Call | None 
     why_not_cpu = _why_not_cpu(op, device, dtype)
     if asked == "auto":
         # First the reason for which no kernel would be wanted.
-        why_not_cpu = stock_runs(device, dtype) or why_not_cpu
+        why_not_cpu = stock_runs(device, dtype, channels) or why_not_cpu
         if why_not_cpu:
             return Choice("reference", f"cpu: {why_not_cpu}")
         return Choice("cpu", _CPU_KERNELS[op])
@@ -454,21 +457,21 @@ def _refuse(asked: str, why_not: str) -> None:
         )
 
 
-def stock_runs(device: torch.device, dtype: torch.dtype) -> str:
-    """Why ``auto`` leaves activations of that device and dtype to PyTorch, where it is faster.
+def stock_runs(device: torch.device, dtype: torch.dtype, channels: int) -> str:
+    """Why ``auto`` leaves activations of that kind to PyTorch, where it is faster.
 
     ``""`` where it does not, and where a backend was asked for by name.
     """
-    why = reason_stock_is_faster(dtype) if device.type == "cpu" else ""
+    why = reason_stock_is_faster(dtype, channels) if device.type == "cpu" else ""
     return why if why and requested_backend() == "auto" else ""
 
 
-def whole_blocks_run(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `mixer_stack` serves activations of that device and dtype.
+def whole_blocks_run(device: torch.device, dtype: torch.dtype, channels: int) -> bool:
+    """Whether `mixer_stack` computes activations of that device, dtype and width.
 
     Never raises: where it does not, each half of a block asks for itself.
     """
-    if not _whole.get() or stock_runs(device, dtype):
+    if not _whole.get() or stock_runs(device, dtype, channels):
         return False
     return requested_backend() in ("auto", "cpu") and not _why_not_cpu("mixer_stack", device, dtype)
 

@@ -77,7 +77,7 @@ def _kernel(
     if x.numel() == 0:
         return torch.empty_like(x, memory_format=memory_format_of(x))
     call = backends.call_of(NAME, x, weight, bias, act)
-    choice = backends.choose(NAME, x.device, x.dtype, call)
+    choice = backends.choose(NAME, x.device, x.dtype, weight.shape[0], call)
     backend = choice.backend
     if backend == "cpu":
         return _native.depthwise_mix(x, weight, bias, scale, shift, act)

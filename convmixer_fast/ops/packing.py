@@ -21,6 +21,7 @@ Copies are made outside inference mode, so that a later call with gradients can 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -67,7 +68,7 @@ def sources_of(conv: Any, bn: Any) -> Sources:
         # Straight from the dictionaries: this runs at every forward, and an attribute of a module
         # costs ten times as much.
         kept, norm, statistics = conv._parameters, bn._parameters, bn._buffers
-        if _shadows(conv) or _shadows(bn):
+        if shadows(conv) or shadows(bn):
             raise KeyError
         return (
             kept["weight"],
@@ -81,7 +82,7 @@ def sources_of(conv: Any, bn: Any) -> Sources:
         return (conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var)
 
 
-def _shadows(module: Any) -> bool:
+def shadows(module: Any) -> bool:
     """Whether an attribute of the object comes before its parameter or buffer of that name."""
     # Spelt out: dynamo of torch 2.11 traces no set operation on a module's dictionary.
     own = module.__dict__
@@ -193,47 +194,101 @@ def now_on(device: torch.device) -> Now:
 T = TypeVar("T")
 
 
-class JoinedCopies(NamedTuple):
-    """Packed copies that are asked about together: one fingerprint, one loop over all stamps."""
+class WeightSnapshot(NamedTuple):
+    """The parameters behind several packed copies, compared in one pass.
+
+    Whether the modules still hold these very tensors is for `route.ModuleSnapshot` to say.
+    """
 
     caches: tuple[PackedCache[Any], ...]
     entries: tuple[_Entry, ...]
-    stamps: tuple[_Stamp | None, ...]
+    tensors: tuple[Tensor, ...]
+    versions: list[int]
+    addresses: list[int]
+    strides: list[tuple[int, ...]]
+    kinds: list[tuple[torch.Size, torch.dtype]]
     spans: list[_native.Span]
     fingerprint: int
+    watch: Watch | None
 
     @classmethod
     def of(
         cls, caches: Sequence[PackedCache[Any]], sources: Sequence[Sources]
-    ) -> JoinedCopies | None:
-        """Of copies of parameters on a CPU that are true now, or None where one is not.
+    ) -> WeightSnapshot | None:
+        """The snapshot of copies that are fresh now, or None if one is not.
 
         Args:
+            caches: of the copies, in the order in which kernels take them.
             sources: of each cache.
         """
-        entries = [cache._entry for cache in caches]
+        entries = tuple(cache._entry for cache in caches)
         known = tuple(entry for entry in entries if entry is not None)
         spans = [span for entry in known for span in entry.spans]
-        # Before each copy is asked for itself: a write in between is either seen there, or makes
-        # this fingerprint another than that of the next call.
-        fingerprint = _native.fingerprint_of(spans)
-        if len(known) != len(entries) or any(entry.made is not None for entry in known):
+        # Before each copy is compared by itself: a write in between is either seen there, or makes
+        # this fingerprint differ from that of the next call.
+        fingerprint = _native.fingerprint_of(spans) if spans else 0
+        if len(known) != len(entries):
             return None
         for cache, entry, tensors in zip(caches, known, sources, strict=True):
             if cache.fresh(entry.key, tensors) is not entry.packed:
                 return None
-        stamps = tuple(stamp for entry in known for stamp in entry.stamps)
-        return cls(tuple(caches), known, stamps, spans, fingerprint)
+        stamps = [stamp for entry in known for stamp in entry.stamps if stamp is not None]
+        watches = [entry.watch for entry in known if entry.watch is not None]
+        return cls(
+            tuple(caches),
+            known,
+            tuple(stamp.tensor for stamp in stamps),
+            [stamp.version for stamp in stamps],
+            [stamp.address for stamp in stamps],
+            [stamp.strides for stamp in stamps],
+            [(stamp.shape, stamp.dtype) for stamp in stamps],
+            spans,
+            fingerprint,
+            Watch.joined(watches) if watches else None,
+        )
 
-    def fresh(self) -> bool:
-        """Whether no copy was dropped, and the memory that they were made of was not written to.
+    def packed(self) -> tuple[Any, ...]:
+        """The packed copies, in the order of the caches."""
+        return tuple(entry.packed for entry in self.entries)
 
-        Whether the parameters still are the ones of `stamps` is asked by who knows their modules.
-        """
+    def is_current(self) -> bool:
+        """Whether no packed copy was dropped or replaced."""
         for cache, entry in zip(self.caches, self.entries, strict=True):
             if cache._entry is not entry:
                 return False
-        return self.fingerprint == _native.fingerprint_of(self.spans)
+        return True
+
+    def is_unchanged(self) -> bool:
+        """Whether no parameter was written to, moved or viewed in another way."""
+        tensors = self.tensors
+        if not (
+            [*map(_VERSION, tensors)] == self.versions
+            and [*map(Tensor.data_ptr, tensors)] == self.addresses
+            and [*map(Tensor.stride, tensors)] == self.strides
+            and [*map(_KIND, tensors)] == self.kinds
+        ):
+            return False
+        if self.spans and self.fingerprint != _native.fingerprint_of(self.spans):
+            return False
+        if self.watch is None or gpu.is_capturing(tensors[0].device):
+            return True
+        return not self.watch.changed()
+
+    def join_stream(self) -> None:
+        """Let the current stream wait for copies on a GPU that another stream made."""
+        if self.watch is None:
+            return
+        now = now_on(self.tensors[0].device)
+        for entry in self.entries:
+            made = entry.made
+            if made is not None and now.stream is not None and made.stream != now.handle:
+                if now.capturing:
+                    return
+                made.join(entry.packed, now.stream)
+
+
+_VERSION = operator.attrgetter("_version")
+_KIND = operator.attrgetter("shape", "dtype")
 
 
 def _are_stamped(stamps: Sequence[_Stamp | None], tensors: Sources) -> bool:
@@ -251,12 +306,12 @@ class PackedCache(Generic[T]):
     as a whole, and two threads that both find it stale build equal ones.
     """
 
-    __slots__ = ("_entry", "plan")
+    __slots__ = ("_entry", "route")
 
     def __init__(self) -> None:
         self._entry: _Entry | None = None
-        #: How calls that take this copy were served last; whoever keeps it asks whether it holds.
-        self.plan: Any = None
+        #: The `Route` of the last call that took this copy; its owner asks whether it holds.
+        self.route: Any = None
 
     def fresh(self, key: Any, sources: Sources, now: Now | None = None) -> T | None:
         """The packed copy for ``key`` and ``sources`` if there is one that is still true.
@@ -319,7 +374,7 @@ class PackedCache(Generic[T]):
         return packed
 
     def clear(self) -> None:
-        self._entry = self.plan = None
+        self._entry = self.route = None
 
     def __reduce__(self) -> tuple[type[PackedCache[T]], tuple[()]]:
         return (PackedCache, ())

@@ -93,7 +93,7 @@ def _kernel(
     if x.numel() == 0 or weight.numel() == 0:
         return _empty(x, weight)
     call = backends.call_of(NAME, x, weight, bias, act)
-    choice = backends.choose(NAME, x.device, x.dtype, call)
+    choice = backends.choose(NAME, x.device, x.dtype, weight.shape[0], call)
     if choice.backend == "cpu" and memory_format_of(x) == torch.contiguous_format:
         return _native.channel_mix(x, weight, bias, scale, shift, act)
     while choice.case is not None:
@@ -102,7 +102,7 @@ def _kernel(
             return out
         # What was just found to be bad has a second choice; what could not be checked has not.
         backends.fall_back(NAME, choice)
-        tried, choice = choice.case, backends.choose(NAME, x.device, x.dtype, call)
+        tried, choice = choice.case, backends.choose(NAME, x.device, x.dtype, weight.shape[0], call)
         if choice.case == tried:
             break
     # Operands have the dtype they are to be computed in: autocast has nothing to add.

@@ -91,7 +91,7 @@ def _kernel(
         return _fake(x, weight, bias, scale, shift, act, mean, std)
     call = backends.call_of(NAME, x, weight, bias, act, weight.dtype)
     if call is not None:
-        choice = backends.choose(NAME, x.device, weight.dtype, call)
+        choice = backends.choose(NAME, x.device, weight.dtype, weight.shape[0], call)
         operands = (weight, bias, scale, shift, act, mean, std)
         if choice.case is not None:
             out = gpu.serve(choice.case, choice.config, _reference, x, *operands)

@@ -82,6 +82,23 @@ class Watch:
         self._changed = False
         self._lock = threading.Lock()
 
+    @classmethod
+    def joined(cls, watches: Sequence[Watch]) -> Watch:
+        """One watch over the tensors of several, from the samples that these began with."""
+        if len(watches) == 1:
+            return watches[0]
+        self = cls.__new__(cls)
+        first = watches[0]
+        self._tensors = tuple(ref for watch in watches for ref in watch._tensors)
+        self._clock = first._clock
+        self._before = torch.cat([watch._before for watch in watches])
+        self._asked = min(watch._asked for watch in watches)
+        self._compared = min(watch._compared for watch in watches)
+        self._answer = None
+        self._changed = any(watch._changed for watch in watches)
+        self._lock = threading.Lock()
+        return self
+
     def changed(self) -> bool:
         """Whether a write is known of; call it at every use, not while a graph is captured."""
         with self._lock:

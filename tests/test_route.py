@@ -1,4 +1,4 @@
-"""Does a stack that asks less than before still notice everything that changes its result?"""
+"""A remembered route notices everything that changes the result."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 import gc
 import pickle
 import weakref
-from collections import OrderedDict
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from convmixer_fast import MixerStack, _native, refresh, use_backend
 from convmixer_fast.blocks import DropPath, MixerBlock, PatchEmbed
 from convmixer_fast.ops import backends, first_use, gpu
 from convmixer_fast.ops.packing import Packed
-from convmixer_fast.steady import SteadyOnCpu, SteadyStack
+from convmixer_fast.route import ModuleSnapshot, Route
 from convmixer_fast.testing import trained_like_
 
 SHAPE = (2, 8, 7, 9)
@@ -48,22 +47,22 @@ def stack(double, x) -> MixerStack:
 def settle(net: MixerStack, x: torch.Tensor) -> None:
     # The first call finds kernels right, which is news to halves that came before.
     net(x), net(x)
-    assert isinstance(net._packed.plan, SteadyStack)
-    assert net._packed.plan.holds(x)
+    assert isinstance(net._packed.route, Route)
+    assert net._packed.route.holds(x)
 
 
 def steady(net: MixerStack, x: torch.Tensor) -> bool:
     """Whether a call runs past the blocks."""
     ran = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SteadyStack, "run", lambda self, x: ran.append(self) or None)
+        patch.setattr(Route, "run", lambda self, x: ran.append(len(self.kernels)) or None)
         net(x)
-    return bool(ran)
+    return 2 * len(net) in ran
 
 
 def test_the_result_is_the_blocks_own(double, stack, x):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SteadyStack, "holds", lambda self, x: False)
+        patch.setattr(Route, "holds", lambda self, x: False)
         want = stack(x)
     settle(stack, x)
     assert steady(stack, x)
@@ -104,7 +103,7 @@ def test_nothing_is_kept_for_maps_whose_strides_are_ambiguous(double):
         y = torch.randn(shape).contiguous(memory_format=torch.channels_last)
         for _ in range(3):
             assert net(y).stride() == torch.empty(shape).stride()
-        assert net._packed.plan is None
+        assert net._packed.route is None
 
 
 def parametrized(net: MixerStack) -> None:
@@ -226,7 +225,7 @@ def test_a_launch_that_fails_leaves_the_call_to_pytorch(double, stack, x):
     settle(stack, x)
     with use_backend("auto"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(backends, "_auto_is_triton", lambda device: True)
-        patch.setattr(backends, "whole_blocks_run", lambda device, dtype: False)
+        patch.setattr(backends, "whole_blocks_run", lambda *args: False)
         patch.setattr(backends, "_why_slower", lambda op, dtype: "")
         settle(stack, x)
         double.error["pointwise_mix"] = RuntimeError("lost")
@@ -248,7 +247,7 @@ def test_memory_that_runs_out_proves_nothing(double, stack, x):
 def test_copies_and_pickles_start_afresh(stack, x):
     want = stack(x)
     for twin in (copy.deepcopy(stack), pickle.loads(pickle.dumps(stack))):
-        assert twin._packed.plan is None
+        assert twin._packed.route is None
         assert torch.equal(twin(x), want)
 
 
@@ -261,7 +260,7 @@ def test_kernels_that_are_launched_otherwise_are_left_to_the_blocks(double, x):
         net = trained_like_(MixerStack(MixerBlock(8, 3)), SHAPE)
         first = net(x)
         assert torch.equal(net(x), first)
-        assert net._packed.plan is None
+        assert net._packed.route is None
 
 
 # On a CPU, where the engine serves a stack whole.
@@ -280,11 +279,11 @@ def whole(x):
 def held(net: MixerStack, x: torch.Tensor) -> bool:
     """Whether a call of a stack asks none of its blocks."""
     asked = []
-    plan = net._packed.plan
+    route = net._packed.route
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MixerBlock, "_whole", lambda self, x: asked.append(self))
         net(x)
-    net._packed.plan = plan
+    net._packed.route = route
     return not asked
 
 
@@ -302,7 +301,7 @@ def test_refreshing_a_block_reaches_the_stack_around_it(whole, x):
         refresh(net[1])
 
     whole(x)
-    assert whole._packed.plan is not None
+    assert whole._packed.route is not None
     assert_noticed(whole, x, unseen)
 
 
@@ -321,14 +320,14 @@ def test_other_inputs_are_the_same_call_on_a_cpu(whole, x):
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_modes_and_watchers_are_noticed_on_a_cpu(whole, x):
     with use_backend("reference"):
-        assert whole._packed.plan is not None
-        assert not whole._packed.plan.holds(x)
+        assert whole._packed.route is not None
+        assert not whole._packed.route.holds(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not whole._packed.plan.holds(x)
-    assert not whole._packed.plan.holds(x.double())
-    assert not whole._packed.plan.holds(x[0])
+        assert not whole._packed.route.holds(x)
+    assert not whole._packed.route.holds(x.double())
+    assert not whole._packed.route.holds(x[0])
     with torch.enable_grad():
-        assert not whole._packed.plan.holds(x)
+        assert not whole._packed.route.holds(x)
         assert whole(x.clone().requires_grad_()).requires_grad
     whole(x)
     with backends.recording() as rows:
@@ -354,13 +353,10 @@ def test_nothing_is_kept_of_a_stack_that_is_watched(x):
         net = trained_like_(MixerStack(*[MixerBlock(8, 3) for _ in range(2)]), SHAPE)
         with backends.recording():
             net(x)
-        assert net._packed.plan is None
+        assert net._packed.route is None
         net(x)
-        assert isinstance(net._packed.plan, SteadyOnCpu)
-        net[0].training = True  # asks for nothing else, but is not what `holds` takes
-        net(x)
-        assert net._packed.plan is None
-        assert copy.deepcopy(net)._packed.plan is None
+        assert isinstance(net._packed.route, Route)
+        assert copy.deepcopy(net)._packed.route is None
 
 
 IMAGES = (2, 3, 9, 13)
@@ -401,12 +397,12 @@ def stem(images):
 def served_at_once(net: PatchEmbed, images: torch.Tensor) -> bool:
     """Whether a call of a stem does not look up who serves it."""
     asked = []
-    plan = net._packed.plan
+    route = net._packed.route
     decide = PatchEmbed._decide
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PatchEmbed, "_decide", lambda *args: asked.append(args) or decide(*args))
         net(images)
-    net._packed.plan = plan
+    net._packed.route = route
     return not asked
 
 
@@ -447,25 +443,25 @@ def test_other_images_are_the_same_call_of_a_stem(stem, images):
 
 @engine
 def test_modes_and_watchers_of_a_stem_are_noticed(stem, images):
-    plan = stem._packed.plan
-    assert plan.holds(images)
+    route = stem._packed.route
+    assert route.holds(images)
     with use_backend("reference"):
-        assert not plan.holds(images)
+        assert not route.holds(images)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not plan.holds(images)
+        assert not route.holds(images)
     for other in (images.double(), images[0], images.to("meta"), nn.Parameter(images)):
-        assert not plan.holds(other)
+        assert not route.holds(other)
     with torch.enable_grad():
-        assert not plan.holds(images)
+        assert not route.holds(images)
         assert stem(images).requires_grad
     with backends.recording() as rows:
         stem(images)
     assert [row.op for row in rows] == ["pointwise_mix"]
     with installed():
-        assert not plan.holds(images)
+        assert not route.holds(images)
     stem(images)
     assert served_at_once(stem, images)
-    assert copy.deepcopy(stem)._packed.plan is None
+    assert copy.deepcopy(stem)._packed.route is None
 
 
 @engine
@@ -483,70 +479,65 @@ def test_a_stem_of_pixels_is_served_at_once_too(images):
 def test_what_is_kept_does_not_keep_a_model_alive(whole, x):
     net = copy.deepcopy(whole)
     net(x)
-    assert isinstance(net._packed.plan, SteadyOnCpu)
+    assert isinstance(net._packed.route, Route)
     seen = weakref.ref(net[0])
     del net
     gc.collect()
     assert seen() is None
 
 
-@engine
-def test_the_engine_reads_modules_as_python_does():
-    conv, norm, act = nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2).eval(), nn.GELU()
-    outer = nn.Sequential(conv.eval(), act.eval()).eval()
-    falsy = ("training", "_forward_hooks")
+def net_of_two() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.GELU(), nn.BatchNorm2d(2)).eval()
 
-    def modules(*rows, acts=()):
-        return _native.modules_unchanged(rows, acts, falsy, ("forward", "_conv_forward"))
 
-    assert modules()
-    assert modules((conv, nn.Conv2d, ()), (outer, nn.Sequential, (conv, act)))
-    for method in ("forward", "_conv_forward"):
-        conv.__dict__[method] = getattr(nn.Conv2d, method)
-        assert not modules((conv, nn.Conv2d, ()))
-        del conv.__dict__[method]
-    assert not modules((conv, nn.Conv1d, ()))
-    for children in ((), (conv,), (act, conv), (conv, act, norm), [conv, act]):
-        assert not modules((outer, nn.Sequential, children))
-    assert not modules((object(), object, ()))
-    assert not _native.modules_unchanged(((conv, nn.Conv2d, ()),), (), ("no such name",), ())
-    outer.__dict__["_modules"] = OrderedDict(outer._modules)
-    assert modules((outer, nn.Sequential, (conv, act)))
-    outer._modules.move_to_end("0")
-    assert modules((outer, nn.Sequential, (act, conv)))
-    assert not modules((outer, nn.Sequential, (conv, act)))
-    assert modules(acts=((act, "none"), (nn.ReLU(), None)))
-    assert not modules(acts=((act, "tanh"),))
-    assert not modules(acts=((act, torch.zeros(2)),))  # whose comparison is no truth: a change
-    with pytest.raises(TypeError, match="modules: must be tuples of 3"):
-        modules((conv, nn.Conv2d))
-    with pytest.raises(TypeError, match="acts: must be tuples of 2"):
-        modules(acts=(act,))
+STRUCTURE = {
+    "a hook": lambda net: net[1].register_forward_hook(lambda m, a, o: o),
+    "a hook before": lambda net: net[0].register_forward_pre_hook(lambda m, a: None),
+    "a hook of gradients": lambda net: net[2].register_full_backward_hook(lambda m, i, o: None),
+    "a class": lambda net: setattr(net[1], "__class__", nn.ReLU),
+    "a child": lambda net: net.__setitem__(1, nn.GELU().eval()),
+    "a child more": lambda net: net.append(nn.Tanh()),
+    "a child less": lambda net: net.__delitem__(2),
+    "children in another order": lambda net: net._modules.update({"0": net[1], "1": net[0]}),
+    "a parameter": lambda net: setattr(net[0], "weight", nn.Parameter(net[0].weight.data)),
+    "a parameter less": lambda net: setattr(net[0], "bias", None),
+    "a buffer": lambda net: setattr(net[2], "running_var", net[2].running_var.clone()),
+}
+SETTINGS = {
+    "training": lambda net: net[2].train(),
+    "a geometry": lambda net: setattr(net[0], "padding", (0, 0)),
+    "an epsilon": lambda net: setattr(net[2], "eps", 1e-3),
+    "a form": lambda net: setattr(net[1], "approximate", "tanh"),
+    "a method": lambda net: setattr(net[0], "_conv_forward", lambda *args: args[0]),
+    "an attribute in front of a parameter": lambda net: net[0].__dict__.update(
+        weight=net[0].weight
+    ),
+    "an attribute whose comparison is no boolean": lambda net: setattr(net[0], "a", torch.ones(3)),
+    "a call that is compiled": lambda net: setattr(net[0], "_compiled_call_impl", print),
+}
 
-    def stamps():
-        tensors = (conv.weight, conv.bias, *norm.parameters(), norm.running_mean, norm.running_var)
-        return tuple((t, t._version, t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors)
 
-    half = (conv, norm, ((1, 1), 2), 1e-5)
-    settings = ("kernel_size", "in_channels")
-    known = stamps()
-    assert _native.parameters_unchanged((half,), settings, known)
-    assert _native.parameters_unchanged((), settings, ())
-    assert not _native.parameters_unchanged((half,), settings, known[:-1])
-    assert not _native.parameters_unchanged((half,), settings, known + known[:1])
-    assert not _native.parameters_unchanged((half,), (*settings, "stride"), known)
-    assert not _native.parameters_unchanged(((conv, norm, ((1, 1), 3), 1e-5),), settings, known)
-    assert not _native.parameters_unchanged(((conv, norm, ((1, 1), 2), 1e-3),), settings, known)
-    for i, other in enumerate((conv.bias, 99, 99, torch.float64, (2, 2))):
-        stamp = (*known[0][:i], other, *known[0][i + 1 :])
-        assert not _native.parameters_unchanged((half,), settings, (stamp, *known[1:]))
-    with pytest.raises(TypeError, match="halves: must be tuples of 4"):
-        _native.parameters_unchanged(((conv, norm),), settings, known)
-    assert not _native.parameters_unchanged((half,), settings, ((),) * 6)
-    assert not _native.parameters_unchanged((half,), settings, (None, *known[1:]))
-    conv.__dict__["weight"] = conv._parameters["weight"]
-    assert not _native.parameters_unchanged((half,), settings, known)
-    del conv.__dict__["weight"]
-    del conv.weight
-    conv.weight = torch.ones(2, 2, 1, 1)  # no parameter: the caller asks the slow way
-    assert not _native.parameters_unchanged((half,), settings, known)
+@pytest.mark.parametrize("change", STRUCTURE.values(), ids=STRUCTURE)
+def test_a_snapshot_sees_another_structure(change):
+    net = net_of_two()
+    known = ModuleSnapshot(net)
+    assert known.is_intact()
+    assert known.is_unchanged()
+    change(net)
+    assert not known.is_intact()
+    assert not known.is_unchanged()
+
+
+@pytest.mark.parametrize("change", SETTINGS.values(), ids=SETTINGS)
+def test_a_snapshot_sees_another_setting(change):
+    net = net_of_two()
+    known = ModuleSnapshot(net)
+    change(net)
+    assert not known.is_unchanged()
+
+
+def test_a_snapshot_sees_a_class_that_is_patched(monkeypatch):
+    known = ModuleSnapshot(net_of_two())
+    assert known.is_unchanged()
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", lambda *args: args[0])
+    assert not known.is_unchanged()
