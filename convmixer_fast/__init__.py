@@ -1,4 +1,4 @@
-"""ConvMixer as fast as the hardware allows, in place of anybody's ConvMixer."""
+"""ConvMixer as fast as the hardware allows, a drop-in for timm, mmpretrain and the original."""
 
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version

@@ -1,4 +1,4 @@
-"""Is the compiled CPU engine here, and how is it called with tensors?
+"""Calls of the compiled CPU engine with tensors.
 
 The extension is looked for once, at first use, and every reason for its absence is kept.
 ``CONVMIXER_FAST_DISABLE_NATIVE=1`` leaves it alone; ``CONVMIXER_FAST_ISA`` (baseline, avx2,
@@ -292,7 +292,7 @@ def _launch_mix(
 
 
 def epilogue_(h: Tensor, scale: Tensor, shift: Tensor, act: str) -> Tensor:
-    """``scale * act(h) + shift`` by the compiled engine, in the place of ``h``.
+    """``scale * act(h) + shift`` by the compiled engine, written over ``h``.
 
     One pass over memory for what follows a 1x1 convolution. On ``torch.get_num_threads()`` threads.
 
@@ -349,7 +349,7 @@ def mixer_pack(
     scale2: Tensor,
     shift2: Tensor,
 ) -> Tensor:
-    """What `mixer_stack` takes of a ConvMixer block besides the pointwise weight, a flat tensor.
+    """All of a ConvMixer block but the pointwise weight, as a flat tensor for `mixer_stack`.
 
     Args:
         taps: (C, 1, k, k), the depthwise convolution's weight.

@@ -1,4 +1,4 @@
-"""Are the compiled CUDA kernels here, and how are they called with tensors?
+"""Calls of the compiled CUDA kernels with tensors.
 
 The extension is looked for once, at first use, and every reason for its absence is kept. It imports
 on a machine without a GPU or a driver. ``CONVMIXER_FAST_DISABLE_CUDA=1`` leaves it alone.

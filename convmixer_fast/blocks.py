@@ -1,7 +1,7 @@
-"""Which modules can stand in anybody's network? A ConvMixer block and its two halves, fused.
+"""The fused modules of a network: stem, block, the two halves of a block, and a stack of blocks.
 
 Their children are the ordinary `nn.Conv2d`, activation and `nn.BatchNorm2d` under the names that
-the published models use, so state dicts, optimizers, hooks and surgery on children work as ever.
+the published models use, so state dicts, optimizers, hooks and surgery on children work as usual.
 Only the parent's forward is fused, and only where that computes the same thing: while BatchNorm
 gathers batch statistics, while a child carries hooks or is not the plain module, the children run
 one by one.
@@ -362,7 +362,7 @@ class PatchEmbed(_FusedSequential):
     """``BN(act(conv(x)))`` of p x p patches that do not overlap: the stem of a ConvMixer.
 
     (N, in_chans, H, W) -> (N, dim, H // p, W // p), channels-last if the input is, and always where
-    Triton kernels serve it (on a GPU, in eval mode). Children as in timm: ``0`` Conv2d (p x p,
+    Triton kernels compute it (on a GPU, in eval mode). Children as in timm: ``0`` Conv2d (p x p,
     stride p), ``1`` activation, ``2`` BatchNorm2d.
 
     Args:
@@ -425,8 +425,8 @@ class PatchEmbed(_FusedSequential):
     def _on_uint8(self, x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor | None:
         """The stem with its normalisation as one operator, or None where PyTorch normalises first.
 
-        That is so where no kernel would serve the operator, and where gradients are recorded, which
-        it does not have.
+        That is so where no kernel would compute the operator, and where gradients are recorded,
+        which it does not have.
         """
         if len(self) != 3 or not is_patchwise(self[0]):
             return None
@@ -434,8 +434,8 @@ class PatchEmbed(_FusedSequential):
         conv, act, bn = self
         dtype = dtype_of_pixels(x, self)
         compiling = torch.compiler.is_compiling()
-        serve = backends.compiled_kernels_run if compiling else backends.gpu_kernels_run
-        if (not compiling and torch._C._get_tracing_state()) or not serve(x.device, dtype):
+        has_kernel = backends.compiled_kernels_run if compiling else backends.gpu_kernels_run
+        if (not compiling and torch._C._get_tracing_state()) or not has_kernel(x.device, dtype):
             return None
         if torch.is_grad_enabled() and need_gradients(sources_of(conv, bn)):
             return None
@@ -481,7 +481,7 @@ class MixerBlock(_FusedSequential):
     """One ConvMixer block: `DepthwiseMix`, then the channel half.
 
     (N, dim, H, W) -> (N, dim, H, W), channels-last if the input is, and always where Triton kernels
-    serve the block (on a GPU, in eval mode). Children as in timm: ``0`` `DepthwiseMix`, ``1``
+    compute the block (on a GPU, in eval mode). Children as in timm: ``0`` `DepthwiseMix`, ``1``
     Conv2d (1x1), ``2`` activation, ``3`` BatchNorm2d.
 
     Args:
@@ -636,7 +636,7 @@ def _stacks_run_on(x: Tensor) -> bool:
 
 
 def _laid_out(module: nn.Module, x: Tensor) -> Tensor:
-    """``x`` as blocks want it: channels-last where GPU kernels will serve them, else as it is.
+    """``x`` in the layout of the blocks: channels-last for GPU kernels, else as it is.
 
     Converted once, not in each half: a block that gets channels-last gives channels-last.
     """
@@ -645,8 +645,8 @@ def _laid_out(module: nn.Module, x: Tensor) -> Tensor:
         return x
     if not compiling and (reason_observed(x) or x.is_contiguous(memory_format=torch.channels_last)):
         return x
-    serve = backends.compiled_kernels_run if compiling else backends.gpu_kernels_run
-    return x.contiguous(memory_format=torch.channels_last) if serve(x.device, x.dtype) else x
+    has_kernel = backends.compiled_kernels_run if compiling else backends.gpu_kernels_run
+    return x.contiguous(memory_format=torch.channels_last) if has_kernel(x.device, x.dtype) else x
 
 
 def _by_stock(
@@ -707,8 +707,8 @@ class MixerStack(_FusedSequential):
     """Blocks one after the other, a Sequential of `MixerBlock`; for inference on a CPU, one call.
 
     (N, dim, H, W) -> (N, dim, H, W), channels-last if the input is, and always where Triton kernels
-    serve the blocks (on a GPU, in eval mode). Children and keys are those of `nn.Sequential`. Where
-    a block cannot be fused whole (see `explain`), the blocks run one by one. On a GPU, `optimize`
+    compute the blocks (on a GPU, in eval mode). Children and keys are those of `nn.Sequential`.
+    Where a block cannot be fused whole (see `explain`), the blocks run one by one. On a GPU, `optimize`
     lets them run as a CUDA graph or depth first.
     """
 

@@ -147,7 +147,7 @@ def _plain(op: str, operands: list[Tensor], act: str, dtype: torch.dtype) -> Ten
 
 
 def check_backend(name: str) -> list[dict[str, Any]]:
-    """Run a backend's operators and a whole block on small inputs, beside PyTorch's.
+    """Run a backend's operators and a whole block on small inputs, against PyTorch's.
 
     Returns a row for each of them and each activation: the largest error against float64,
     PyTorch's own in the same dtype, the bar (see `testing`), ``ok``, and ``reason`` where it failed

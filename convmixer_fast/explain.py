@@ -1,4 +1,4 @@
-"""Who would compute this model on this input, and why?"""
+"""The backend of every fused operator of a model on an input, and the reason."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .optimize import unwrapped
 
 
 class Row(NamedTuple):
-    """One fused operator of a model: where it stands, what it is, who serves it and why."""
+    """One fused operator of a model: its module, its name, its backend and the reason."""
 
     module: str
     op: str
@@ -71,7 +71,7 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
 
 
 def recorded_calls(model: nn.Module, x: Tensor) -> list[backends.Call]:
-    """Every call that GPU kernels may serve in a forward pass of ``model`` on inputs like ``x``."""
+    """Every call that GPU kernels may compute in a forward of ``model`` on inputs like ``x``."""
     return [record.call for record in _records(model, x) if record.call is not None]
 
 

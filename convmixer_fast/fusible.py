@@ -210,7 +210,7 @@ def is_under_mode() -> bool:
 
 
 def reason_observed(x: Any) -> str:
-    """Why operators on ``x`` must be PyTorch's own, one by one, whoever the modules are."""
+    """Why operators on ``x`` must be PyTorch's own, one by one, whatever the modules are."""
     if isinstance(x, torch.fx.Proxy):
         return _TRACED
     if torch.compiler.is_compiling():

@@ -2,8 +2,8 @@
 
 ``convmixer-fast doctor --gpu`` writes it. Each operator has a process of its own, so that a fault
 of one does not take the others. The file holds the GPU's name and limits, versions, and a row for
-each operator, dtype and published width: errors against float64 beside PyTorch's own, and times
-beside PyTorch's in both layouts. No paths, no names of hosts or users.
+each operator, dtype and published width: errors against float64 next to PyTorch's own, and
+times next to PyTorch's in both layouts. No paths, no names of hosts or users.
 """
 
 from __future__ import annotations
@@ -123,12 +123,12 @@ def report(
         device: the current GPU by default.
         which: `problems` by default.
         timer: seconds of a call; on a GPU a function that a process of its own can import.
-        progress: is told a line for each row.
+        progress: gets a line for each row.
 
     Returns:
         What the module's docstring says, ready for JSON. A kernel that fails is a row with a
         ``reason``. Where a tile that the copy engine (TMA) moves is not right, ``substitute`` says
-        whether the one without it is, which then serves users and is timed.
+        whether the one without it is, which is then used and timed.
 
     Raises:
         BackendError: no GPU kernels can run here, with the reason.

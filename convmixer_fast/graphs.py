@@ -245,7 +245,7 @@ class StackGraphs:
         return len(self._graphs)
 
     def __reduce__(self) -> tuple[type[StackGraphs], tuple[()]]:
-        # Copies and pickles of a model capture anew.
+        # Copies and pickles of a model capture again.
         return (StackGraphs, ())
 
 

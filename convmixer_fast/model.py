@@ -1,4 +1,4 @@
-"""Which model replaces timm's `ConvMixer`? This one: its signature, parameter names and methods.
+"""ConvMixer with the signature, parameter names and methods of timm's.
 
 As `reference`, this module does without ``from __future__ import annotations``.
 """
@@ -194,7 +194,7 @@ class ConvMixer(nn.Module):
         """
         source = checkpoints.read_checkpoint(path)
         model = cls(**(checkpoints.build_model_kwargs(source, act) | kwargs))
-        # What contradicts a published variant was told above, once.
+        # A contradiction to a published variant was reported above, once.
         settled = replace(source, arch=replace(source.arch, act=model.arch.act))
         checkpoints.load_checkpoint(model, settled)
         return model.eval()
@@ -307,7 +307,7 @@ class ConvMixer(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The maps after some blocks, besides the last one.
+        """The maps after some blocks, and the last one.
 
         Args:
             x: (N, in_chans, H, W).
@@ -470,14 +470,14 @@ def list_models(filter: str = "", pretrained: bool = False) -> list[str]:
 
 
 def _load_published(model: ConvMixer, variant: Variant) -> None:
-    mend = "pass checkpoint_path= the file of its weights (any published format)"
+    remedy = "pass checkpoint_path= the file of its weights (any published format)"
     if variant.hf_hub_id is None:
-        raise RuntimeError(f"no hub holds weights of {variant.name}: {mend}")
+        raise RuntimeError(f"no hub holds weights of {variant.name}: {remedy}")
     try:
         from huggingface_hub import hf_hub_download
     except ImportError as error:
         raise RuntimeError(
-            f'pretrained=True needs huggingface_hub: pip install "convmixer_fast[hub]", or {mend}'
+            f'pretrained=True needs huggingface_hub: pip install "convmixer_fast[hub]", or {remedy}'
         ) from error
     try:
         path = hf_hub_download(variant.hf_hub_id, "model.safetensors")
@@ -486,7 +486,7 @@ def _load_published(model: ConvMixer, variant: Variant) -> None:
         cause = str(error).strip().splitlines()
         raise RuntimeError(
             f"cannot fetch {variant.hf_hub_id} ({type(error).__name__}: "
-            f"{cause[0] if cause else 'no message'}): {mend}"
+            f"{cause[0] if cause else 'no message'}): {remedy}"
         ) from error
     state = dict(checkpoints.read_checkpoint(path).state_dict)
     stem: Any = model.stem[0].weight

@@ -1,4 +1,4 @@
-"""How does a model that somebody else built get fused blocks, and how does it get its own back?
+"""Fused blocks for a model of another library, and the way back.
 
 `optimize` finds ConvMixer blocks by what their modules compute, never by the name of a class or a
 library: a container's forward is traced with torch.fx, its children taken as they are, and it is
@@ -39,7 +39,7 @@ from .reference import NormalizedSequential, Residual, ResidualSequential
 
 
 class SequentialDepthwiseMix(DepthwiseMix, _FusedSequential):
-    """A `DepthwiseMix` in the place of a Sequential's subclass: indexed and iterated as one."""
+    """A `DepthwiseMix` instead of a subclass of Sequential: indexed and iterated as one."""
 
 
 _FUSED_TYPES = (
@@ -131,7 +131,7 @@ def optimize(
     Parameters, buffers, convolutions, activations and norms stay the same objects, state-dict keys
     and module names stay as they are, and so do hooks, frozen parameters and each module's
     training mode. Only the class of a replaced container changes. What was replaced, what was not
-    and why is told by `optimization_report`; nothing is written on the model.
+    and why is in `optimization_report`; nothing is written on the model.
 
     Not while other threads run models: torch.fx intercepts every module call as long as it traces.
 
@@ -739,7 +739,7 @@ def _unfuse(module: nn.Module) -> nn.Module:
 
 
 def _substitute(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
-    """Put ``new[id(m)]`` in the place of every m in ``model``, wherever it stands."""
+    """Replace every m in ``model`` by ``new[id(m)]``, wherever it stands."""
     for container in [*model.modules(), *new.values()]:
         for name, child in container._modules.items():
             if id(child) in new:

@@ -1,8 +1,8 @@
-"""Which kernel is fastest on this GPU, at these shapes? Measured when asked, never unasked.
+"""Measure which kernel is fastest on this GPU at a model's shapes, only when asked.
 
 For every fused operator that a model calls: our kernel with the shipped tile and with its
-neighbours, and PyTorch's own operators in both layouts, the conversions counted. The fastest serves
-that operator at that shape from then on, in this process and, through a file
+neighbours, and PyTorch's own operators in both layouts, the conversions counted. The fastest
+computes that operator at that shape from then on, in this process and, through a file
 (`convmixer_fast.ops.verdicts`), in later ones.
 """
 
@@ -40,7 +40,7 @@ LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_
 
 
 class TuneRow(NamedTuple):
-    """One kind of call: what it was, and who won. ``skipped``: candidates that cannot run here."""
+    """One kind of call, and the fastest candidate. ``skipped``: candidates that cannot run here."""
 
     case: Case
     shape: tuple[int, int, int]
@@ -49,7 +49,7 @@ class TuneRow(NamedTuple):
 
 
 class TuneReport(list[TuneRow]):
-    """A row for each kind of call; ``path``: where the verdicts are kept, "" for nowhere."""
+    """A row for each kind of call; ``path``: where the entries are kept, "" for nowhere."""
 
     path: str = ""
 
@@ -73,7 +73,7 @@ def tune(
     timer: Callable[[Callable[[], Any]], float] | None = None,
     save: bool = True,
 ) -> TuneReport:
-    """Measure who is fastest at each of the model's fused operators, and let it serve them.
+    """Measure the fastest implementation of each fused operator of a model, and use it from now on.
 
     Takes about a second for each candidate that has to be compiled, a few seconds for each kind of
     call. The model itself is not run and not changed. Every candidate is checked before it is
@@ -95,7 +95,7 @@ def tune(
         TypeError: not a module.
 
     Warns:
-        RuntimeWarning: the file cannot be written; the verdicts hold for this process.
+        RuntimeWarning: the file cannot be written; the entries hold for this process.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"tune takes a torch.nn.Module, got {type(model).__name__}")

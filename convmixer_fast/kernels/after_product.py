@@ -64,7 +64,7 @@ def after_product_kernel(
 def after_product_(
     h: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, act: str
 ) -> Tensor:
-    """``scale * act(h + bias) + shift`` in the place of h, on the current device and stream.
+    """``scale * act(h + bias) + shift`` written over h, on the current device and stream.
 
     Args:
         h: (N, D, H, W), float64, float32, float16 or bfloat16, channels-last without gaps: a 1x1

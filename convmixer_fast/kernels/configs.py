@@ -1,4 +1,4 @@
-"""Which tile does a kernel use? One table for each kernel, the reason beside each row.
+"""The tiles of the kernels: a table for each kernel, with the reason in each row.
 
 The rows come from arithmetic, from the registers and instruction mixes of compiled kernels and from
 counts of a simulator; none was timed. Nothing is tuned at first use.
@@ -61,7 +61,7 @@ DEPTHWISE: tuple[DepthwiseRow, ...] = (
         range(12, 1 << 10),
         range(64, _ANY),
         DepthwiseConfig(columns=8, rows=8, channels=64, taps=6, warps=4),
-        "All the taps of a row would not fit beside the accumulators. Six at a time, eight columns "
+        "All the taps of a row would not fit with the accumulators. Six at a time, eight columns "
         "read 13 for 48 multiply-adds a channel; with eight at a time k = 31 takes 130 registers.",
     ),
     DepthwiseRow(
@@ -381,7 +381,7 @@ def pointwise_candidates(
 
 #: The stem multiplies 0.5 to 2.6 % of the network's terms (C p p = 147 or 588 for an RGB image):
 #: one tile everywhere. Its left operand is gathered through registers, an address and an element
-#: each, and 64 x 16 of those over 128 threads fit beside 64 sums in 168 registers: three programs a
+#: each, and 64 x 16 of those over 128 threads fit with 64 sums in 168 registers: three programs a
 #: multiprocessor hide what no asynchronous copy does here.
 STEM = PointwiseConfig(64, 128, 16)
 #: float32: the operands take twice the room.

@@ -15,7 +15,7 @@ The loop nest, for one program (a tile of R rows, T columns and BC channels of o
 Triton can neither index nor shift a tensor of registers, so the T output columns are T accumulators
 and a loaded column meets every accumulator it belongs to: T * k multiply-adds for T + k - 1 loads.
 A thread holds 4 neighbouring channels of one row: for T = 8, k = 9 that is 32 accumulators, 36 taps
-and what is in flight, about 105 registers; and a kernel row is 288 multiply-adds beside 16 loads of
+and what is in flight, about 105 registers; and a kernel row is 288 multiply-adds to 16 loads of
 activations, 9 of taps, 64 conversions from 16 bits and about 14 of everything else: 0.73-0.74 of
 the instructions are multiply-adds, 0.87 in float32, where nothing is converted.
 

@@ -9,7 +9,7 @@ is channels-last. The one change of layout in the network, and the normalisation
 cost no pass of their own.
 
 A warp's 32 pixels are runs of p neighbours. Each is read again for every BLOCK_N channels, from L1
-or L2: an image of 3 x 224 x 224 bytes is small beside the (224 / p)^2 D outputs that are written.
+or L2: an image of 3 x 224 x 224 bytes is small against the (224 / p)^2 D outputs that are written.
 
 Source: Trockman and Kolter 2022, section 2: patch embeddings by a convolution with stride p.
 """

@@ -41,7 +41,7 @@ _capable: set[int] = set()
 def emulated() -> Iterator[None]:
     """Inside the block, kernels run on CPU tensors too: something stands in for the GPU.
 
-    For the whole process, as what stands in is. Under ``auto`` the CPU's own backend keeps serving
+    For the whole process, as the emulation is. Under ``auto`` the CPU's own backend keeps computing
     CPU tensors; ask for ``triton`` by name.
     """
     global _emulating
@@ -55,9 +55,9 @@ def emulated() -> Iterator[None]:
 
 
 def epoch() -> int:
-    """Counts the changes of what decides who serves a call: a kernel's verdicts, emulation.
+    """The version of the dispatch state: results of self-checks, emulation.
 
-    What was decided in another epoch has to be decided anew.
+    A decision that was made under an older version is stale.
     """
     return _epoch
 

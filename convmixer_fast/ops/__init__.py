@@ -1,8 +1,8 @@
-"""What can be computed as one operator, and by whom?
+"""The fused operators, and the choice between backends.
 
 `torch.library` operators ``convmixer_fast::depthwise_mix``, ``convmixer_fast::pointwise_mix``
 (schema, kernels, fake, autograd), ``convmixer_fast::patch_embed_uint8`` and
-``convmixer_fast::mixer_stack`` (inference), and the choice between backends.
+``convmixer_fast::mixer_stack`` (inference).
 """
 
 from .backends import BackendError, available_backends, use_backend

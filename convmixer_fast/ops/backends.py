@@ -1,4 +1,4 @@
-"""Who computes an operator? The one place that decides a backend, and says why.
+"""The choice of a backend for an operator, and its reason.
 
 ``auto`` takes, for each operator, device and dtype, the fastest backend that can run and falls
 through to PyTorch's own operators (``reference``). A backend that is asked for by name and cannot
@@ -39,10 +39,10 @@ class BackendError(RuntimeError):
 
 
 class Choice(NamedTuple):
-    """The backend that serves a call, and why it and no faster one.
+    """The backend of a call, and why it and no faster one.
 
     ``memory_format``: the layout in which PyTorch's operators were found to be fastest, if known;
-    ``case``, ``config``: the kernel that serves a call on a GPU.
+    ``case``, ``config``: the kernel of a call on a GPU.
     """
 
     backend: str
@@ -136,7 +136,7 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype, op: str = "") -> s
 
 
 def gpu_kernels_run(device: torch.device, dtype: torch.dtype, op: str = "") -> bool:
-    """Whether kernels, as far as is known before a call, serve activations like these.
+    """Whether kernels, as far as is known before a call, compute activations like these.
 
     Under ``auto`` only on a GPU; by name on CPU tensors too, where kernels are emulated.
 
@@ -181,9 +181,9 @@ compiled_kernels_run._dynamo_marked_constant = True  # type: ignore[attr-defined
 
 
 class Call(NamedTuple):
-    """What `choose` wants to know of a call that a GPU kernel may serve.
+    """The properties of a call that decide about GPU kernels.
 
-    ``shape``: N, H, W; ``verdict``: what `convmixer_fast.tune` found out about such calls.
+    ``shape``: N, H, W; ``verdict``: the entry that `convmixer_fast.tune` made for such calls.
     """
 
     case: Case
@@ -199,7 +199,7 @@ def call_of(
     act: str | None,
     dtype: torch.dtype | None = None,
 ) -> Call | None:
-    """The `Call` of an operator on ``x``; None where no GPU kernel may serve it.
+    """The `Call` of an operator on ``x``; None where no GPU kernel may compute it.
 
     Args:
         dtype: that is computed in, where it is not that of ``x``.
@@ -312,7 +312,7 @@ def _choose_without_triton(call: Call, why_not: str) -> Choice:
     """
     why_no_cuda = _why_not_cuda(torch.device(call.case.device))
     if why_no_cuda:
-        # What keeps both away, such as no GPU, is told once.
+        # A reason that both share, such as no GPU, is given once.
         also = "" if why_no_cuda == why_not else f"; cuda: {why_no_cuda}"
         return Choice("reference", f"triton: {why_not}{also}")
     order = lookup_order(support.architecture(torch.device(call.case.device)))
@@ -361,7 +361,7 @@ def _first_trusted(
 
 
 def _why_not_cuda(device: torch.device) -> str:
-    """Why the CUDA extension serves nothing on a device; ``""`` where it has kernels for it."""
+    """Why the CUDA extension runs nothing on a device; ``""`` where it has kernels for it."""
     if device.type != "cuda" and not _native_cuda.is_emulated():
         return f"the tensors are on {device.type}"
     if device.type == "cuda":
@@ -380,7 +380,7 @@ def cuda_candidates(case: Case, shape: tuple[int, int, int]) -> list[CudaConfig]
 
 
 def _cuda_families(call: Call) -> dict[str, str]:
-    """Every family of CUDA kernels that may serve a 1x1 convolution, the best first, with ``""`` or
+    """Every family of CUDA kernels for a 1x1 convolution, the best first, with ``""`` or
     why it cannot."""
     device = torch.device(call.case.device)
     why_not = _why_not_cuda(device)
@@ -422,7 +422,7 @@ def _trust(case: Case | None) -> str:
 
 
 def fall_back(op: str, choice: Choice) -> None:
-    """Another is to serve a call that `choose` gave to a kernel which is not to be trusted.
+    """Refuse the fallback from a kernel that failed its self-check if its backend was named.
 
     Raises:
         BackendError: the kernel's backend was asked for by name.
@@ -477,7 +477,7 @@ def whole_blocks_run(device: torch.device, dtype: torch.dtype, channels: int) ->
 
 
 class Record(NamedTuple):
-    """One call of a fused module: which, what it wanted to compute, and who serves it."""
+    """One call of a fused module: the module, the operator and the choice."""
 
     module: nn.Module
     op: str

@@ -31,7 +31,7 @@ BEYOND_INT32 = 1 << 31
 
 
 class Case(NamedTuple):
-    """One operator, on one device, in the form that one compiled kernel serves.
+    """One operator, on one device, in the form that one compiled kernel computes.
 
     ``op``: ``depthwise_mix``, ``pointwise_mix``, ``patch_embed`` (the stem's form of the second) or
     ``patch_embed_uint8`` (the same on uint8 images); ``dtype``: the weight's;

@@ -1,4 +1,4 @@
-"""What do both fused operators share? Layout, accumulation dtype, activations, gradients."""
+"""Layout, accumulation dtype, activations and gradients, which all fused operators share."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 A kernel that was compiled for a device, a dtype and a size for the first time is run on a small
 random input and held against PyTorch by the numerics rule (`convmixer_fast.testing`). Where it
-disagrees, or cannot be compiled or launched, one warning says so and PyTorch's own operators serve
-that case for as long as the process lives; `explain` and ``convmixer-fast doctor`` show it.
+disagrees, or cannot be compiled or launched, one warning says so and PyTorch's own operators
+compute that case for as long as the process lives; `explain` and ``convmixer-fast doctor`` show it.
 A kernel that moves its tiles by the copy engine (TMA) is tried without it before that, and a
 warning says so too. ``CONVMIXER_FAST_VERIFY=0`` switches the check off.
 
@@ -33,9 +33,9 @@ from .cases import Case
 
 ENVIRONMENT = "CONVMIXER_FAST_VERIFY"
 
-#: "" for a case that was found right, else the reason why PyTorch serves it.
+#: "" for a case that was found right, else the reason for the fallback to PyTorch.
 _verdicts: dict[Case, str] = {}
-#: The tile that serves a case in the place of its own, and what was wrong with that one.
+#: The tile that computes a case instead of its own, and what was wrong with that one.
 _retreats: dict[Case, tuple[Any, str]] = {}
 _lock = threading.RLock()
 
@@ -63,13 +63,13 @@ def verdict(case: Case) -> str | None:
 
 
 def results() -> dict[Case, str]:
-    """Every case so far, with ``""`` or the reason why PyTorch serves it."""
+    """Every case so far, with ``""`` or the reason for the fallback to PyTorch."""
     with _lock:
         return dict(_verdicts)
 
 
 def retreats() -> dict[Case, str]:
-    """Every case that another tile serves than its own, and what was wrong with that one."""
+    """Every case that another tile computes than its own, and what was wrong with that one."""
     with _lock:
         return {case: why for case, (_, why) in _retreats.items()}
 
@@ -80,7 +80,7 @@ def retreat(case: Case) -> tuple[Any, str]:
 
 
 def forget() -> None:
-    """Forget every verdict: the next call of each case checks anew."""
+    """Forget every result: the next call of each case checks again."""
     with _lock:
         _verdicts.clear()
         _retreats.clear()
@@ -90,11 +90,11 @@ def forget() -> None:
 def ready(
     case: Case, check: Callable[[Any], str], plainer: Callable[[], Any] = lambda: None
 ) -> bool:
-    """Whether a kernel serves ``case``, the one of `retreat` if any; the first time, finds out.
+    """Whether a kernel computes ``case``, the fallback tile's if any; the first call checks it.
 
     Args:
-        check: runs the kernel with a tile (None: the case's own) beside PyTorch; returns ``""`` or
-            what is wrong, or raises. `torch.OutOfMemoryError` proves nothing: PyTorch serves this
+        check: runs the kernel with a tile (None: the case's own) against PyTorch; returns ``""`` or
+            what is wrong, or raises. `torch.OutOfMemoryError` proves nothing: PyTorch computes this
             call, the next one checks.
         plainer: the tile to try where the case's own is not right; None for none.
 
@@ -108,7 +108,7 @@ def ready(
         return True
     if is_capturing(torch.device(case.device)):
         return False
-    # One thread checks; others that need the same kernel wait for its verdict.
+    # One thread checks; others that need the same kernel wait for its result.
     with _lock:
         known = _verdicts.get(case)
         if known is None:
@@ -204,7 +204,7 @@ def raise_if_lost(device: torch.device, what: str, error: BaseException | None =
 
 
 def fail(case: Case, error: BaseException) -> None:
-    """A kernel that was right once could not be launched: PyTorch serves ``case`` from now on.
+    """A kernel that was right once could not be launched: PyTorch computes ``case`` from now on.
 
     Raises:
         ContextLostError: the GPU's context is lost.

@@ -1,12 +1,12 @@
-"""How does an operator become a kernel launch on a GPU?
+"""From an operator to a kernel launch on a GPU.
 
 Between the operators, which take any strides, and the kernels, Triton's and CUDA's, which want
 channels-last: the layout in and out, the depthwise taps in the kernel's order, the device that the
 launch is for, and the check before a kernel's first result (`first_use`). Triton is imported here,
-at the first call that a kernel of its may serve, and nowhere above.
+at the first call that may run one of its kernels, and nowhere above.
 
-Every function returns None where the kernel is not to be trusted with the call: PyTorch's operators
-then serve it.
+Every function returns None where the kernel failed its self-check: PyTorch's operators are then the
+fallback.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def as_channels_last(x: Tensor) -> Tensor:
 
     Where an axis has one element several strides mean the same memory; kernels see this one. A
     slice that begins between two 16-byte words is copied too: kernels would fall back to narrower
-    loads, and to a form that nobody checked.
+    loads, and to a form that was never checked.
     """
     n, c, h, w = x.shape
     strides = (h * w * c, 1, w * c, c)
@@ -140,7 +140,7 @@ def _aligned(t: Tensor) -> Tensor:
     """A parameter without gaps that begins at a multiple of 16 bytes: itself, or a copy.
 
     One that does not, such as a part of a flat buffer, would compile another form of a kernel, with
-    narrower loads, which nobody checked.
+    narrower loads, which was never checked.
     """
     t = t.detach().contiguous()
     return t if is_aligned(t) else t.clone()
@@ -210,7 +210,7 @@ def _after_product(
     shift: Tensor,
     act: str,
 ) -> Tensor:
-    """PyTorch's product as its settings have it, and one kernel in the place of its result."""
+    """PyTorch's GEMM as its settings have it, and one epilogue kernel over its result."""
     wanted = memory_format_of(x)
     x, weight = as_channels_last(x.detach().resolve_neg()), weight.detach()
     with torch.autocast(x.device.type, enabled=False):

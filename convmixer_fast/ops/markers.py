@@ -2,9 +2,9 @@
 
 A kernel with a fault can take the whole process with it, or the GPU's context. So a file says which
 kernel is tried before it runs, and goes when the check has ended. The process that wrote it holds a
-lock on it, which the system drops with the process: a file that nobody locks is what a process left
-behind that died over that kernel. Files lie in the folder of `verdicts`, one for each check, named
-for the machine (GPU, driver, versions, see `verdicts.machine`) and the kernel.
+lock on it, which the system drops with the process: a file without a lock was left
+by a process that died over that kernel. Files lie in the folder of `tuning_cache`, one for each
+check, named for the machine (GPU, driver, versions, see `verdicts.machine`) and the kernel.
 
 Where there is no folder to write to, or no locks (Windows), there are no marks.
 """

@@ -1,8 +1,8 @@
 """Packed copies of parameters, and the rule by which one is still true.
 
 The kernels want a convolution's weight in their own order and BatchNorm's four vectors as one scale
-and one shift. Those copies are a cache beside the parameters, never instead of them. A copy is true
-while everything that decides the values a kernel reads is what it was:
+and one shift. Those copies are a cache next to the parameters, never instead of them. A copy is
+true while everything that decides the values a kernel reads is what it was:
 
 * the tensor objects (``load_state_dict(assign=True)``, a replaced parameter),
 * their memory: address, shape, strides, dtype and device (``.to()``, ``.data = ...``),
@@ -35,7 +35,7 @@ from .watch import Watch
 
 
 class Packed(NamedTuple):
-    """What a fused operator takes besides the activations."""
+    """The operands of a fused operator, except the activations."""
 
     weight: Tensor
     bias: Tensor | None
@@ -78,7 +78,7 @@ def sources_of(conv: Any, bn: Any) -> Sources:
             statistics["running_mean"],
             statistics["running_var"],
         )
-    except KeyError:  # a plain tensor was set in the place of a parameter
+    except KeyError:  # a plain tensor was set instead of a parameter
         return (conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var)
 
 
@@ -339,10 +339,10 @@ class PackedCache(Generic[T]):
         return packed
 
     def get(self, key: Any, sources: Sources, pack: Callable[[], T]) -> T:
-        """The packed copy for ``key`` (settings such as eps and layout), made anew if stale.
+        """The packed copy for ``key`` (settings such as eps and layout), made again if stale.
 
         Args:
-            key: compared by equality; anything besides tensors that ``pack`` depends on.
+            key: compared by equality; everything except tensors that ``pack`` depends on.
             sources: what `sources_of` names; must be `cacheable`.
             pack: makes the copy; called without autograd and outside inference mode.
         """

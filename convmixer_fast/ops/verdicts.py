@@ -1,6 +1,6 @@
 """What did `convmixer_fast.tune` find out on this GPU? Kept on disk between processes.
 
-One file for each GPU model, driver, version of torch, Triton and this package: a verdict of another
+One file for each GPU model, driver, version of torch, Triton and this package: an entry of another
 combination is never used. The folder is the platform's cache folder, or ``CONVMIXER_FAST_CACHE``.
 Files are replaced as a whole; one that cannot be read is left alone, with a warning, and counts as
 empty.
@@ -80,7 +80,7 @@ def folder() -> Path:
 
 @cache
 def machine(device: torch.device) -> dict[str, str]:
-    """What a verdict depends on besides the call: the GPU, its driver, and versions."""
+    """What an entry depends on except the call: the GPU, its driver, and versions."""
     try:
         own = metadata.version("convmixer_fast")
     except metadata.PackageNotFoundError:
@@ -135,7 +135,7 @@ def _file_of(device: str, environment: str | None) -> Path:
 
 
 def lookup(case: Case, shape: tuple[int, int, int]) -> Verdict | None:
-    """The verdict for exactly this call, or None.
+    """The entry for exactly this call, or None.
 
     Args:
         shape: N, H, W of the activations.
@@ -153,13 +153,13 @@ def keep(
     found: Mapping[tuple[Case, tuple[int, int, int]], Verdict],
     save: bool = True,
 ) -> Path:
-    """Use verdicts from now on, and add them to the device's file; returns the file.
+    """Use entries from now on, and add them to the device's file; returns the file.
 
     Args:
         save: False leaves the file as it is.
 
     Raises:
-        OSError: it cannot be written; the verdicts hold for this process all the same.
+        OSError: it cannot be written; the entries hold for this process all the same.
     """
     path = file_for(device)
     new = {_key(*call): verdict for call, verdict in found.items()}
@@ -199,7 +199,7 @@ def _read(path: Path) -> dict[str, Verdict]:
 def _warn(path: Path, error: Exception) -> None:
     warnings.warn(
         f"{path} is not used, the shipped choices are: {type(error).__name__}: {error}. "
-        "Delete it, or let convmixer_fast.tune write it anew",
+        "Delete it, or let convmixer_fast.tune write it again",
         RuntimeWarning,
         stacklevel=3,
     )

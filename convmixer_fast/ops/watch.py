@@ -1,4 +1,4 @@
-"""Was memory on a GPU written to behind torch's back? Asked without waiting for the GPU.
+"""Detection of writes to GPU memory that torch does not count, without waiting for the GPU.
 
 Reading a sample of a parameter on a GPU means waiting until the GPU has come so far, which a loop
 of forward passes must not do. So the comparison is launched like any other work, once a second at
