@@ -708,8 +708,8 @@ class MixerStack(_FusedSequential):
 
     (N, dim, H, W) -> (N, dim, H, W), channels-last if the input is, and always where Triton kernels
     compute the blocks (on a GPU, in eval mode). Children and keys are those of `nn.Sequential`.
-    Where a block cannot be fused whole (see `explain`), the blocks run one by one. On a GPU, `optimize`
-    lets them run as a CUDA graph or depth first.
+    Where a block cannot be fused whole (see `explain`), the blocks run one by one. On a GPU,
+    `optimize` lets them run as a CUDA graph or depth first.
     """
 
     _graphs: graphs.StackGraphs | None = None
