@@ -928,7 +928,7 @@ def _half_route(owner: _Fused, op: str, parts: FusedParts, x: Tensor) -> Route |
     if packed is None:
         return None
     case, config = choice.case, first_use.retreat(choice.case)[0] or choice.config
-    bound = gpu.prepare(case, config, packed)
+    bound = gpu.bind(case, config, packed)
     return Route.of(
         Inputs(x.device, x.dtype, x.shape[1], x.shape, x.stride()),
         owner,

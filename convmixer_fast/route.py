@@ -59,7 +59,7 @@ class Kernel(NamedTuple):
     """A GPU kernel with its operands bound: ``launch(x, out)`` on packed channels-last maps."""
 
     case: Case
-    launch: Callable[[Tensor, Tensor], Tensor]
+    launch: gpu.Launch
 
 
 class Inputs(NamedTuple):

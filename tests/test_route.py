@@ -254,9 +254,9 @@ def test_copies_and_pickles_start_afresh(stack, x):
 def test_kernels_that_are_launched_otherwise_are_left_to_the_blocks(double, x):
     case = gpu.Case("patch_embed", "cpu", torch.float32, 3, 8, 4, "gelu", True)
     packed = Packed(torch.ones(8, 3, 4, 4), None, torch.ones(8), torch.ones(8))
-    assert gpu.prepare(case, None, packed) is None
+    assert gpu.bind(case, None, packed) is None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu, "prepare", lambda *args: None)
+        patch.setattr(gpu, "bind", lambda *args: None)
         net = trained_like_(MixerStack(MixerBlock(8, 3)), SHAPE)
         first = net(x)
         assert torch.equal(net(x), first)

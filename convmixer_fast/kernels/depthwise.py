@@ -42,6 +42,7 @@ from torch import Tensor
 from ..arch import ACTIVATIONS
 from .activation import activate
 from .configs import DepthwiseConfig, lookup_depthwise
+from .launch import launch
 from .support import cdiv
 
 #: The widest tile there can be: so many rows of zeros stand behind the taps, and k - 1 more.
@@ -392,9 +393,10 @@ def depthwise_mix(
     # Pairs of channels as words need every pixel to begin at a word.
     pair = x.dtype == torch.bfloat16 and c % 2 == 0 and x.data_ptr() % 4 == 0
     zeros = taps[k * k :].view(torch.int32 if pair else x.dtype)
-    grid = (n * tiles_h * tiles_w * cdiv(c, block),)
     with torch.cuda.device_of(x):
-        depthwise_kernel[grid](
+        launch(
+            depthwise_kernel,
+            n * tiles_h * tiles_w * cdiv(c, block),
             _words(x) if pair else x,
             out,
             taps,

@@ -29,6 +29,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import operands
 from .configs import PointwiseConfig, lookup_pointwise
 from .epilogue import finish, tile_of
+from .launch import launch
 from .precision import dot_precision
 from .support import cdiv
 
@@ -212,7 +213,7 @@ def pointwise_mix(
             tf32=precision == "tf32",
             descriptors=describable,
         )
-    grid = (cdiv(M, config.block_m) * cdiv(N, config.block_n),)
+    blocks = cdiv(M, config.block_m) * cdiv(N, config.block_n)
     options = {
         "ACT": act,
         "PRECISION": precision,
@@ -228,11 +229,12 @@ def pointwise_mix(
         a = _describe(x, (M, K), stride, config.block_m, config.block_k)
         b = _describe(weight, (N, K), K, config.block_n, config.block_k)
         o = _describe(out, (M, N), N, config.block_m, config.block_n // (1 + config.halves))
-        pointwise_descriptor_kernel[grid](
-            a, b, bias, scale, shift, o, M, N, K, HALVES=config.halves, **options
-        )
+        made = (a, b, bias, scale, shift, o, M, N, K)
+        launch(pointwise_descriptor_kernel, blocks, *made, HALVES=config.halves, **options)
         return out
-    pointwise_kernel[grid](
+    launch(
+        pointwise_kernel,
+        blocks,
         x,
         weight,
         bias,

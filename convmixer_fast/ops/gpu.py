@@ -41,6 +41,10 @@ if TYPE_CHECKING:
     from .packing import Packed
 
 
+#: A kernel with its operands bound, on packed channels-last maps x and out.
+Launch = Callable[[Tensor, Tensor], Any]
+
+
 class Kernels(NamedTuple):
     """The functions of `convmixer_fast.kernels`, as a test may replace them."""
 
@@ -49,6 +53,7 @@ class Kernels(NamedTuple):
     pointwise_mix: Callable[..., Tensor]
     patch_embed: Callable[..., Tensor]
     after_product_: Callable[..., Tensor]
+    bound_by_first_call: Callable[[Launch], Launch] = lambda launch: launch
 
 
 @cache
@@ -56,10 +61,12 @@ def kernels() -> Kernels:
     """The Triton kernels. Importing them imports Triton."""
     from ..kernels.after_product import after_product_
     from ..kernels.depthwise import depthwise_mix, pack_taps
+    from ..kernels.launch import bound_by_first_call
     from ..kernels.pointwise import pointwise_mix
     from ..kernels.stem import patch_embed
 
-    return Kernels(pack_taps, depthwise_mix, pointwise_mix, patch_embed, after_product_)
+    functions = (pack_taps, depthwise_mix, pointwise_mix, patch_embed, after_product_)
+    return Kernels(*functions, bound_by_first_call)
 
 
 #: Attributes of tensors that are private copies (see `keep_taps` and `keep_float32`).
@@ -280,16 +287,17 @@ def launch(case: Case, config: Any, x: Tensor, *operands: Any) -> Tensor | None:
             return None
 
 
-def prepare(case: Case, config: Any, packed: Packed) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """A launch of the kernel of ``case`` on packed operands, as a function of x and out.
+def bind(case: Case, config: Any, packed: Packed) -> Launch | None:
+    """The kernel of ``case`` with packed operands bound, for maps of one shape; None for others.
 
-    Both are packed channels-last, (N, C, H, W) and what the operator returns; out is returned. None
-    for a kernel that is launched otherwise.
+    x (N, C, H, W) and out, of the operator's result, are packed channels-last.
     """
     vectors = [*_vectors(packed.bias, packed.scale, packed.shift), case.act]
     if case.op == "depthwise_mix":
         taps, k = taps_of(packed.weight), case.kernel_size
-        return lambda x, out: kernels().depthwise_mix(x, taps, *vectors, k, out=out, config=config)
+        return kernels().bound_by_first_call(
+            lambda x, out: kernels().depthwise_mix(x, taps, *vectors, k, out=out, config=config)
+        )
     if case.op != "pointwise_mix":
         return None
     weight = _aligned(packed.weight)
@@ -298,7 +306,9 @@ def prepare(case: Case, config: Any, packed: Packed) -> Callable[[Tensor, Tensor
         run: Callable[..., Tensor] = _native_cuda.pointwise_mix
         return lambda x, out: run(x, weight, *vectors, out=out, family=config.family)
     if isinstance(config, PointwiseConfig | None):
-        return lambda x, out: kernels().pointwise_mix(x, weight, *vectors, out=out, config=config)
+        return kernels().bound_by_first_call(
+            lambda x, out: kernels().pointwise_mix(x, weight, *vectors, out=out, config=config)
+        )
     return None
 
 
