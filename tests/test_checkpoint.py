@@ -23,7 +23,6 @@ from safetensors.torch import save, save_file
 from timm.models.convmixer import ConvMixer as TimmConvMixer
 from torch import Tensor, nn
 
-from convmixer_fast import checkpoint as checkpoints
 from convmixer_fast.arch import VARIANTS, Arch
 from convmixer_fast.checkpoint import (
     FORMATS,
@@ -36,6 +35,7 @@ from convmixer_fast.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
+from convmixer_fast.checkpoint import reading as checkpoints
 from convmixer_fast.model import ConvMixer
 from convmixer_fast.reference import ReferenceConvMixer
 from convmixer_fast.testing import assert_numerics, trained_like_

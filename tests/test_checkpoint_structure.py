@@ -35,7 +35,7 @@ from convmixer_fast.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from convmixer_fast.inert import SAFE_GLOBALS
+from convmixer_fast.checkpoint.storage import SAFE_GLOBALS
 
 ARCHES = [Arch(4, 1, 3, 2, num_classes=3), Arch(6, 4, 4, 3, in_chans=1, num_classes=2)]
 #: Names of training scripts, and those that a format has itself: the hardest to tell.

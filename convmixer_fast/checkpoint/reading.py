@@ -40,7 +40,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .arch import (
+from ..arch import (
     ACTIVATIONS,
     VARIANTS,
     Arch,
@@ -48,8 +48,8 @@ from .arch import (
     activation_name,
     known_activation,
 )
-from .files import replacement
-from .inert import SAFE_GLOBALS
+from ..files import replacement
+from .storage import SAFE_GLOBALS
 
 #: The key formats, ours (timm's) first.
 FORMATS = ("timm", "locuslab", "mmpretrain", "tweet")
