@@ -1,7 +1,7 @@
-"""What is a ConvMixer? Its shape, the published variants, and what each costs.
+"""ConvMixer architectures: shapes, published variants and costs.
 
-Everything else in the package asks this module: nothing else lists variants, names of
-activations, or counts parameters and multiply-adds.
+The package's only list of variants and of activation names, and its only count of parameters and
+multiply-adds.
 
 Source: Trockman and Kolter, "Patches Are All You Need?", TMLR 2022, arXiv:2201.09792.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, SupportsIndex
 
@@ -19,8 +19,8 @@ from torch import nn
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-#: The activations the fused operators know, by the name they carry in an operator's schema.
-#: Each is the exact function of the module beside it (GELU is the erf form).
+#: Activations of the fused operators, by their names in the operators' schemas. Each computes the
+#: exact function of its module (GELU is the erf form).
 ACTIVATIONS: Mapping[str, type[nn.Module]] = MappingProxyType(
     {
         "gelu": nn.GELU,
@@ -38,7 +38,7 @@ def activation_name(act: nn.Module | type[nn.Module] | str | None) -> str | None
     """The name in `ACTIVATIONS` of an activation module, class or name; None when it has none.
 
     ``nn.GELU(approximate="tanh")`` has none: it is another function than ``"gelu"``.
-    Subclasses have none either: what their forward does is theirs to say.
+    Subclasses have none either: their forward may compute anything.
     """
     if isinstance(act, str):
         name = act.lower()
@@ -53,7 +53,7 @@ def activation_layer(act: Callable[[], nn.Module] | str) -> Callable[[], nn.Modu
 
     Raises:
         ValueError: the name is not known.
-        TypeError: a module that was made already, or nothing that makes modules.
+        TypeError: neither a name nor a callable, or a module instead of its class.
     """
     if isinstance(act, nn.Module) or not (isinstance(act, str) or callable(act)):
         raise TypeError(
@@ -73,7 +73,7 @@ def activation_layer(act: Callable[[], nn.Module] | str) -> Callable[[], nn.Modu
 
 @dataclass(frozen=True)
 class Macs:
-    """Multiply-adds of one image, by the part of the network that does them."""
+    """Multiply-adds of one image in each part of the network."""
 
     stem: int
     depthwise: int
@@ -87,10 +87,10 @@ class Macs:
 
 @dataclass(frozen=True)
 class Arch:
-    """The numbers that make a ConvMixer.
+    """The numbers that define a ConvMixer.
 
-    ``act`` is a name in `ACTIVATIONS`, or None where it is not known: a checkpoint's shapes
-    give everything but the activation.
+    ``act`` is a name in `ACTIVATIONS`, or None where it is unknown: the shapes in a checkpoint
+    show everything but the activation.
     """
 
     dim: int
@@ -113,7 +113,7 @@ class Arch:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """dim, depth, kernel_size, patch_size: what the blocks' weights show."""
+        """dim, depth, kernel_size, patch_size: the numbers that fine-tuning keeps."""
         return self.dim, self.depth, self.kernel_size, self.patch_size
 
     @property
@@ -122,7 +122,7 @@ class Arch:
         return (self.kernel_size - 1) // 2, self.kernel_size // 2
 
     def grid(self, img_size: int | tuple[int, int] = 224) -> tuple[int, int]:
-        """Patches (rows, columns) of an image of ``img_size`` pixels; a rest is dropped."""
+        """Patches (rows, columns) of an image; trailing pixels are dropped."""
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         return height // self.patch_size, width // self.patch_size
 
@@ -136,9 +136,9 @@ class Arch:
         return stem + self.depth * block + head
 
     def macs(self, img_size: int | tuple[int, int] = 224) -> Macs:
-        """Multiply-adds of the convolutions and the classifier for one image, all of them.
+        """Multiply-adds of all convolutions and of the classifier for one image.
 
-        Border taps that meet padding count like any other (0.6 to 9 % of the depthwise part).
+        Border taps on padding count like any other (0.6 to 9 % of the depthwise part).
         """
         rows, cols = self.grid(img_size)
         pixels, c = rows * cols, self.dim
@@ -150,10 +150,10 @@ class Arch:
         )
 
     def macs_timm(self, img_size: int | tuple[int, int] = 224) -> int:
-        """What timm's published tables count, in multiply-adds.
+        """Multiply-adds as timm's published tables count them.
 
-        fvcore does not see convolutions with ``padding="same"``, so the depthwise ones are
-        missing; it adds 2 an element for each inference BatchNorm and 1 for the mean pool.
+        fvcore misses convolutions with ``padding="same"``, that is, the depthwise ones. It adds 2
+        an element for each inference BatchNorm and 1 for the mean pool.
         """
         rows, cols = self.grid(img_size)
         macs, elements = self.macs(img_size), rows * cols * self.dim
@@ -161,16 +161,18 @@ class Arch:
         return macs.stem + macs.pointwise + macs.head + (2 * norms + 1) * elements
 
     def macts_timm(self, img_size: int | tuple[int, int] = 224) -> int:
-        """Activations as timm's published tables count them: outputs of the convolutions that
-        fvcore sees (the stem, the pointwise ones) and of the classifier."""
+        """Activations as timm's published tables count them.
+
+        These are the outputs of the stem, of the pointwise convolutions and of the classifier.
+        """
         rows, cols = self.grid(img_size)
         return (1 + self.depth) * rows * cols * self.dim + self.num_classes
 
     def macs_mmpretrain(self, img_size: int | tuple[int, int] = 224) -> int:
-        """What mmpretrain's model cards count for the backbone, in multiply-adds.
+        """Multiply-adds of the backbone as mmpretrain's model cards count them.
 
-        Depthwise convolutions are missing here too; every BatchNorm counts 2 an element, every
-        residual addition and ReLU 1 (GELU 0), and 2 more for the pooling neck. No classifier.
+        Depthwise convolutions are missing too. Every BatchNorm counts 2 an element, every residual
+        addition and ReLU 1, GELU 0, and the pooling neck 2. The classifier does not count.
         """
         rows, cols = self.grid(img_size)
         macs, elements = self.macs(img_size), rows * cols * self.dim
@@ -238,8 +240,8 @@ _PUBLISHED = (
     Variant(
         "convmixer_768_32",
         "768/32",
-        # The one published model whose activation is ReLU: with GELU its weights load and its
-        # accuracy is lost without a word.
+        # The one published model with ReLU: with GELU its weights load and its accuracy silently
+        # drops.
         Arch(768, 32, kernel_size=7, patch_size=7, act="relu"),
         hf_hub_id="timm/convmixer_768_32.in1k",
         tag="in1k",
@@ -258,7 +260,7 @@ _PUBLISHED = (
         Arch(256, 8, kernel_size=5, patch_size=2, num_classes=10, act="gelu"),
         input_size=(3, 32, 32),
         crop_pct=1.0,
-        # The mean and deviation of CIFAR-10 that the authors' CIFAR repository trains with.
+        # Mean and deviation of CIFAR-10 in the authors' CIFAR repository.
         mean=(0.4914, 0.4822, 0.4465),
         std=(0.2471, 0.2435, 0.2616),
     ),
@@ -272,7 +274,7 @@ def find_variant(name: str) -> Variant:
     """The variant of that name: timm's (with or without its tag), the paper's, or an alias.
 
     Raises:
-        ValueError: no variant has that name; the message lists those there are.
+        ValueError: no variant has that name; the message lists the names.
     """
     wanted = name.strip().lower().removeprefix("hf-hub:").removeprefix("hf_hub:")
     wanted = wanted.removeprefix("timm/").removeprefix("convmixer-")
@@ -285,14 +287,8 @@ def find_variant(name: str) -> Variant:
 
 
 def known_activation(arch: Arch) -> str | None:
-    """The activation of the published variant with this dim, depth, kernel and patch, else None.
+    """The activation of the published variant of this `Arch.shape`, else None.
 
-    Classes and input channels may differ: fine-tuned checkpoints change those.
+    Classes and input channels may differ: fine-tuning changes them.
     """
-    for v in _PUBLISHED:
-        if (
-            replace(v.arch, num_classes=arch.num_classes, in_chans=arch.in_chans, act=arch.act)
-            == arch
-        ):
-            return v.arch.act
-    return None
+    return next((v.arch.act for v in _PUBLISHED if v.arch.shape == arch.shape), None)

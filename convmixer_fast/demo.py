@@ -1,11 +1,11 @@
-"""Does it work on real images, is it right, and how fast is it? A demonstration without downloads.
+"""A demonstration on real images without downloads: agreement, accuracy and speed.
 
-1. The held-out scans of scikit-learn's handwritten digits, through a small ConvMixer trained by
-   ``examples/train_digits.py``: fused and plain must agree on every one.
-2. scikit-learn's two photographs through the published 768/32 architecture (weights drawn at
-   random, BatchNorm statistics of the photographs) at 224 px: the difference and the time of both.
-   So deep a random network multiplies rounding errors, PyTorch's own included: both are measured
-   against float64.
+1. A small ConvMixer, trained by ``examples/train_digits.py``, classifies the held-out scans of
+   scikit-learn's handwritten digits: the fused and the plain model must agree on every one.
+2. The published 768/32 architecture, with random weights and the photographs' own BatchNorm
+   statistics, classifies scikit-learn's two photographs at 224 px: difference and time of both
+   models. So deep a random network multiplies rounding errors, PyTorch's own included: both models
+   are measured against float64.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ DIGITS_ARCH = Arch(64, 4, kernel_size=5, patch_size=1, in_chans=1, num_classes=1
 DIGITS_FILE = "digits.safetensors"
 SPLIT_SEED = 0
 HELD_OUT = 450
-# Mean and deviation of all pixels, on their scale of 0..16.
+# Mean and deviation of all pixels, which range over 0..16.
 _MEAN, _STD = 4.88, 6.02
-#: The same for scans stored as 8-bit images.
+#: For scans stored as 8-bit images.
 PREPROCESSING = Preprocessing((1, 8, 8), crop_pct=1.0, mean=(_MEAN / 16,), std=(_STD / 16,))
 
 
 class Digits(NamedTuple):
-    """Scans (N, 1, 8, 8), float32, normalised, and what they show (N,), int64."""
+    """Scans (N, 1, 8, 8), float32, normalised, and their digits (N,), int64."""
 
     images: Tensor
     targets: Tensor
@@ -55,7 +55,7 @@ def _sklearn(name: str) -> Any:
 
 
 def digits_split() -> tuple[Digits, Digits]:
-    """1347 scans to train on and 450 held out: the same ones on every machine.
+    """1347 training scans and 450 held-out scans: the same split on every machine.
 
     Raises:
         ImportError: scikit-learn is missing.
@@ -92,9 +92,9 @@ def plain_twin(model: ConvMixer) -> ReferenceConvMixer:
 
 
 def _compare(ours: Tensor, plain: Tensor, oracle: Tensor) -> dict[str, Any]:
-    """How far two paths are apart, and whether ours keeps the numerics rule (see `testing`).
+    """Difference of two results, and whether ``ours`` keeps the numerics rule (see `testing`).
 
-    ``oracle`` is the float64 result of the first images, or of all.
+    ``oracle`` is the float64 result of all images or of the first ones.
     """
     largest = (ours - plain).abs().max().item()
     n = len(oracle)
@@ -114,7 +114,7 @@ def _backends(model: nn.Module, x: Tensor) -> list[str]:
 
 @torch.inference_mode()
 def evaluate_digits() -> dict[str, Any]:
-    """Accuracy of both paths on the held-out scans, and how far they are apart."""
+    """Accuracy of both models on the held-out scans, and their difference."""
     _, held_out = digits_split()
     model = digits_model()
     twin = plain_twin(model)
@@ -137,7 +137,7 @@ def evaluate_digits() -> dict[str, Any]:
 
 @torch.no_grad()
 def measure_statistics_(model: nn.Module, images: Tensor) -> None:
-    """Set every BatchNorm's running statistics to those of ``images``; ends in eval mode."""
+    """Set every BatchNorm's running statistics to those of ``images``; leave the eval mode on."""
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -150,19 +150,19 @@ def measure_statistics_(model: nn.Module, images: Tensor) -> None:
 
 @torch.inference_mode()
 def compare_on_photographs(rounds: int = 3, name: str = "convmixer_768_32") -> dict[str, Any]:
-    """Difference and time of both paths on the two photographs, on the CPU in float32."""
+    """Difference and time of both models on the two photographs, on the CPU in float32."""
     images = photographs()
     variant = find_variant(name)
     preprocessing = Preprocessing.from_cfg(variant.pretrained_cfg)
     batch = torch.stack([preprocessing(image) for image in images])
     model = create_model(name)
     assert isinstance(model, ConvMixer)
-    # Weights first, on the smallest images that do: their statistics are replaced at once, since
-    # those of noise would send the values of a photograph through 32 blocks to 1e9.
+    # Weights first, on images of 2x2 patches. The statistics of such noise are then replaced: with
+    # them, the values of a photograph reach 1e9 after 32 blocks.
     trained_like_(model, (2, *variant.input_size[:1], *[2 * variant.arch.patch_size] * 2), seed=0)
     measure_statistics_(model, batch)
     plain = plain_twin(model)
-    # Every image is compared with plain PyTorch, and the first with float64, which takes long.
+    # Only the first image is compared with float64, which is slow.
     oracle = plain_twin(model).double()(batch[:1].double())
     compared = _compare(model(batch), plain(batch), oracle)
     paths = {"fused": lambda: model(batch), "plain": lambda: plain(batch)}
@@ -184,7 +184,7 @@ def compare_on_photographs(rounds: int = 3, name: str = "convmixer_768_32") -> d
 
 
 def run(rounds: int = 3) -> dict[str, Any]:
-    """Both parts, ready for JSON.
+    """The results of both parts as JSON data.
 
     Raises:
         ImportError: scikit-learn is missing.
@@ -199,7 +199,7 @@ def run(rounds: int = 3) -> dict[str, Any]:
 
 
 def agrees(report: dict[str, Any]) -> bool:
-    """Whether both paths gave the same predictions and keep the numerics rule."""
+    """Whether both models gave the same predictions and the numerics rule holds."""
     digits = report["digits"]
     same = digits["same_predictions"] == digits["images"]
     return bool(same and digits["ok"] and report["photographs"]["ok"])
@@ -256,8 +256,8 @@ def render(report: dict[str, Any]) -> str:
         f"times are medians of {photos['rounds']} rounds in turn, after a warm-up.",
         f"Fused operators ran on: {', '.join(photos['backends'])}."
         if fused
-        else "No fused kernel ran, both paths are PyTorch's: convmixer-fast doctor says why.",
+        else "No fused kernel ran, both models are PyTorch's: convmixer-fast doctor says why.",
     ]
     if not agrees(report):
-        lines.append("FAILED: the two paths do not agree.")
+        lines.append("FAILED: the two models do not agree.")
     return "\n".join(lines)

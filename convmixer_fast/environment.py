@@ -1,7 +1,7 @@
-"""Environment variables: the table of them, and the one strict parser.
+"""Environment variables: their table and their strict parser.
 
-A value that a variable cannot have is an error at the first use of what it decides, never a silent
-default. Names and switches are read in any case; an empty variable counts as absent.
+An invalid value is an error at the first use of what the variable decides, never a silent default.
+Values are read in any case; an empty variable counts as absent.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _OFF = ("0", "false", "no", "off")
 
 
 class Variable(NamedTuple):
-    """A variable's name without its prefix, the values it can have (none: any), and their kind."""
+    """A variable: its name without the prefix, its valid values (none listed: any), their kind."""
 
     name: str
     values: tuple[str, ...]
@@ -29,7 +29,7 @@ class Variable(NamedTuple):
 
 _SWITCH = (*_ON, *_OFF)
 
-#: What the package reads while it runs.
+#: Variables of the running package.
 VARIABLES = {
     v.name: v
     for v in (
@@ -44,9 +44,9 @@ VARIABLES = {
         Variable("DEBUG", _SWITCH, "switch"),
     )
 }
-#: What ``setup.py`` and the tests read.
+#: Variables of ``setup.py`` and of the tests.
 BUILD_VARIABLES = ("CPU", "CUDA", "CUTLASS", "BUILD_CACHE", "WERROR", "PTXSIM", "CI_OLDEST")
-#: What decides which kernels run.
+#: Variables that decide which kernels run.
 _OF_KERNELS = ("ISA", "STRASSEN", "DISABLE_NATIVE", "DISABLE_TRITON", "DISABLE_CUDA", "VERIFY")
 
 
@@ -54,7 +54,7 @@ def read(name: str) -> str | None:
     """The value of a variable in `VARIABLES`, None where it is absent; choices in lower case.
 
     Raises:
-        ValueError: it cannot have that value; the message names it and lists those it can have.
+        ValueError: the value is invalid; the message lists the valid ones.
     """
     variable = VARIABLES[name]
     given = os.environ.get(variable.full_name)
@@ -83,7 +83,7 @@ def flag(name: str, default: bool = False) -> bool:
 
 
 def why_off(name: str) -> str:
-    """Why a part of the package that has a switch is off, or cannot be known to be on; else ""."""
+    """The reason why a switch or an invalid value turns a part of the package off; else ""."""
     try:
         on = flag(name)
     except ValueError as error:
@@ -93,9 +93,9 @@ def why_off(name: str) -> str:
 
 @cache
 def check() -> None:
-    """Raise if a variable that decides about kernels cannot have its value.
+    """Raise if a variable that decides about kernels has an invalid value.
 
-    Asked when kernels are chosen. Good variables are looked at once a process.
+    The dispatcher calls it. Valid variables are read once a process.
 
     Raises:
         ValueError: see `read`.
@@ -105,12 +105,12 @@ def check() -> None:
 
 
 def given() -> dict[str, str]:
-    """What the environment holds with this package's prefix, in the order of the names."""
+    """The environment's variables with this package's prefix, sorted by name."""
     return {name: os.environ[name] for name in sorted(os.environ) if name.startswith(PREFIX)}
 
 
 def problems() -> list[str]:
-    """A line for each variable with this package's prefix that it does not know or cannot read."""
+    """One line for each variable with this package's prefix that is unknown or invalid."""
     found = []
     for full_name in given():
         name = full_name.removeprefix(PREFIX)

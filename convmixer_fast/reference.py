@@ -1,8 +1,8 @@
-"""What exactly must be computed? ConvMixer in plain PyTorch, the oracle of every test.
+"""ConvMixer in plain PyTorch: the oracle of every test.
 
-Nothing here is fused, packed or cached. Parameter names are timm's. Everything goes through
-torch.jit.script and torch.fx, which take annotations as they are, not as strings: this module does
-without ``from __future__ import annotations``.
+Nothing here is fused, packed or cached. Parameter names are timm's. torch.jit.script and torch.fx
+need annotations that are types, not strings: this module does without
+``from __future__ import annotations``.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +27,10 @@ def in_turn(self: Any, x: Tensor) -> Tensor:
 
 
 def residual(self: Any, x: Tensor) -> Tensor:
-    """The forward of a spatial half: ``drop_path(branch(x)) + x``; the first other child is it."""
+    """The forward of a depthwise half: ``drop_path(branch(x)) + x``.
+
+    The branch is the first child that is not named ``drop_path``.
+    """
     y = x
     ran = False
     for name, module in self.named_children():
@@ -46,7 +49,7 @@ def normalized_in_turn(self: Any, x: Tensor) -> Tensor:
         mean, std = self.normalize
         dtype = self[0].weight.dtype
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        # Not by torch.tensor, which in TorchScript rounds floats to float32 first.
+        # torch.full, since torch.tensor rounds floats to float32 first in TorchScript.
         shift = torch.stack([torch.full((1, 1), v, dtype=wide, device=x.device) for v in mean])
         scale = torch.stack([torch.full((1, 1), v, dtype=wide, device=x.device) for v in std])
         x = ((x.to(wide) / 255 - shift) / scale).to(dtype)
@@ -56,12 +59,12 @@ def normalized_in_turn(self: Any, x: Tensor) -> Tensor:
 
 
 def scripted_as(plain: Callable[..., Any]) -> Callable[[_Forward], _Forward]:
-    """Decorate a forward that computes what ``plain`` does: torch.jit.script compiles ``plain``.
+    """Decorate a forward so that torch.jit.script compiles ``plain``, which computes the same.
 
     TorchScript reads the source of what `inspect.unwrap` finds, and resolves its names in the
-    module of the decorated function: ``plain`` may use ``torch`` and ``Tensor``. The module itself
-    is compiled, not a plain one that ``__prepare_scriptable__`` returns: torch.jit.script writes
-    those into the parent, which would be no longer fused afterwards.
+    module of the decorated function: ``plain`` may use ``torch`` and ``Tensor``.
+    ``__prepare_scriptable__`` is no alternative: torch.jit.script writes the plain module that it
+    returns into the parent, which would then no longer be fused.
     """
 
     def mark(forward: _Forward) -> _Forward:
@@ -72,7 +75,7 @@ def scripted_as(plain: Callable[..., Any]) -> Callable[[_Forward], _Forward]:
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training, drops samples with probability ``p`` and scales the rest.
+    """Stochastic depth: training drops samples with probability ``p`` and scales the others.
 
     Source: Huang et al., "Deep Networks with Stochastic Depth", 2016.
     """
@@ -106,16 +109,16 @@ class Residual(nn.Module):
 
 
 class ResidualSequential(nn.Sequential):
-    """``drop_path(branch(x)) + x``; the branch is the first child of another name."""
+    """``drop_path(branch(x)) + x``; the branch is the first child not named ``drop_path``."""
 
     forward = residual
 
 
 class NormalizedSequential(nn.Sequential):
-    """A stem that takes uint8 images too.
+    """A stem that also takes uint8 images.
 
     Args:
-        normalize: their (mean, std), a number for each channel of both.
+        normalize: (mean, std) of the images in [0, 1], a number for each channel of both.
     """
 
     def __init__(self, *modules: nn.Module, normalize: Normalization) -> None:
@@ -124,14 +127,14 @@ class NormalizedSequential(nn.Sequential):
 
     @scripted_as(normalized_in_turn)
     def forward(self, x: Tensor) -> Tensor:
-        # torch.fx sees a stem of floats.
+        # torch.fx traces a stem of floats: the dtype of a proxy is unknown.
         return in_turn(self, x) if isinstance(x, torch.fx.Proxy) else normalized_in_turn(self, x)
 
 
 def reference_block(
     dim: int, kernel_size: int, act_layer: Callable[[], nn.Module]
 ) -> nn.Sequential:
-    """One block, (N, dim, H, W) -> (N, dim, H, W): spatial mixing, then channel mixing."""
+    """One block, (N, dim, H, W) -> (N, dim, H, W): the depthwise half, then the pointwise half."""
     return nn.Sequential(
         Residual(
             nn.Sequential(

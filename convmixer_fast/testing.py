@@ -1,8 +1,8 @@
-"""Is a result right? The numerics rule, and models whose numbers look trained.
+"""The numerics rule, and models whose numbers look trained.
 
-One tolerance for the whole project: against a float64 run of the plain model, our largest and
-our root-mean-square error are at most twice those of PyTorch in the same dtype, plus two units
-of that dtype at the result's scale. Tests, benchmarks and self-checks all ask here.
+One tolerance for the whole project: against a float64 run of the plain model, the largest and the
+root-mean-square error of a result are at most twice those of PyTorch in the same dtype, plus two
+rounding units of that dtype at the result's scale. Tests, benchmarks and self-checks share it.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-#: How many times PyTorch's own error ours may be.
+#: Allowed multiple of PyTorch's own error.
 ERROR_RATIO = 2.0
 #: Rounding units of the dtype, at the result's scale, that are always allowed: PyTorch's own error
-#: on a handful of outputs can be zero by luck.
+#: on a few outputs can be zero by chance.
 FLOOR_UNITS = 2.0
 
 
 @dataclass(frozen=True)
 class ErrorReport:
-    """Errors against the float64 oracle: ours, PyTorch's in the same dtype, and the bar."""
+    """Errors against the float64 oracle, PyTorch's in the same dtype, and the bars."""
 
     max_error: float
     rms_error: float
@@ -53,7 +53,7 @@ def error_report(ours: Tensor, torch_same_dtype: Tensor, oracle: Tensor) -> Erro
         oracle: the plain model run in float64, same shape.
 
     Raises:
-        ValueError: shapes or dtypes do not go together.
+        ValueError: shapes or dtypes do not match.
     """
     if not ours.shape == torch_same_dtype.shape == oracle.shape:
         raise ValueError(
@@ -83,7 +83,7 @@ def error_report(ours: Tensor, torch_same_dtype: Tensor, oracle: Tensor) -> Erro
 
 
 def assert_numerics(ours: Tensor, torch_same_dtype: Tensor, oracle: Tensor) -> ErrorReport:
-    """`error_report`, raising AssertionError with the numbers when the rule is broken."""
+    """`error_report` that raises AssertionError with the numbers if the rule is broken."""
     report = error_report(ours, torch_same_dtype, oracle)
     if not report.ok:
         raise AssertionError(f"outside the numerics rule: {report}")
@@ -92,16 +92,16 @@ def assert_numerics(ours: Tensor, torch_same_dtype: Tensor, oracle: Tensor) -> E
 
 @torch.no_grad()
 def trained_like_(model: nn.Module, input_shape: tuple[int, ...], seed: int = 0) -> nn.Module:
-    """Give a model's parameters and BatchNorm statistics the look of a trained one, in place.
+    """Set parameters and BatchNorm statistics to values like those of a trained model, in place.
 
-    Weights keep their initial scale; biases are mostly positive; BatchNorm scales and shifts
-    spread, with a few channels that stick out; running statistics are measured on random images of
-    ``input_shape`` (N, C, H, W) and then moved a little, as statistics of another batch would be.
-    Leaves the model in eval mode.
+    Weights keep their initial scale. Biases are mostly positive. BatchNorm scales and shifts
+    vary, with a few outlier channels. Running statistics are measured on random images of
+    ``input_shape`` (N, C, H, W) and then perturbed, like statistics of another batch. The model is
+    left in eval mode.
 
-    Two things keep deep models from what training never leaves behind, a chaos that multiplies
-    every rounding error by 1.2 a layer: activations that are mostly open (the positive biases),
-    and no channel whose variance on a few random images was zero by chance.
+    Deep random models amplify every rounding error by 1.2 a layer, which trained ones do not. Two
+    measures prevent it: positive biases keep most activations open, and a lower bound keeps every
+    variance from being zero by chance.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
 

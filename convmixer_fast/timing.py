@@ -1,4 +1,4 @@
-"""How long does it take, compared fairly? Calls take turns in one process, on the same inputs."""
+"""Timing of calls: fair comparisons by taking turns in one process, on the same inputs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def wall_seconds(run: Callable[[], Any], calls: int) -> float:
-    """Seconds of ``calls`` calls of ``run``, one after the other."""
+    """Seconds of ``calls`` consecutive calls of ``run``."""
     start = time.perf_counter()
     for _ in range(calls):
         run()
@@ -29,17 +29,16 @@ def interleaved_times(
 ) -> dict[str, list[float]]:
     """Seconds of every call, ``rounds`` for each callable, the callables taking turns.
 
-    A machine that slows down or is disturbed then does so to all of them.
+    Turns spread any slowdown of the machine over all callables.
 
     Args:
-        warmup: calls of each that come first and do not count.
-        repeats: how many calls a turn of that name is, 1 where it is not named. Their mean counts;
-            one more call before them does not, so that short calls find their own data in the
-            caches and not that of the others.
-        pause: seconds of rest before each turn, for the threads of the one before: several
-            libraries let them spin for a while in the hope of more work.
-        clock: what a turn's calls took, in seconds; a device that is still at work when a call
-            returns has a clock of its own (`event_clock`).
+        warmup: uncounted calls of each callable before the first round.
+        repeats: calls in a turn, by name; 1 where absent. Their mean counts. One uncounted call
+            precedes them, so that short calls find their own data in the caches.
+        pause: seconds before each turn, in which the threads of the previous callable fall asleep:
+            several libraries let theirs spin for a while.
+        clock: the seconds of a turn's calls. A device that works asynchronously needs its own
+            (`event_clock`).
     """
     for _ in range(warmup):
         for run in runs.values():
@@ -59,12 +58,12 @@ def interleaved_times(
 def event_clock(cuda: Any = None) -> Callable[[Callable[[], Any], int], float]:
     """A clock for `interleaved_times` that reads the GPU's own time.
 
-    An event before the first call and one after the last, both on the current stream: what the
-    calls launched is timed, from the start of the first kernel to the end of the last, waits for
-    the host in between included. Work of earlier turns is waited for first.
+    One event precedes the first call and one follows the last, both on the current stream. The
+    time runs from the start of the first kernel to the end of the last, waits for the host
+    included. The clock first waits for the work of earlier turns.
 
     Args:
-        cuda: what has ``Event`` and ``synchronize``; None: `torch.cuda`.
+        cuda: a namespace with ``Event`` and ``synchronize``; None: `torch.cuda`.
     """
     if cuda is None:
         from torch import cuda
@@ -88,12 +87,12 @@ def timestamps(
     finish: Callable[[], None],
     between: Callable[[], None] | None = None,
 ) -> list[float]:
-    """Seconds of each part of one step; a part is called with what the one before returned.
+    """Seconds of each part of one step; a part is called with the previous part's result.
 
     Args:
-        finish: waits until the device is done, before the first reading and the last.
-        between: the same after the parts before the last; without it their times are those of
-            launching, and only the sum means something.
+        finish: waits until the device is idle, before the first reading and before the last.
+        between: waits after every part but the last; without it their times are those of
+            launching, and only the sum is meaningful.
     """
     finish()
     readings = [time.perf_counter()]
@@ -109,7 +108,7 @@ def timestamps(
 
 
 def spread(seconds: list[float]) -> dict[str, float]:
-    """Median, 20th and 80th percentile of some times, in seconds."""
+    """Median, 20th and 80th percentile of times, in seconds."""
     ordered = sorted(seconds)
     last = len(ordered) - 1
     return {
@@ -120,13 +119,13 @@ def spread(seconds: list[float]) -> dict[str, float]:
 
 
 def gpu_seconds(run: Callable[[], Any], budget: float = 0.2) -> float:
-    """Median seconds that the current GPU needs for what ``run`` launches on its current stream.
+    """Median seconds of GPU time of what ``run`` launches on the current stream.
 
-    Measured by events on the GPU, each call by itself; before it, a stretch of memory larger than
-    the L2 cache is written, so that no call finds its input there, as none does in a network.
+    Events on the GPU time each call alone. Before each, memory larger than the L2 cache is
+    written, so that no call finds its input there, as in a network.
 
     Args:
-        budget: about how many seconds of GPU time to spend; at least 5 calls are measured.
+        budget: GPU time to spend, in seconds, approximately; at least 5 calls are measured.
 
     Raises:
         RuntimeError: there is no GPU.

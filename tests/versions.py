@@ -37,11 +37,11 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "tests" / "versions.json"
 
 #: Run on every version: drop-in modules, foreign models, operators, checkpoints, the engine and,
-#: with a double in place of a GPU, the GPU path.
+#: with a double in place of a GPU, the GPU path. "name" is tests/test_name.py, "name/" a folder.
 FILES = (
-    *("import", "model", "blocks", "optimize", "compat", "checkpoint"),
-    *("ops", "backends", "mixer", "stem", "packing", "route", "native"),
-    *("gpu_path", "cuda_path", "first_use", "graphs", "kernels_after_product"),
+    *("import", "model", "blocks", "optimize", "compat/", "checkpoint/"),
+    *("ops", "backends", "mixer", "stem", "packing", "route", "for_inference", "native"),
+    *("torchscript", "names", "gpu_path", "cuda_path", "first_use", "graphs", "kernels_after_product"),
 )
 
 #: torch x Python of the table in docs/support.md.
@@ -129,6 +129,11 @@ def interpreter(minor: str) -> str:
         if place and not subprocess.run([place, "-c", ""], capture_output=True).returncode:
             return str(place)
     raise NotRun(f"there is no Python {minor} on this machine")
+
+
+def path_of(name: str) -> Path:
+    """The test file or the folder of tests that an entry of `FILES` names."""
+    return ROOT / "tests" / (name if name.endswith("/") else f"test_{name}.py")
 
 
 def sources() -> list[Path]:
@@ -285,7 +290,7 @@ class Runner:
         # Workers, so that a crash of the interpreter fails one test.
         options = ["-q", "-p", "no:cacheprovider", "-n", self.jobs, "--dist", "loadfile"]
         options += ["--durations=10", f"--junitxml={report}", f"--rootdir={ROOT}"]
-        tests = [str(ROOT / "tests" / f"test_{name}.py") for name in files]
+        tests = [str(path_of(name)) for name in files]
         log = self.log(pair, "tests")
         try:
             call([python, "-m", "pytest", *options, *tests], log, 60 * self.minutes, cwd=scratch)

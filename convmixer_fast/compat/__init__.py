@@ -1,4 +1,4 @@
-"""Which import line changes? One a library: each module here is a thin face of the one model.
+"""Drop-in replacements for the ConvMixers of other libraries: one import line changes.
 
 * timm: ``register()`` of `compat.timm`, then ``timm.create_model("convmixer_fast_768_32")`` for
   ``timm.create_model("convmixer_768_32")``
@@ -7,5 +7,5 @@
 * mmpretrain: ``backbone=dict(type="ConvMixerFast")`` for ``backbone=dict(type="ConvMixer")``, and
   ``convmixer_fast.compat.mmpretrain`` in the config's ``custom_imports``
 
-Nothing is imported here: each module asks for its library when it is used.
+This package imports none of these libraries; each module imports its own when it is needed.
 """

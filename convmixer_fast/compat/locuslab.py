@@ -1,4 +1,4 @@
-"""Which model replaces the original repository's `ConvMixer`, keys and all?"""
+"""Drop-in replacement for the original repository's `ConvMixer`, with its keys."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def ConvMixer(
     """The original's flat Sequential with fused blocks: (N, 3, H, W) -> (N, n_classes).
 
     Keys are the original's: the stem under ``0.`` and ``2.``, block i under ``{3 + i}.``, the
-    classifier under ``{depth + 5}.``. Under one seed it starts from the original's weights.
+    classifier under ``{depth + 5}.``. The same seed gives the original's initial weights.
 
     Args:
         dim: channels.

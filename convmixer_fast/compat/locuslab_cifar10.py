@@ -1,7 +1,7 @@
-"""Which model replaces the `ConvMixer` of the original authors' CIFAR-10 repository?
+"""Drop-in replacement for the `ConvMixer` of the original authors' CIFAR-10 repository.
 
-The same Sequential as `compat.locuslab` builds, with that repository's defaults: a module of its
-own, so that the swap stays one import line where the defaults are relied on.
+It builds the Sequential of `compat.locuslab` with that repository's defaults. As a module of its
+own it replaces the original by one import line, also for callers that rely on the defaults.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from . import locuslab
 def ConvMixer(
     dim: int, depth: int, kernel_size: int = 5, patch_size: int = 2, n_classes: int = 10
 ) -> nn.Sequential:
-    """(N, 3, 32, 32) -> (N, 10) by default; otherwise as `compat.locuslab.ConvMixer`.
+    """`compat.locuslab.ConvMixer` with other defaults: (N, 3, 32, 32) -> (N, 10).
 
     Source: https://github.com/locuslab/convmixer-cifar10.
     """

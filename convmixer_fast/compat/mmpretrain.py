@@ -1,11 +1,11 @@
-"""Which backbone replaces mmpretrain's `ConvMixer`? In a config, one word changes.
+"""Drop-in replacement for mmpretrain's `ConvMixer` backbone: one word of a config changes.
 
     custom_imports = dict(imports=["convmixer_fast.compat.mmpretrain"])
     model = dict(backbone=dict(type="ConvMixerFast", arch="768/32", act_cfg=dict(type="ReLU")), ...)
 
-Importing this module registers the backbone with mmpretrain where that is installed, and does
-nothing more where it is not: the class needs neither mmpretrain nor mmengine. As `reference`, it
-does without ``from __future__ import annotations``.
+Importing this module registers the backbone with mmpretrain if that is installed. The class needs
+neither mmpretrain nor mmengine. Like `reference`, the module does without
+``from __future__ import annotations``.
 """
 
 import importlib.util
@@ -24,7 +24,7 @@ from ..reference import scripted_as
 
 REGISTERED_NAME = "ConvMixerFast"
 
-#: Names of a custom architecture's numbers in mmpretrain, and ours.
+#: mmpretrain's name of each number of a custom architecture -> the name in `Arch`.
 _NUMBERS = {
     "embed_dims": "dim",
     "depth": "depth",
@@ -37,12 +37,12 @@ _NORMS: dict[str, type[nn.BatchNorm2d | nn.SyncBatchNorm]] = {
     "BN2d": nn.BatchNorm2d,
     "SyncBN": nn.SyncBatchNorm,
 }
-#: Names in mmcv of activations that `arch.ACTIVATIONS` knows under another one.
+#: mmcv's names of activations that differ from those in `arch.ACTIVATIONS`.
 _MMCV_ACTIVATIONS = {"hswish": "hardswish"}
 
 
 def _maps(self: Any, x: Tensor) -> list[Tensor]:
-    """The backbone's maps as a list: TorchScript knows no tuple of any length."""
+    """The backbone's maps as a list: TorchScript has no tuples of variable length."""
     x = self.stem(x)
     maps: list[Tensor] = []
     for i, stage in enumerate(self.stages):
@@ -56,9 +56,9 @@ class ConvMixer(nn.Module):
     """mmpretrain's ConvMixer backbone with fused blocks: (N, in_channels, H, W) -> tuple of maps.
 
     Each map is (N, embed_dims, H // patch_size, W // patch_size). Keys are ``stem.*`` and
-    ``stages.*``. As there, all layers share one activation module, and frozen stages leave the
-    stem trainable. Unlike there, ``train()`` returns the module and ``out_indices`` may be any
-    sequence with negative numbers.
+    ``stages.*``. As in mmpretrain, all layers share one activation module, and frozen stages leave
+    the stem trainable. Unlike in mmpretrain, ``train()`` returns the module and ``out_indices`` may
+    be any sequence, with negative numbers.
 
     Args:
         arch: ``"768/32"``, ``"1024/20"`` or ``"1536/20"``, or a dict with ``embed_dims``,
@@ -67,9 +67,9 @@ class ConvMixer(nn.Module):
         norm_cfg: ``type`` BN or SyncBN, and ``requires_grad`` or arguments of the norm's class.
         act_cfg: ``type`` GELU, ReLU, SiLU, Swish, HSwish, Hardswish or Identity, and arguments of
             that class. The published 768/32 has ReLU.
-        out_indices: blocks whose maps to return, in the network's order; negative ones count
+        out_indices: blocks whose maps are returned, in the network's order; negative ones count
             from the end.
-        frozen_stages: that many blocks from the first stay in eval mode, without gradients.
+        frozen_stages: number of leading blocks that stay in eval mode, without gradients.
         init_cfg: for `init_weights`, one dict or several.
 
     Raises:
@@ -127,7 +127,7 @@ class ConvMixer(nn.Module):
         return tuple(_maps(self, x))
 
     def train(self, mode: bool = True) -> "ConvMixer":
-        """Training or eval mode for all but the frozen stages, which stay in eval mode."""
+        """Set training or eval mode; frozen stages stay in eval mode."""
         super().train(mode)
         self._freeze_stages()
         return self
@@ -140,16 +140,17 @@ class ConvMixer(nn.Module):
     def init_weights(self) -> None:
         """Initialize as ``init_cfg`` says; mmpretrain's runner calls this before training.
 
-        ``dict(type="Pretrained", checkpoint=path)`` takes a file in any published key format, of a
-        backbone or a whole classifier (``prefix="backbone."`` is understood and changes nothing),
-        and wants every tensor of the backbone. Every other ``init_cfg``, a URL too, is mmengine's.
+        ``dict(type="Pretrained", checkpoint=path)`` loads a file in any published key format, of a
+        backbone or a whole classifier (``prefix="backbone."`` is accepted and has no effect). The
+        file must hold every tensor of the backbone. mmengine handles every other ``init_cfg``, URLs
+        included.
 
         Raises:
             CheckpointError: the file cannot be read.
             ValueError: the file's weights are of another architecture.
         """
         cfgs = _init_cfgs(self.init_cfg)
-        # Initializers first: pretrained weights have the last word, as in mmengine.
+        # Initializers first: as in mmengine, pretrained weights override them.
         for cfg in sorted(cfgs, key=_is_pretrained):
             if _is_local_file(cfg):
                 self._load_pretrained(cfg["checkpoint"])
@@ -177,7 +178,7 @@ class ConvMixer(nn.Module):
 
 
 def register() -> bool:
-    """Register `ConvMixer` with mmpretrain as ``ConvMixerFast``; False where it was already.
+    """Register `ConvMixer` with mmpretrain as ``ConvMixerFast``; False if it already was.
 
     Raises:
         ImportError: mmpretrain is not installed or cannot be imported.
@@ -185,7 +186,7 @@ def register() -> bool:
     try:
         from mmpretrain.registry import MODELS
     except Exception as error:
-        # mmpretrain checks versions with assertions, and its dependencies fail in their own ways.
+        # mmpretrain asserts versions, and its dependencies raise exceptions of their own.
         cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ImportError(
             f"{REGISTERED_NAME} cannot be registered, importing mmpretrain fails ({cause}): "
@@ -193,7 +194,7 @@ def register() -> bool:
         ) from error
     if MODELS.module_dict.get(REGISTERED_NAME) is ConvMixer:
         return False
-    # By force: after a reload of this module the class registered is not this one.
+    # Forced: after a reload of this module the registered class is the old one.
     MODELS.register_module(name=REGISTERED_NAME, module=ConvMixer, force=True)
     return True
 
@@ -230,7 +231,7 @@ def _build_activation(cfg: Mapping[str, Any]) -> nn.Module:
 
 
 def _set_norms(model: nn.Module, cfg: Mapping[str, Any]) -> None:
-    """Put the norms that ``cfg`` asks for in the places of the plain ones, under their names."""
+    """Replace every BatchNorm by the norm that ``cfg`` asks for, under the same name."""
     arguments = dict(cfg)
     kind = arguments.pop("type", None)
     if kind not in _NORMS:
@@ -261,7 +262,7 @@ def _is_pretrained(cfg: Mapping[str, Any]) -> bool:
 
 
 def _is_local_file(cfg: Mapping[str, Any]) -> bool:
-    """Whether this is a pretrained file on a disk, not behind a scheme such as ``https://``."""
+    """Whether ``cfg`` names a pretrained file on a disk, not a URL such as ``https://...``."""
     if not _is_pretrained(cfg):
         return False
     if "checkpoint" not in cfg:

@@ -1,11 +1,11 @@
-"""How does `timm.create_model` make the fused model? Under names of its own, in timm's registry.
+"""Fused models for `timm.create_model`, under names of their own in timm's registry.
 
     import timm, convmixer_fast.compat.timm
     convmixer_fast.compat.timm.register()
     model = timm.create_model("convmixer_fast_768_32", pretrained=True, num_classes=10)
 
-The models are built by timm's own builder, so that all of its arguments, its pretrained weights
-and its configurations work as for its own ConvMixers. timm is imported by `register` only.
+timm's own builder makes the models: its arguments, pretrained weights and configurations work as
+for its own ConvMixers. Only `register` imports timm.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..model import ConvMixer
 
 _PREFIX = "convmixer_fast_"
 
-#: timm reads the configurations of a registered model from its module's attribute of this name.
+#: timm reads the configurations of a registered model from this attribute of its module.
 default_cfgs: dict[str, Any] = {}
 #: timm appends the names of the models that it registers.
 __all__ = ["register"]
@@ -42,7 +42,7 @@ def register() -> list[str]:
         raise ImportError(
             f"convmixer_fast.compat.timm needs timm ({error}): pip install timm"
         ) from error
-    # timm names weights by a tag: those that a hub holds are the ones its users can ask for.
+    # A tag in timm names weights: only variants whose weights a hub holds have one.
     published = {
         _PREFIX + variant.name.removeprefix("convmixer_"): variant
         for variant in VARIANTS.values()
@@ -66,7 +66,7 @@ def register() -> list[str]:
 
 
 def _entrypoint(name: str, variant: Variant) -> Callable[..., nn.Module]:
-    """The function that timm calls for a name, found in this module under that name too."""
+    """The function that timm calls for a name, also set as this module's attribute."""
 
     def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         from timm.models import build_model_with_cfg

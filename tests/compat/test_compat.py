@@ -321,7 +321,7 @@ class TestRegistration:
 
     @pytest.fixture
     def reimport(self) -> Iterator[Any]:
-        """Import the module anew, as a config's custom_imports does in a fresh process."""
+        """Import the module again, as a config's custom_imports does in a fresh process."""
         name = mm.__name__
 
         def again() -> types.ModuleType:
