@@ -205,8 +205,6 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if recorder.session is None:
         return
     terminalreporter.section("convmixer_fast beside its peers")
-    terminalreporter.write_line(
-        report.text(recorder.session, report.tables(recorder.session, unmeasured=False))
-    )
+    terminalreporter.write_line(report.text(recorder.session, report.tables(recorder.session)))
     if recorder.path is not None:
         terminalreporter.write_line(f"rows merged into {recorder.path}")
