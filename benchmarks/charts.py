@@ -132,7 +132,7 @@ def overview_data(reports: Iterable[Report]) -> list[dict[str, Any]]:
         if rounded:
             machine = report["machine"]
             date = max(report["runs"][row["run"]]["date"] for row in rows)
-            where = f"{machine['cpu']}\n{machine['cores']} cores, {machine['isa']}, float32, {date}"
+            where = f"{machine['name']}, {machine['isa']}, float32, {date}"
             panels.append({"machine": where, "speeds": rounded})
     return panels
 

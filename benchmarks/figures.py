@@ -126,12 +126,15 @@ def headline(folder: Path = RESULTS) -> str:
         machine = measured["machine"]
         date = max(measured["runs"][row["run"]]["date"] for row in rows)
         lines.append(
-            f"* {machine['cpu']}, {machine['cores']} cores, {machine['isa']}, {date}: "
-            f"{_range(ours.values())} times the speed of eager PyTorch, "
-            f"{_range(ratios.values())} times that of the fastest peer; "
+            f"* {machine['name']}, {machine['isa']}, {date}: {_range(ours.values())} times eager, "
+            f"{_range(ratios.values())} times the fastest peer; "
             f"slower than a peer: {', '.join(slower) or 'none'}."
         )
-    return "\n".join([*lines, "", hardware(folder)]).strip()
+    about = (
+        "Speed of whole models in float32, from the lowest to the highest ratio, against eager "
+        "PyTorch in its faster layout, and against the fastest of all peers:"
+    )
+    return "\n".join([about, "", *lines, "", hardware(folder)])
 
 
 def hardware(folder: Path = RESULTS) -> str:
@@ -191,28 +194,23 @@ def _columns(*columns: str) -> Callable[[list[Row]], _Cells]:
     return cells
 
 
-_RATIOS = "`x NAME`: speed as a multiple of that system's, bold where that system is faster. "
-_OF_PEAK = (
-    "`of peak`: all multiply-adds, against a loop of multiply-adds on registers in the same rounds."
-)
-
 #: Suite -> explanation and table, where the documentation shows less than the reports.
 _SHORT: dict[str, tuple[str, Callable[[list[Row]], _Cells]]] = {
     "models": (
-        "Medians of interleaved rounds in one process. Every output is checked first. "
-        f"{_RATIOS}{_OF_PEAK}",
+        "Every output is checked before it is timed.",
         _against(
             ("device", "dtype", "model", "batch", "threads", "img/s", "ms", "of peak", "of limit")
         ),
     ),
     "kernels": (
-        f"{_RATIOS}{_OF_PEAK}",
+        "For every system the C library keeps freed memory, so that fresh outputs are not new "
+        "pages.",
         _against(
             ("device", "dtype", "model", "batch", "threads", "part", "ms", "of peak", "of limit")
         ),
     ),
     "resolution": (
-        f"A patch is one position of the grid. {_RATIOS}{_OF_PEAK}",
+        "A patch is one position of the grid.",
         _against(
             *[
                 (
@@ -231,17 +229,17 @@ _SHORT: dict[str, tuple[str, Callable[[list[Row]], _Cells]]] = {
     ),
     "training": (
         "Forward, backward and SGD. While BatchNorm gathers batch statistics, the children of our "
-        f"modules run one by one, at PyTorch's speed. {_RATIOS}",
+        "modules run one by one, at PyTorch's speed.",
         _against(("device", "dtype", "model", "batch", "threads", "img/s", "ms")),
     ),
     "scaling": (
         "The rows of a model were measured in the same rounds. A patch is one position of the "
-        f"grid. {_OF_PEAK}",
+        "grid.",
         _columns("model", "side", "batch", "threads", "img/s", "of peak", "ns / patch", "ms"),
     ),
     "steps": (
         "Each row changes one thing in the row before it, in the same rounds. The last row is the "
-        f"model as it is used. {_OF_PEAK}",
+        "model as it is used.",
         _columns("model", "batch", "threads", "system", "ms", "of peak"),
     ),
     "numerics": (
@@ -304,20 +302,33 @@ def legend(folder: Path = RESULTS) -> str:
     return "\n".join(f"* **{title}.** {about}" for title, about in told.items())
 
 
-def slower_cells(folder: Path = RESULTS) -> str:
-    """Every cell of the suite never_slower below its bound, machine by machine."""
-    rows, counted = [], []
-    for path in sorted(folder.glob("*/cpu.json")):
-        measured = results.load(path)
-        assert measured is not None
-        found = report.cells(measured["rows"])
-        slower = [cell for cell in found if cell.slower]
-        if found:
-            counted.append(f"{path.parent.name}: {len(slower)} of {len(found)} cells")
-        rows += [(path.parent.name, str(c), f"{c.ratio:.3f}", c.by) for c in slower]
+def _never_slower(folder: Path) -> list[tuple[str, list[report.Cell]]]:
+    """Machines and their cells of the suite never_slower."""
+    machines = [(path.parent.name, loaded) for path, loaded in _machines(folder)]
+    found = [(name, report.cells(loaded["rows"])) for name, loaded in machines]
+    return [(name, cells) for name, cells in found if cells]
+
+
+def slower_count(folder: Path = RESULTS) -> str:
+    """How many cells of the suite never_slower are below its bound, machine by machine."""
+    counted = [
+        f"{name}: {sum(cell.slower for cell in cells)} of {len(cells)} cells"
+        for name, cells in _never_slower(folder)
+    ]
     if not counted:
         return "No machine has been measured yet."
-    parts = [f"Below {report.NEVER_SLOWER} of stock PyTorch's speed, {'; '.join(counted)}."]
+    return f"Below {report.NEVER_SLOWER} of stock PyTorch's speed, {'; '.join(counted)}."
+
+
+def slower_cells(folder: Path = RESULTS) -> str:
+    """Every cell of the suite never_slower below its bound, machine by machine."""
+    rows = [
+        (name, str(cell), f"{cell.ratio:.3f}", cell.by)
+        for name, cells in _never_slower(folder)
+        for cell in cells
+        if cell.slower
+    ]
+    parts = [slower_count(folder)]
     if rows:
         parts.append(table(("machine", "call", "times stock's speed", "computed by"), rows))
     return "\n\n".join(parts)
@@ -488,6 +499,7 @@ SNIPPETS: dict[str, Callable[[], str]] = {
     "headline": headline,
     "legend": legend,
     "measured": measured,
+    "slower-count": slower_count,
     "slower-cells": slower_cells,
     "gpu-predicted": gpu_predicted,
     "timm-table": timm_table,

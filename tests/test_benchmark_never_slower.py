@@ -132,13 +132,14 @@ def test_every_slower_cell_is_named_by_the_figures_and_no_other(tmp_path):
     assert told[0].endswith("fast: 0 of 2 cells; slow: 1 of 2 cells.")
     assert told[-1] == f"| slow | 1024/20, float32, batch 1, 64 px, threads 2 | 0.900 | {BY} |"
     assert len(told) == 5
+    assert figures.slower_count(tmp_path) == told[0]
 
 
 @pytest.mark.parametrize(
     "path", sorted((BENCHMARKS / "results").glob("*/cpu.json")), ids=lambda p: p.parent.name
 )
-def test_the_limits_page_names_every_stored_cell_that_is_slower(path):
-    page = (ROOT / "docs" / "reference" / "limits.md").read_text()
+def test_the_documentation_names_every_stored_cell_that_is_slower(path):
+    page = (ROOT / "docs" / "measured.md").read_text()
     stored = results.load(path)
     unnamed = [
         str(found)
