@@ -130,7 +130,7 @@ def test_a_saved_report_is_read_back_and_others_are_refused(tmp_path):
 # The summary
 
 
-def test_share_of_peak_is_told_and_promised_to_nobody():
+def test_share_of_peak_is_a_finding_without_a_promise():
     found = finding(rows(ours=1000 / 0.89), "1536/20", "of peak")
     assert found.measured == pytest.approx(0.89)
     assert (found.promise, found.kept) == (None, "")
@@ -588,7 +588,7 @@ def test_the_speed_of_the_model_next_to_busy_cores_is_a_detail():
     assert found.detail.endswith("; against the model while other cores decode: 0.99")
 
 
-def test_streams_are_told_by_height_and_against_the_whole_image():
+def test_findings_of_streams_by_height_and_against_the_whole_image():
     height = {"suite": "heights", "group": "g", "model": "m", "system": "stream"}
     measured = [
         {**height, "height": h, "MiB": mib, "us a row": us}
