@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from presets import VARIANTS
-from results import Report, Row, in_order, is_peer, select
+from results import Report, Row, display_name, in_order, is_peer, select
 
 #: Systems of the overview: name and colour. Of several settings of one system the fastest is drawn.
 OVERVIEW = {
@@ -221,7 +221,7 @@ def _of_peak(rows: list[Row]) -> Any:
             axes.bar(places, heights, width, label=system, color=f"C{i}")
         axes.axhline(100, color="black", linewidth=0.8, linestyle="--")
         axes.set_ylabel(f"% of {limit}")
-        axes.set_title(f"{part + ', ' if part else ''}{setting}", fontsize="medium")
+        axes.set_title(f"{display_name(part) + ', ' if part else ''}{setting}", fontsize="medium")
     # Strassen's algorithm does fewer multiply-adds than are counted: bars may exceed 100.
     axes.set_ylim(0, max(105.0, 105.0 * max(_share(r) or 0.0 for r in rows)))
     axes.set_xticks(
@@ -256,7 +256,9 @@ def _waterfall(rows: list[Row]) -> Any:
             axes.barh(i, length, left=left, color=colour)
             axes.text(max(before, now), i, f" {now:.4g}", va="center", fontsize="small")
             before = now
-        axes.set_yticks(range(len(here)), [r["system"] for r in here], fontsize="small")
+        axes.set_yticks(
+            range(len(here)), [display_name(r["system"]) for r in here], fontsize="small"
+        )
         axes.invert_yaxis()
         axes.set_xlim(0, 1.12 * max(r["ms"] for r in here))
         axes.set_xlabel("milliseconds", fontsize="small")

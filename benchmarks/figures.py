@@ -147,13 +147,8 @@ def hardware(folder: Path = RESULTS) -> str:
         }
     )
     if not gpus:
-        return "These figures come from CPUs. **No GPU has been measured yet.**"
-    return f"GPUs measured: {', '.join(gpus)}."
-
-
-def _name(value: Any) -> Any:
-    """The documentation's name of a part, system or step."""
-    return value.replace("channel half", "pointwise half") if isinstance(value, str) else value
+        return "The figures come from CPUs. **No GPU has been measured yet.**"
+    return f"The figures come from CPUs and from GPUs: {', '.join(gpus)}."
 
 
 #: Columns and cells of one suite's table.
@@ -177,7 +172,7 @@ def _against(own: tuple[str, ...]) -> Callable[[list[Row]], _Cells]:
                 times = {row["system"]: row["ms"] / ours["ms"] for row in peers}
                 ratios = [f"{times[s]:.2f}" if s in times else "" for s in systems]
                 ratios = [f"**{r}**" if r and float(r) < 1 else r for r in ratios]
-                lines.append([*(_name(ours.get(c)) for c in columns), *ratios])
+                lines.append([*(ours.get(c) for c in columns), *ratios])
         return (*columns, *(f"x {system}" for system in systems)), lines
 
     return cells
@@ -189,7 +184,7 @@ def _columns(*columns: str) -> Callable[[list[Row]], _Cells]:
     def cells(rows: list[Row]) -> _Cells:
         shown = tuple(c for c in columns if any(c in row for row in rows))
         kept = [r for r in rows if not str(r.get("system", "")).startswith(("peak", "limit"))]
-        return shown, [[_name(row.get(c)) for c in shown] for row in kept]
+        return shown, [[row.get(c) for c in shown] for row in kept]
 
     return cells
 
@@ -497,6 +492,7 @@ def versions(recorded: dict[str, dict[str, Any]] | None = None) -> str:
 
 SNIPPETS: dict[str, Callable[[], str]] = {
     "headline": headline,
+    "hardware": hardware,
     "legend": legend,
     "measured": measured,
     "slower-count": slower_count,

@@ -21,7 +21,7 @@ from typing import Any
 import charts
 import results
 from presets import BATCH, THREADS
-from results import Report, Row, in_order, is_peer, select
+from results import Report, Row, display_name, in_order, is_peer, select
 
 #: A CPU's speed as a multiple of the fastest of stock PyTorch, at least, in every cell of the
 #: suite never_slower.
@@ -576,7 +576,7 @@ def cell(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.3g}"
-    return "" if value is None else str(value)
+    return "" if value is None else display_name(str(value))
 
 
 def heading(report: Report) -> list[str]:

@@ -103,6 +103,11 @@ def is_peer(row: Row) -> bool:
     return "ms" in row and not row["system"].startswith(("ours", "peak", "limit"))
 
 
+def display_name(name: str) -> str:
+    """Name of a part or step in tables and charts; stored rows say "channel half"."""
+    return name.replace("channel half", "pointwise half")
+
+
 def in_order(rows: list[Row]) -> list[Row]:
     """Model by model as first measured, batch by batch; a group's rows keep their order."""
     models = list(dict.fromkeys(r.get("model") for r in rows))
