@@ -1,4 +1,4 @@
-"""Cost of streaming an image: memory by height, time against the whole image and against tiles.
+"""Measure streaming: memory by height, and time against the whole image and against tiles.
 
     python benchmarks/streaming.py                        # a quarter of an hour on a core
     python benchmarks/streaming.py --heights 2048 16384 --tiles --rounds 1          # a look
