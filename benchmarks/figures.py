@@ -147,8 +147,8 @@ def hardware(folder: Path = RESULTS) -> str:
         }
     )
     if not gpus:
-        return "The figures come from CPUs. **No GPU has been measured yet.**"
-    return f"The figures come from CPUs and from GPUs: {', '.join(gpus)}."
+        return "All measured figures come from CPUs. **No GPU has been measured yet.**"
+    return f"Measured figures come from CPUs and from GPUs: {', '.join(gpus)}."
 
 
 #: Columns and cells of one suite's table.

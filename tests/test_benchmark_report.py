@@ -504,7 +504,7 @@ def test_the_page_of_measurements_has_every_table_of_every_machine(tmp_path):
     assert "| 1536/20 | 4 | 2 | 4 | 1000 | 1 | **0.90** |" in lines, "peak is no peer"
     assert "| Card | bfloat16 | 768/32 | 64 | 1 | 10 | **0.70** |" in lines
     assert any("| 7.25 |" in line for line in lines)
-    assert figures.hardware(tmp_path) == "The figures come from CPUs and from GPUs: Card."
+    assert figures.hardware(tmp_path) == "Measured figures come from CPUs and from GPUs: Card."
 
 
 def test_a_changed_figure_is_put_right_and_nothing_else_is_touched():

@@ -263,3 +263,29 @@ def test_a_typed_figure_is_noticed():
     for figure in ("5.5 img/s", "94 %", "18.3 GMAC/s", "2 GB/s", "1.3 times the", "12 ms", "3 MiB"):
         assert FIGURE.search(f"It reaches {figure} here."), figure
     assert not FIGURE.search("convmixer_768_32 at 224 pixels, batch 4, k = 7, 2 threads")
+
+
+#: Words that the glossary of CONTRIBUTING.md's language rule replaces.
+REPLACED = re.compile(
+    r"\b(anew|mend(?:s|ed)?|as ever|beside|somebody|anybody|nobody|retreat|verdicts?|serves|served"
+    r"|in the place of)\b",
+    re.IGNORECASE,
+)
+
+
+@pytest.mark.parametrize(
+    "page",
+    [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *PAGES],
+    ids=lambda p: p.stem,
+)
+def test_pages_use_the_words_of_the_glossary(page):
+    """Outside of code and quoted messages."""
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
+    # The names of the measured columns are those of the stored rows.
+    text = text.replace("of the model beside", "").replace("model beside ms", "")
+    assert not REPLACED.findall(text)
+
+
+def test_a_replaced_word_is_noticed():
+    assert REPLACED.findall("Somebody's model is mended.") == ["Somebody", "mended"]
+    assert not REPLACED.findall("besides, it recommends")
