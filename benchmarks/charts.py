@@ -1,23 +1,39 @@
-"""Which pictures do measured rows make? An SVG a suite, two of whole models."""
+"""Charts of measured rows: one SVG a suite, two of whole models, and the README's overview."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from results import Report, Row, in_order, select
+from presets import VARIANTS
+from results import Report, Row, display_name, in_order, is_peer, select
+
+#: Systems of the overview: name and colour. Of several settings of one system the fastest is drawn.
+OVERVIEW = {
+    "torch.compile": "C0",
+    "ONNX Runtime": "C2",
+    "OpenVINO": "C4",
+    "convmixer_fast": "C3",
+}
 
 
-def draw(report: Report, name: str, path: Path) -> bool:
-    """Draw a chart of `CHARTS`; False, and nothing is written, where there are no rows for it."""
+def _prepare() -> None:
+    """Set up matplotlib: SVG files, equal for equal rows, with text as text."""
     import matplotlib
 
     matplotlib.use("svg")
+    # Ids are derived from this and not random.
+    matplotlib.rcParams["svg.hashsalt"] = "convmixer_fast"
+    matplotlib.rcParams["svg.fonttype"] = "none"
+
+
+def draw(report: Report, name: str, path: Path) -> bool:
+    """Draw a chart of `CHARTS`; False, with no file written, where there are no rows for it."""
+    _prepare()
     from matplotlib import pyplot
 
-    # Ids made from this and not from chance: the same rows give the same file.
-    matplotlib.rcParams["svg.hashsalt"] = "convmixer_fast"
     suite, chart = CHARTS[name]
     rows = [r for r in select(report["rows"], suite=suite) if not _is_limit(r)]
     figure = chart(rows) if rows else None
@@ -26,9 +42,99 @@ def draw(report: Report, name: str, path: Path) -> bool:
     machine = report["machine"]
     where = machine.get("gpu") or f"{machine['cpu']}, float32"
     figure.suptitle(f"{where}, {report['runs'][-1]['date']}")
-    figure.savefig(path, metadata={"Date": None})
+    figure.savefig(path, metadata={"Date": None, "Creator": None})
     pyplot.close(figure)
     return True
+
+
+def speeds(rows: Iterable[Row]) -> list[tuple[str, dict[str, float]]]:
+    """Whole models: "MODEL, batch N" and each system's speed as a multiple of eager PyTorch's.
+
+    Eager PyTorch is the faster of its two layouts. Of one system's settings the fastest counts, of
+    several thread counts the largest.
+    """
+    found = []
+    places = {name: i for i, name in enumerate(VARIANTS)}
+    rows = in_order(select(rows, suite="models"))
+    most = max((row.get("threads", 0) for row in rows), default=0)
+    rows = [row for row in rows if row.get("threads", most) == most]
+    rows.sort(key=lambda row: places.get(row["model"], len(places)))
+    for group in dict.fromkeys(row["group"] for row in rows):
+        here = select(rows, group=group)
+        ours = [row for row in here if row["system"] == "ours" and "ms" in row]
+        peers = list(filter(is_peer, here))
+        eager = [row["ms"] for row in peers if row["system"].startswith("eager")]
+        if not ours or not eager:
+            continue
+        best = {"convmixer_fast": min(eager) / ours[0]["ms"]}
+        for row in peers:
+            name = row["system"].partition(" + ")[0]
+            if not name.startswith("eager"):
+                best[name] = max(best.get(name, 0.0), min(eager) / row["ms"])
+        found.append((f"{ours[0]['model']}, batch {ours[0]['batch']}", best))
+    return found
+
+
+def overview(reports: Iterable[Report], path: Path) -> None:
+    """Draw the speed of whole models on every machine, a panel each.
+
+    The file's description holds the drawn figures as JSON: a test compares it with the rows.
+    """
+    _prepare()
+    from matplotlib import pyplot
+
+    panels = overview_data(reports)
+    columns = min(2, len(panels))
+    lines = max(len(panel["speeds"]) for panel in panels)
+    figure, grid = pyplot.subplots(
+        -(-len(panels) // columns),
+        columns,
+        figsize=(4.6 * columns, (0.28 * lines + 0.9) * -(-len(panels) // columns) + 0.7),
+        layout="constrained",
+        squeeze=False,
+        sharex=True,
+    )
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for panel, axes in zip(panels, grid.flat, strict=False):
+        names = [name for name, _ in panel["speeds"]]
+        for system, colour in OVERVIEW.items():
+            points = [(s[system], i) for i, (_, s) in enumerate(panel["speeds"]) if system in s]
+            ours = system == "convmixer_fast"
+            if points:
+                xs, ys = zip(*points, strict=True)
+                axes.scatter(
+                    *(xs, ys), s=70 if ours else 30, color=colour, label=system, zorder=2 + ours
+                )
+        axes.axvline(1.0, color="black", linewidth=0.8, label="eager PyTorch, faster layout")
+        axes.set_yticks(range(len(names)), names, fontsize="small")
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.grid(axis="y", linewidth=0.4)
+        axes.set_title(panel["machine"], fontsize="small")
+    for axes in grid[-1]:
+        axes.set_xlabel("speed, eager PyTorch = 1, more is better", fontsize="small")
+    handles, labels = _legend(grid.flat)
+    named = dict(zip(labels, handles, strict=True))
+    figure.legend(
+        named.values(), named.keys(), loc="outside lower center", ncols=3, fontsize="small"
+    )
+    told = json.dumps(panels)
+    figure.savefig(path, metadata={"Date": None, "Creator": None, "Description": told})
+    pyplot.close(figure)
+
+
+def overview_data(reports: Iterable[Report]) -> list[dict[str, Any]]:
+    """The figures of `overview`: of each report the machine, the date and `speeds`, rounded."""
+    panels = []
+    for report in reports:
+        rows = select(report["rows"], suite="models")
+        rounded = [(n, {s: round(v, 3) for s, v in at.items()}) for n, at in speeds(rows)]
+        if rounded:
+            machine = report["machine"]
+            date = max(report["runs"][row["run"]]["date"] for row in rows)
+            where = f"{machine['name']}, {machine['isa']}, float32, {date}"
+            panels.append({"machine": where, "speeds": rounded})
+    return panels
 
 
 def _is_limit(row: Row) -> bool:
@@ -45,7 +151,7 @@ def _setting(row: Row) -> str:
 
 
 def _speed(rows: list[Row]) -> Any:
-    """Bars of img/s: a panel for each model (and dtype), a group for each batch, a bar a system."""
+    """Bars of img/s: a panel for each model (and dtype), a group a batch, a bar a system."""
     rows = [r for r in in_order(rows) if "img/s" in r]
     most = max((r.get("threads", 0) for r in rows), default=0)
     rows = [r for r in rows if r.get("threads", most) == most]
@@ -81,7 +187,7 @@ def _speed(rows: list[Row]) -> Any:
 
 
 def _legend(axes: Any) -> tuple[list[Any], list[str]]:
-    """Handles and labels of all panels: not every panel has every system."""
+    """Handles and labels of all panels: a panel may lack systems."""
     pairs = [pair for one in axes for pair in zip(*one.get_legend_handles_labels(), strict=True)]
     return [handle for handle, _ in pairs], [label for _, label in pairs]
 
@@ -111,12 +217,12 @@ def _of_peak(rows: list[Row]) -> Any:
             offset = (i - (len(systems) - 1) / 2) * width
             places = [g + offset for g, name in enumerate(names) if name in shares]
             heights = [shares[name] for name in names if name in shares]
-            # The colour goes with the system, also in a panel that lacks some.
+            # One colour a system, also in panels that lack some systems.
             axes.bar(places, heights, width, label=system, color=f"C{i}")
         axes.axhline(100, color="black", linewidth=0.8, linestyle="--")
         axes.set_ylabel(f"% of {limit}")
-        axes.set_title(f"{part + ', ' if part else ''}{setting}", fontsize="medium")
-    # Strassen's algorithm does fewer multiply-adds than are counted: bars may pass 100.
+        axes.set_title(f"{display_name(part) + ', ' if part else ''}{setting}", fontsize="medium")
+    # Strassen's algorithm does fewer multiply-adds than are counted: bars may exceed 100.
     axes.set_ylim(0, max(105.0, 105.0 * max(_share(r) or 0.0 for r in rows)))
     axes.set_xticks(
         range(len(names)),
@@ -129,7 +235,7 @@ def _of_peak(rows: list[Row]) -> Any:
 
 
 def _waterfall(rows: list[Row]) -> Any:
-    """A panel for each model: where it starts, what each step takes off or adds, where it ends."""
+    """A panel for each model: the first step's time, then what each step removes or adds."""
     from matplotlib import pyplot
 
     groups = list(dict.fromkeys(r["group"] for r in rows))
@@ -150,7 +256,9 @@ def _waterfall(rows: list[Row]) -> Any:
             axes.barh(i, length, left=left, color=colour)
             axes.text(max(before, now), i, f" {now:.4g}", va="center", fontsize="small")
             before = now
-        axes.set_yticks(range(len(here)), [r["system"] for r in here], fontsize="small")
+        axes.set_yticks(
+            range(len(here)), [display_name(r["system"]) for r in here], fontsize="small"
+        )
         axes.invert_yaxis()
         axes.set_xlim(0, 1.12 * max(r["ms"] for r in here))
         axes.set_xlabel("milliseconds", fontsize="small")
@@ -159,7 +267,7 @@ def _waterfall(rows: list[Row]) -> Any:
 
 
 def _memory(rows: list[Row]) -> Any:
-    """Bars of what a process has above its imports."""
+    """Bars of a process's memory above its imports."""
     from matplotlib import pyplot
 
     rows = in_order(rows)

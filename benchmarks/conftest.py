@@ -204,9 +204,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     recorder = config.stash[_RECORDER]
     if recorder.session is None:
         return
-    terminalreporter.section("convmixer_fast beside its peers")
-    terminalreporter.write_line(
-        report.text(recorder.session, report.tables(recorder.session, unmeasured=False))
-    )
+    terminalreporter.section("convmixer_fast and its peers")
+    terminalreporter.write_line(report.text(recorder.session, report.tables(recorder.session)))
     if recorder.path is not None:
         terminalreporter.write_line(f"rows merged into {recorder.path}")

@@ -110,7 +110,7 @@ def main(device: str = "cpu", about: str = __doc__ or "") -> int:
                 failed.append(name)
     measured = results.load(rows)
     if measured is not None:
-        closing = [t for t in report.tables(measured, unmeasured=False) if t.suite in CLOSING]
+        closing = [t for t in report.tables(measured) if t.suite in CLOSING]
         print(report.text(measured, closing))
         print("", rows, *report.write(rows), sep="\n")
         print("figures of the README and docs: python benchmarks/report.py --readme")

@@ -1,26 +1,27 @@
-"""Which figures stand in the README and the documentation? Those of the result files, put in anew.
+"""Figures of the README and the documentation, generated from the result files.
 
 A pair of comments marks a place:
 
     <!-- figures: NAME -->
     <!-- end of figures -->
 
-`python benchmarks/report.py --readme` writes between them what `SNIPPETS` makes of the JSON files
-under benchmarks/; a test fails where text and files disagree. No figure is typed.
+`python benchmarks/report.py --readme` fills each place with the text of `SNIPPETS[NAME]`, made from
+the JSON files under benchmarks/, and draws `OVERVIEW`. A test fails where a page disagrees with the
+files. No figure is typed by hand.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import charts
 import report
 import results
-from presets import THREADS
-from results import Report, Row, select
+from results import Report, Row, is_peer, select
 
 from convmixer_fast.arch import VARIANTS, Variant, find_variant
 
@@ -28,6 +29,10 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 RESULTS = HERE / "results"
 PUBLISHED = HERE / "published" / "timm.json"
+#: The README's chart.
+OVERVIEW = ROOT / "docs" / "overview.svg"
+#: Names of result files.
+FILES = ("cpu.json", "gpu.json", "inference.json", "streaming.json")
 #: Written by `python tests/versions.py --record`.
 VERSIONS = ROOT / "tests" / "versions.json"
 
@@ -37,12 +42,12 @@ _PLACE = re.compile(
 
 
 def pages() -> list[Path]:
-    """The files that have figures or may have."""
+    """The README and the pages of the documentation."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def filled(text: str) -> str:
-    """A page's text with every marked place filled anew.
+    """A page's text with every marked place filled.
 
     Raises:
         ValueError: a name that no snippet has, or a mark without its end.
@@ -51,7 +56,7 @@ def filled(text: str) -> str:
     def fill(found: re.Match[str]) -> str:
         name = found["name"]
         if name not in SNIPPETS:
-            raise ValueError(f"no figures are called {name}: use {', '.join(SNIPPETS)}")
+            raise ValueError(f"unknown figures {name}: use {', '.join(SNIPPETS)}")
         return f"{found[1]}{SNIPPETS[name]().strip()}\n{found[4]}"
 
     if text.count("<!-- figures: ") != len(_PLACE.findall(text)):
@@ -60,244 +65,268 @@ def filled(text: str) -> str:
 
 
 def update() -> list[str]:
-    """Fill every page; what was done, a line a page."""
-    told = []
+    """Fill every page and draw the chart; returns a line a file."""
+    lines = []
     for page in pages():
         old = page.read_text()
         new = filled(old)
         if new != old:
             page.write_text(new)
-        told.append(f"{page.relative_to(ROOT)}: {'changed' if new != old else 'as it was'}")
-    return told
+        lines.append(f"{page.relative_to(ROOT)}: {'changed' if new != old else 'unchanged'}")
+    charts.overview((measured for _, measured in _machines()), OVERVIEW)
+    return [*lines, f"{OVERVIEW.relative_to(ROOT)}: drawn"]
 
 
 def table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    """Markdown of a table, its cells as everywhere in the reports."""
+    """A Markdown table with cells as in the reports."""
     lines = ["| " + " | ".join(columns) + " |"]
     lines.append(re.sub(r"[^|]+", "---", lines[0]))
     lines += ["| " + " | ".join(report.cell(value) for value in row) + " |" for row in rows]
     return "\n".join(lines)
 
 
-def _machines() -> list[tuple[Path, Report]]:
-    found = [(path, results.load(path)) for path in sorted(RESULTS.glob("*/cpu.json"))]
+def _machines(folder: Path = RESULTS) -> list[tuple[Path, Report]]:
+    found = [(path, results.load(path)) for path in sorted(folder.glob("*/cpu.json"))]
     return [(path, loaded) for path, loaded in found if loaded is not None]
 
 
-def _where(path: Path, measured: Report, rows: list[Row]) -> str:
-    """Machine and versions of some rows, and the file that they stand in."""
-    machine = measured["machine"]
+def _software(measured: Report, rows: list[Row]) -> str:
+    """Dates and versions of the runs that some rows come from."""
     runs = [measured["runs"][i] for i in sorted({row["run"] for row in rows})]
-    names = {key: [] for key in ("date", "torch", "onnxruntime", "openvino")}
+    names: dict[str, list[str]] = {
+        key: [] for key in ("date", "torch", "onnxruntime", "openvino", "engine")
+    }
     for run in runs:
         for key, values in names.items():
             if run.get(key) and run[key] not in values:
                 values.append(run[key])
-    told = ", ".join(f"{key} {' and '.join(values)}" for key, values in names.items() if values)
-    return (
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['isa']}; {told} "
-        f"(`{path.with_suffix('.md').relative_to(ROOT)}`)."
+    return ", ".join(f"{key} {' and '.join(values)}" for key, values in names.items() if values)
+
+
+def _range(values: Iterable[float]) -> str:
+    shown = [f"{value:.2f}" for value in sorted(values)]
+    return shown[0] if shown[0] == shown[-1] else f"{shown[0]} to {shown[-1]}"
+
+
+def headline(folder: Path = RESULTS) -> str:
+    """Each machine's speed against eager PyTorch and the fastest peer, slowest to fastest model."""
+    lines = []
+    for _, measured in _machines(folder):
+        rows = select(measured["rows"], suite="models")
+        found = charts.speeds(rows)
+        if not found:
+            continue
+        ours = {name: speed["convmixer_fast"] for name, speed in found}
+        peers = {
+            name: max({"eager PyTorch": 1.0, **speed, "convmixer_fast": 0.0}.values())
+            for name, speed in found
+        }
+        ratios = {name: ours[name] / peers[name] for name in ours}
+        slower = [f"{name} ({ratio:.2f})" for name, ratio in ratios.items() if ratio < 1]
+        machine = measured["machine"]
+        date = max(measured["runs"][row["run"]]["date"] for row in rows)
+        lines.append(
+            f"* {machine['name']}, {machine['isa']}, {date}: {_range(ours.values())} times eager, "
+            f"{_range(ratios.values())} times the fastest peer; "
+            f"slower than a peer: {', '.join(slower) or 'none'}."
+        )
+    about = (
+        "Speed of whole models in float32, from the lowest to the highest ratio, against eager "
+        "PyTorch in its faster layout, and against the fastest of all peers:"
     )
+    return "\n".join([about, "", *lines, "", hardware(folder)])
 
 
-def whole_models() -> str:
-    """Every whole model on every machine: speed, share of the peak, and against whom."""
-    parts = []
-    for path, measured in _machines():
-        rows = select(measured["rows"], suite="models", threads=THREADS)
+def hardware(folder: Path = RESULTS) -> str:
+    """The kinds of hardware that figures come from."""
+    gpus = sorted(
+        {
+            loaded["machine"]["gpu"]
+            for path in folder.glob("*/gpu.json")
+            if (loaded := results.load(path))
+        }
+    )
+    if not gpus:
+        return "All measured figures come from CPUs. **No GPU has been measured yet.**"
+    return f"Measured figures come from CPUs and from GPUs: {', '.join(gpus)}."
+
+
+#: Columns and cells of one suite's table.
+_Cells = tuple[tuple[str, ...], list[list[Any]]]
+
+
+def _against(own: tuple[str, ...]) -> Callable[[list[Row]], _Cells]:
+    """A table with a row a group: ``own`` columns of ours, then its speed against each system."""
+
+    def cells(rows: list[Row]) -> _Cells:
+        rows = results.in_order(rows)
+        systems = list(dict.fromkeys(row["system"] for row in filter(is_peer, rows)))
+        columns = tuple(c for c in own if any(c in row for row in rows))
         lines = []
-        for group in dict.fromkeys(row["group"] for row in results.in_order(rows)):
+        for group in dict.fromkeys(row["group"] for row in rows):
             here = select(rows, group=group)
-            ours = next((r for r in here if r["system"] == "ours" and "ms" in r), None)
-            if ours is None:
-                continue
-            eager = next((r for r in here if r["system"] == "eager NCHW" and "ms" in r), None)
-            best = report.best_peer(here)
-            lines.append(
+            for ours in select(here, system="ours"):
+                if "ms" not in ours:
+                    continue
+                peers = [r for r in here if is_peer(r) and r.get("part") == ours.get("part")]
+                times = {row["system"]: row["ms"] / ours["ms"] for row in peers}
+                ratios = [f"{times[s]:.2f}" if s in times else "" for s in systems]
+                ratios = [f"**{r}**" if r and float(r) < 1 else r for r in ratios]
+                lines.append([*(ours.get(c) for c in columns), *ratios])
+        return (*columns, *(f"x {system}" for system in systems)), lines
+
+    return cells
+
+
+def _columns(*columns: str) -> Callable[[list[Row]], _Cells]:
+    """A table with these columns of every row that is ours or another system's."""
+
+    def cells(rows: list[Row]) -> _Cells:
+        shown = tuple(c for c in columns if any(c in row for row in rows))
+        kept = [r for r in rows if not str(r.get("system", "")).startswith(("peak", "limit"))]
+        return shown, [[row.get(c) for c in shown] for row in kept]
+
+    return cells
+
+
+#: Suite -> explanation and table, where the documentation shows less than the reports.
+_SHORT: dict[str, tuple[str, Callable[[list[Row]], _Cells]]] = {
+    "models": (
+        "Every output is checked before it is timed.",
+        _against(
+            ("device", "dtype", "model", "batch", "threads", "img/s", "ms", "of peak", "of limit")
+        ),
+    ),
+    "kernels": (
+        "For every system the C library keeps freed memory, so that fresh outputs are not new "
+        "pages.",
+        _against(
+            ("device", "dtype", "model", "batch", "threads", "part", "ms", "of peak", "of limit")
+        ),
+    ),
+    "resolution": (
+        "A patch is one position of the grid.",
+        _against(
+            *[
                 (
-                    ours["model"],
-                    ours["batch"],
-                    f"{ours['img/s']:.3g}",
-                    f"{100 * ours['of peak']:.0f} %",
-                    f"{eager['ms'] / ours['ms']:.2f}" if eager else "",
-                    f"{best['ms'] / ours['ms']:.2f} ({best['system']})" if best else "",
+                    "device",
+                    "dtype",
+                    "model",
+                    "side",
+                    "batch",
+                    "threads",
+                    "img/s",
+                    "ns / patch",
+                    "of peak",
                 )
-            )
-        if lines:
-            columns = (
-                *("model", "batch", "img/s", "of peak"),
-                *("times eager NCHW's speed", "times the best peer's (which)"),
-            )
-            parts += [_where(path, measured, rows), table(columns, lines)]
-    return "\n\n".join(parts)
-
-
-def _promises(path: Path, measured: Report) -> list[report.Line]:
-    """Those that a result file is held against."""
-    if path.name == "streaming.json":
-        # It takes the report's tables, and the report these figures.
-        import streaming
-
-        lines: list[report.Line] = streaming.lines(measured)
-        return lines
-    return report.promises(measured)
-
-
-#: The files that hold promises.
-_HELD = ("cpu.json", "gpu.json", "inference.json", "streaming.json")
-
-
-def _held(folder: Path) -> Iterator[tuple[Path, list[report.Line]]]:
-    """Every file that holds promises, and those of which something was measured."""
-    for path in sorted(p for name in _HELD for p in folder.glob(f"*/{name}")):
-        measured = results.load(path)
-        assert measured is not None
-        lines = [line for line in _promises(path, measured) if line.met]
-        if lines:
-            yield path, lines
-
-
-def reached(folder: Path = RESULTS) -> str:
-    """How many promises every machine's measurements keep, and which they miss by most."""
-    rows = []
-    for path, lines in _held(folder):
-        short = [line for line in lines if line.met == "no"]
-        worst = max(short, key=report.Line.shortfall).row() if short else None
-        told = f"{worst['what']}: {worst['measured']} for {worst['bar']}" if worst else ""
-        kept = f"{len(lines) - len(short)} of {len(lines)}"
-        rows.append((f"{path.parent.name} (`{path.name}`)", kept, told))
-    return table(("measured on", "aims reached", "missed by most"), rows)
-
-
-def missed(folder: Path = RESULTS) -> str:
-    """The promises that the measurements do not keep, file by file, of every machine."""
-    parts = []
-    for path, held in _held(folder):
-        lines = [line.row() for line in held if line.met == "no"]
-        if lines:
-            rows = [(r["what"], r["bar"], r["measured"], r["detail"]) for r in lines]
-            parts.append(f"Not reached on {path.parent.name} (`{path.name}`):")
-            parts.append(table(("what", "aimed at", "measured", "detail"), rows))
-    return "\n\n".join(parts) or "Every bar was reached."
-
-
-def slower_cells(folder: Path = RESULTS) -> str:
-    """Every cell of the suite never_slower below its bar, of every machine."""
-    rows, counted = [], []
-    for path in sorted(folder.glob("*/cpu.json")):
-        measured = results.load(path)
-        assert measured is not None
-        found = report.cells(measured["rows"])
-        slower = [cell for cell in found if cell.slower]
-        if found:
-            counted.append(f"{path.parent.name}: {len(slower)} of {len(found)} cells")
-        rows += [(path.parent.name, str(c), f"{c.ratio:.3f}", c.by) for c in slower]
-    if not counted:
-        return "No machine was measured yet."
-    parts = [f"Below {report.NEVER_SLOWER} of stock PyTorch's speed, {'; '.join(counted)}."]
-    if rows:
-        parts.append(table(("measured on", "call", "times stock's speed", "computed by"), rows))
-    return "\n\n".join(parts)
-
-
-#: Column of `gpu_static.json` and `cuda_static.json` -> the most that is aimed at, and what it is.
-_STATIC_AIMS = {
-    "spills": (0, "values spilled"),
-    "stack": (0, "bytes of stack"),
-    "unpack_per_load": (1, "conversions a loaded value"),
+            ]
+        ),
+    ),
+    "training": (
+        "Forward, backward and SGD. While BatchNorm gathers batch statistics, the children of our "
+        "modules run one by one, at PyTorch's speed.",
+        _against(("device", "dtype", "model", "batch", "threads", "img/s", "ms")),
+    ),
+    "scaling": (
+        "The rows of a model were measured in the same rounds. A patch is one position of the "
+        "grid.",
+        _columns("model", "side", "batch", "threads", "img/s", "of peak", "ns / patch", "ms"),
+    ),
+    "steps": (
+        "Each row changes one thing in the row before it, in the same rounds. The last row is the "
+        "model as it is used.",
+        _columns("model", "batch", "threads", "system", "ms", "of peak"),
+    ),
+    "numerics": (
+        "Of the logits, in float32. The rule allows twice eager PyTorch's largest and "
+        "root-mean-square error.",
+        _columns(
+            *("model", "batch", "system", "max error", "max / eager's", "rms error"),
+            *("rms / eager's", "within rule"),
+        ),
+    ),
 }
 
 
-def gpu_exceptions(folder: Path = RESULTS / "gpu-static") -> str:
-    """Compiled GPU kernels that miss a bar, or pass it by an exception that the check names."""
-    found: dict[tuple[str, ...], list[str]] = {}
-    for path in (folder / "gpu_static.json", folder / "cuda_static.json"):
-        for row in json.loads(path.read_text())["static"]:
-            told = [
-                f"{row[column]:.3g} {what} (aimed at: {most})"
-                for column, (most, what) in _STATIC_AIMS.items()
-                if row.get(column, 0) > most
-            ]
-            told += row["broken_bars"]
-            if told:
-                name = f"{row['op']}, {row['kernel']}" if "op" in row else row["kernel"]
-                key = (name, row.get("dtype", ""), "; ".join(told))
-                found.setdefault(key, []).append(f"sm_{row['architecture']}")
-    if not found:
-        return "Every kernel meets every bar."
-    rows = [(name, dtype, ", ".join(archs), what) for (name, dtype, what), archs in found.items()]
-    return table(("compiled kernel", "dtype", "architectures", "what"), rows)
-
-
-def halves() -> str:
-    """The two halves of a block beside PyTorch's, batch 1."""
+def measured(folder: Path = RESULTS) -> str:
+    """Every table of every machine, with a mark for each chart of the built documentation."""
     parts = []
-    for path, measured in _machines():
-        rows = [
-            r
-            for r in select(measured["rows"], suite="kernels", threads=THREADS)
-            if "ms" in r and r["system"] != "peak"
-        ]
-        lines = []
-        for model, batch, part in dict.fromkeys((r["model"], r["batch"], r["part"]) for r in rows):
-            here = {
-                r["system"]: r["of peak"] for r in select(rows, model=model, batch=batch, part=part)
-            }
-            shares = [
-                f"{100 * here[s]:.0f} %" if s in here else ""
-                for s in ("ours", "eager NCHW", "eager channels-last")
-            ]
-            lines.append((model, batch, part, *shares))
-        if lines:
-            columns = ("block", "batch", "part", "ours", "eager NCHW", "eager channels-last")
-            parts += [_where(path, measured, rows), table(columns, lines)]
+    for place in sorted(folder.iterdir()):
+        found = [(place / name, results.load(place / name)) for name in FILES]
+        reports = [(path, loaded) for path, loaded in found if loaded is not None]
+        if not reports:
+            continue
+        machine = reports[0][1]["machine"]
+        cores = "1 core" if machine["cores"] == 1 else f"{machine['cores']} cores"
+        parts.append(f"## {place.name}")
+        parts.append(f"{machine['cpu']}, {cores}, {machine['isa']}, {machine['system']}.")
+        for path, loaded in reports:
+            for shown in report.tables(loaded):
+                if shown.suite:
+                    parts += _section(path, loaded, shown)
     return "\n\n".join(parts)
 
 
-def steps() -> str:
-    """What each step of fusion bought."""
-    parts = []
-    for path, measured in _machines():
-        rows = [r for r in select(measured["rows"], suite="steps") if r["system"] != "peak"]
-        lines = [
-            (r["model"], r["batch"], r["system"], r["ms"], f"{100 * r['of peak']:.0f} %")
-            for r in rows
-        ]
-        if lines:
-            columns = ("model", "batch", "up to this step", "ms", "of peak")
-            parts += [_where(path, measured, rows), table(columns, lines)]
-    return "\n\n".join(parts) or "Not measured yet: `python benchmarks/cpu.py --suites steps`."
+def _section(path: Path, loaded: Report, shown: report.Table) -> list[str]:
+    """Title, source, chart marks and table of one suite."""
+    rows = select(loaded["rows"], suite=shown.suite)
+    if shown.suite in _SHORT:
+        _, cells = _SHORT[shown.suite]
+        lines = table(*cells(rows))
+    else:
+        lines = "\n".join(report.grid(shown))
+    marks = [
+        f"<!-- chart: {path.parent.name}/{path.stem}-{name} -->"
+        for name, (suite, _) in charts.CHARTS.items()
+        if suite == shown.suite
+    ]
+    source = f"{_software(loaded, rows)} (`{path.relative_to(path.parents[1])}`)."
+    return [f"### {shown.title}", source[0].upper() + source[1:], *marks, lines]
 
 
-def numerics() -> str:
-    """Errors of whole models against float64, ours and PyTorch's."""
-    parts = []
-    for path, measured in _machines():
-        rows = select(measured["rows"], suite="numerics")
-        lines = [
-            (
-                r["model"],
-                r["system"],
-                f"{r['max error']:.1e}",
-                _times(r.get("max / eager's")),
-                f"{r['rms error']:.1e}",
-                _times(r.get("rms / eager's")),
-            )
-            for r in rows
-            if not r["system"].endswith(report.UNSET)
-        ]
-        if lines:
-            columns = ("model", "products", "max error", "times eager's", "rms error")
-            parts += [_where(path, measured, rows), table((*columns, "times eager's"), lines)]
+def legend(folder: Path = RESULTS) -> str:
+    """Explanations of the tables that `measured` shows, each once."""
+    told: dict[str, str] = {}
+    for path in sorted(path for name in FILES for path in folder.glob(f"*/{name}")):
+        loaded = results.load(path)
+        assert loaded is not None
+        for shown in report.tables(loaded):
+            about, _ = _SHORT.get(shown.suite, (shown.about, None))
+            if shown.suite and about:
+                told[shown.title] = about.strip()
+    return "\n".join(f"* **{title}.** {about}" for title, about in told.items())
+
+
+def _never_slower(folder: Path) -> list[tuple[str, list[report.Cell]]]:
+    """Machines and their cells of the suite never_slower."""
+    machines = [(path.parent.name, loaded) for path, loaded in _machines(folder)]
+    found = [(name, report.cells(loaded["rows"])) for name, loaded in machines]
+    return [(name, cells) for name, cells in found if cells]
+
+
+def slower_count(folder: Path = RESULTS) -> str:
+    """How many cells of the suite never_slower are below its bound, machine by machine."""
+    counted = [
+        f"{name}: {sum(cell.slower for cell in cells)} of {len(cells)} cells"
+        for name, cells in _never_slower(folder)
+    ]
+    if not counted:
+        return "No machine has been measured yet."
+    return f"Below {report.NEVER_SLOWER} of stock PyTorch's speed, {'; '.join(counted)}."
+
+
+def slower_cells(folder: Path = RESULTS) -> str:
+    """Every cell of the suite never_slower below its bound, machine by machine."""
+    rows = [
+        (name, str(cell), f"{cell.ratio:.3f}", cell.by)
+        for name, cells in _never_slower(folder)
+        for cell in cells
+        if cell.slower
+    ]
+    parts = [slower_count(folder)]
+    if rows:
+        parts.append(table(("machine", "call", "times stock's speed", "computed by"), rows))
     return "\n\n".join(parts)
-
-
-def _times(ratio: float | None) -> str:
-    return "" if ratio is None else f"{ratio:.2f}"
-
-
-def _with_bound(prediction: Row) -> str:
-    return f"{prediction['img_per_s']:.0f} ({prediction['img_per_s_at_peak']:.0f})"
 
 
 def gpu_predicted() -> str:
@@ -316,8 +345,8 @@ def gpu_predicted() -> str:
     return "\n\n".join(
         (
             table(columns, rows),
-            "**Predictions, not measurements**: no GPU has run them. From instruction counts and "
-            "the vendors' peak rates, bfloat16, large batches, without the head; in brackets at "
+            "**Predictions, not measurements.** They are derived from instruction counts and the "
+            "vendors' peak rates, for bfloat16, large batches, without the head; in brackets: at "
             f"100 % of the rates. The arithmetic: `{path.with_suffix('.md').relative_to(ROOT)}`.",
         )
     )
@@ -346,11 +375,11 @@ def newest(rows: Iterable[Row]) -> list[Row]:
     return sorted(kept.values(), key=lambda r: [str(r[k]) for k in keys[:-1]])
 
 
-def measured_beside(row: Row, ours: Iterable[Row]) -> Row | None:
+def measured_on_same_card(row: Row, ours: Iterable[Row]) -> Row | None:
     """Our result on the hardware of a published row: same card, model, mode and side, or None.
 
-    ``ours`` are results of `convmixer-fast benchmark`. The fastest counts, whatever its layout,
-    batch and compiler: a published row says those of timm's run, not of ours.
+    ``ours`` are results of `convmixer-fast benchmark`. The fastest counts, in any layout, batch and
+    compiler: those of a published row describe timm's run.
     """
     rate, side = (f"{row['bench']}_{key}" for key in ("samples_per_sec", "img_size"))
     same = [
@@ -366,19 +395,19 @@ def measured_beside(row: Row, ours: Iterable[Row]) -> Row | None:
 
 
 def our_results() -> list[Row]:
-    """Results of `convmixer-fast benchmark --results-format json`, kept under results/*/timm/."""
+    """Results of `convmixer-fast benchmark --results-format json` under results/*/timm/."""
     return [json.loads(p.read_text()) for p in sorted(RESULTS.glob("*/timm/*.json"))]
 
 
 def timm_table() -> str:
-    """timm's published rows, ours measured beside them where that hardware ran ours."""
+    """Rows published by timm, next to ours from the same hardware where there are any."""
     published = json.loads(PUBLISHED.read_text())
     predicted = json.loads((RESULTS / "gpu-static" / "gpu_static.json").read_text())["predicted"]
     ours = our_results()
     lines = []
     for row in newest(published["rows"]):
         variant = find_variant(row["model"])
-        mine = measured_beside(row, ours)
+        mine = measured_on_same_card(row, ours)
         guess = predicted.get(variant.paper_name, {}).get(row["device"])
         setting = f"{row['bench']}, {row['precision']}, {row['layout']}"
         setting += ", torch.compile" if row["torchcompile"] else ""
@@ -404,14 +433,14 @@ def timm_table() -> str:
             f"timm's rows: {published['source']}, commit {published['commit'][:12]}; the newest "
             "torch of each setting.",
             table(columns, lines),
-            "`ours, measured` is filled by `convmixer-fast benchmark` on that very card only; "
-            "`ours, predicted` is arithmetic (bfloat16, without the head), no measurement.",
+            "`ours, measured`: results of `convmixer-fast benchmark` on the same card. `ours, "
+            "predicted`: arithmetic (bfloat16, without the head), not a measurement.",
         )
     )
 
 
 def roofline() -> str:
-    """What an image of each variant costs: multiply-adds, weights, and one map of activations."""
+    """Cost of an image for each variant: multiply-adds, weights, and one map of activations."""
     rows = []
     for variant in VARIANTS.values():
         arch, side = variant.arch, variant.input_size[1]
@@ -462,14 +491,12 @@ def versions(recorded: dict[str, dict[str, Any]] | None = None) -> str:
 
 
 SNIPPETS: dict[str, Callable[[], str]] = {
-    "whole-models": whole_models,
-    "reached": reached,
-    "missed": missed,
+    "headline": headline,
+    "hardware": hardware,
+    "legend": legend,
+    "measured": measured,
+    "slower-count": slower_count,
     "slower-cells": slower_cells,
-    "gpu-exceptions": gpu_exceptions,
-    "halves": halves,
-    "steps": steps,
-    "numerics": numerics,
     "gpu-predicted": gpu_predicted,
     "timm-table": timm_table,
     "roofline": roofline,

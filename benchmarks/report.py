@@ -1,12 +1,12 @@
-"""Which picture do the measured rows make? Tables, the bars they are held against, and charts.
+"""Tables of measured rows.
 
     python benchmarks/report.py benchmarks/results/MACHINE/cpu.json
 
-writes cpu.md and the charts beside the file (`cpu.py` does so by itself).
+writes cpu.md and its charts next to the file, as `cpu.py` does by itself.
 
     python benchmarks/report.py --readme
 
-puts the figures of all results into README.md and docs/ again.
+puts the figures of all result files into README.md and docs/, and draws the README's chart.
 """
 
 from __future__ import annotations
@@ -19,40 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import charts
-import figures
 import results
 from presets import BATCH, THREADS
-from results import Report, Row, in_order, select
+from results import Report, Row, display_name, in_order, is_peer, select
 
-#: Of a CPU's measured peak, (at least, aim).
-OF_PEAK = {"1536/20": (0.90, 1.00), "768/32": (0.88, 0.95), "1024/20": (0.85, 0.92)}
-#: Times faster than the best of all peers in the same group.
-SPEED_UP = {"1536/20": (1.3, 1.45), "768/32": (1.3, 1.45), "1024/20": (1.45, 1.6)}
-#: Of the peak, the depthwise half alone.
-DEPTHWISE = (0.55, 0.75)
-#: Images a second at batch 1, as a share of those at `BATCH`.
-BATCH_1 = 0.90
-#: Images a second on 2 threads against 1.
-TWO_THREADS = 1.9
-#: At most: time for a patch of a large image against the usual size.
-LARGE = 1.1
-#: At most: peak memory of the process against eager PyTorch's.
-MEMORY = 1.0
-#: At most: error against float64 as a multiple of eager PyTorch's.
+#: A CPU's speed as a multiple of the fastest of stock PyTorch, at least, in every cell of the
+#: suite never_slower.
+NEVER_SLOWER = 0.97
+#: The numerics rule: error against float64 as a multiple of eager PyTorch's, at most.
 ERROR = 2.0
 
-#: On a CPU, times the speed of the best of stock PyTorch, in every cell of the suite never_slower.
-NEVER_SLOWER = 0.97
-
-#: On a GPU, times faster than the best of what stock PyTorch and TensorRT offer: never slower.
-GPU_SPEED_UP = 1.0
-
-#: Images a second of files to results, as a share of the model alone.
-OF_MODEL = 0.95
-#: At most: CPU milliseconds for an image, besides decoding and the model.
-PIPELINE_MS = 2.0
-
-#: What CONVMIXER_FAST_STRASSEN asks for. A default that is one of these is not told twice.
+#: Values of CONVMIXER_FAST_STRASSEN, and the products they select. Where the default gives the same
+#: bits as one of the others, findings leave it out.
 UNSET = "variable not set"
 PRODUCTS = {
     "0": "direct products",
@@ -63,43 +41,44 @@ PRODUCTS = {
 
 
 @dataclass(frozen=True)
-class Line:
-    """One promise and what became of it. ``measured`` is None where no row tells."""
+class Finding:
+    """One headline of a report.
+
+    ``promise``: the bound that the documentation states for it, if any; ``kept_by_rule``: the
+    outcome where a rule with more terms than that bound decides.
+    """
 
     what: str
-    measured: float | None
-    bar: float
-    aim: float | None = None
+    measured: float
+    promise: float | None = None
     at_most: bool = False
     detail: str = ""
-    met_by_rule: bool | None = None
+    kept_by_rule: bool | None = None
 
     @property
-    def met(self) -> str:
-        """yes, no, or "" where nothing was measured."""
-        if self.measured is None:
+    def kept(self) -> str:
+        """``yes``, ``no``, or "" where nothing is promised."""
+        if self.promise is None:
             return ""
-        if self.met_by_rule is not None:
-            return "yes" if self.met_by_rule else "no"
-        if self.at_most:
-            return "yes" if self.measured <= self.bar else "no"
-        return "yes" if self.measured >= self.bar else "no"
-
-    def shortfall(self) -> float:
-        """How many times the figure is worse than the bar; below 1 where it is better."""
-        assert self.measured is not None
-        worse = (self.measured, self.bar) if self.at_most else (self.bar, self.measured)
-        return worse[0] / worse[1] if worse[1] else float("inf")
+        kept = self.kept_by_rule
+        if kept is None:
+            worse = self.measured > self.promise if self.at_most else self.measured < self.promise
+            kept = not worse
+        return "yes" if kept else "no"
 
     def row(self) -> Row:
-        sign = "<=" if self.at_most else ">="
-        row: Row = {"what": self.what, "bar": f"{sign} {self.bar:.2f}"}
-        row["aim"] = "" if self.aim is None else f"{sign} {self.aim:.2f}"
-        row["measured"] = "not measured" if self.measured is None else f"{self.measured:.2f}"
-        # The bar is asked of the figure itself; where two decimals hide the difference, show three.
-        if self.measured is not None and row["measured"] == f"{self.bar:.2f}":
-            row["measured"] = f"{self.measured:.3f}"
-        return {**row, "met": self.met, "detail": self.detail}
+        shown = f"{self.measured:.2f}"
+        if self.promise is None:
+            return {"what": self.what, "measured": shown, "detail": self.detail}
+        promise = f"{self.promise:.2f}"
+        # The unrounded figure decides. Where two decimals hide the difference, three are shown.
+        if shown == promise:
+            shown = f"{self.measured:.3f}"
+        promise = f"{'<=' if self.at_most else '>='} {promise}"
+        return {
+            **{"what": self.what, "measured": shown, "promise": promise},
+            **{"kept": self.kept, "detail": self.detail},
+        }
 
 
 def _value(rows: Iterable[Row], column: str, **wanted: Any) -> float | None:
@@ -111,33 +90,29 @@ def _ratio(a: float | None, b: float | None) -> float | None:
     return None if a is None or not b else a / b
 
 
-def is_peer(row: Row) -> bool:
-    """Whether a row is a measured one of another system than ours: neither limits nor notes are."""
-    return "ms" in row and not row["system"].startswith(("ours", "peak", "limit"))
-
-
 def best_peer(rows: list[Row]) -> Row | None:
+    """The row of the fastest other system."""
     return min(filter(is_peer, rows), key=lambda row: row["ms"], default=None)
 
 
-def _against_peers(what: str, group: list[Row], *bars: float) -> Line:
-    """Ours against the fastest other system of a group."""
+def _against_peers(what: str, group: list[Row]) -> list[Finding]:
+    """Ours against the fastest other system of a group, where both were timed."""
     best = best_peer(group)
-    detail = ""
-    if best is not None:
-        missing = [r["system"] for r in group if "note" in r]
-        detail = f"best of {len(list(filter(is_peer, group)))}: {best['system']}"
-        detail += f"; not timed: {', '.join(missing)}" if missing else ""
-    speed_up = _ratio(best["ms"] if best else None, _value(group, "ms", system="ours"))
-    return Line(what, speed_up, *bars, detail=detail)
+    ratio = stock_ratio(group)
+    if best is None or ratio is None:
+        return []
+    missing = [row["system"] for row in group if "note" in row]
+    detail = f"best of {len(list(filter(is_peer, group)))}: {best['system']}"
+    detail += f"; not timed: {', '.join(missing)}" if missing else ""
+    return [Finding(what, ratio, detail=detail)]
 
 
 @dataclass(frozen=True)
 class Cell:
     """One call of the suite never_slower.
 
-    ``ratio``: times the speed of the best of stock PyTorch, None where either was not run; ``by``:
-    what computes ours.
+    ``ratio``: speed as a multiple of the fastest of stock PyTorch, None where either was not run;
+    ``by``: the backends that compute ours.
     """
 
     model: str
@@ -158,7 +133,7 @@ class Cell:
 
 
 def computed_by(explanation: Iterable[Any]) -> str:
-    """Backends and reasons of an `Explanation`, each once, with the operators they are of."""
+    """Backends and reasons of an `Explanation`, each once, with its operators."""
     ops: dict[tuple[str, str], list[str]] = {}
     for row in explanation:
         names = ops.setdefault((row.backend, row.reason), [])
@@ -168,7 +143,7 @@ def computed_by(explanation: Iterable[Any]) -> str:
 
 
 def stock_ratio(cell: list[Row]) -> float | None:
-    """Times the speed of the best of stock PyTorch, of one cell's rows."""
+    """Speed of ours as a multiple of the fastest other system of a group."""
     best = best_peer(cell)
     return _ratio(best["ms"] if best else None, _value(cell, "ms", system="ours"))
 
@@ -214,55 +189,25 @@ def cell_table(found: Iterable[Cell]) -> tuple[tuple[str, ...], list[Row]]:
     return (*columns, "computed by"), rows
 
 
-def summary(report: Report) -> list[Line]:
-    """Every promise, in the order of their weight, held against the rows."""
-    rows = report["rows"]
-    whole = select(rows, suite="models", batch=BATCH, threads=THREADS)
-    at = f"batch {BATCH}, {THREADS} threads"
-    lines = [
-        Line(f"{model}, of peak, {at}", _value(whole, "of peak", model=model, system="ours"), *bars)
-        for model, bars in OF_PEAK.items()
-    ]
-    for model, bars in SPEED_UP.items():
-        what = f"{model}, speed against the best peer, {at}"
-        lines.append(_against_peers(what, select(whole, model=model), *bars))
+def _found(what: str, measured: float | None, detail: str = "") -> list[Finding]:
+    """A finding without a promise; none where nothing was measured."""
+    return [] if measured is None else [Finding(what, measured, detail=detail)]
 
-    scaling = select(rows, suite="scaling", system="ours")
-    for model in OF_PEAK:
-        mine = [r for r in select(scaling, model=model) if "side" not in r]
-        full = _value(mine, "img/s", batch=BATCH, threads=THREADS)
-        one = _value(mine, "img/s", batch=1, threads=THREADS)
-        what = f"{model}, batch 1 against batch {BATCH}, {THREADS} threads"
-        lines.append(Line(what, _ratio(one, full), BATCH_1))
-    for model in OF_PEAK:
-        mine = [r for r in select(scaling, model=model) if "side" not in r]
-        full = _value(mine, "img/s", batch=BATCH, threads=2)
-        single = _value(mine, "img/s", batch=BATCH, threads=1)
-        peaks = select(rows, suite="scaling", group=model, system="peak")
-        own = _ratio(_value(peaks, "GMAC/s", threads=2), _value(peaks, "GMAC/s", threads=1))
-        detail = "" if own is None else f"the loop of multiply-adds itself: {own:.2f}"
-        what = f"{model}, 2 threads against 1, batch {BATCH}"
-        lines.append(Line(what, _ratio(full, single), TWO_THREADS, detail=detail))
-    large = [r for r in scaling if "side" in r and r["threads"] == THREADS]
-    for model in dict.fromkeys(r["model"] for r in large) or ["large image"]:
-        big, usual = (
-            pick([r for r in large if r["model"] == model], key=lambda r: r["side"], default=None)
-            for pick in (max, min)
-        )
-        if big is None or usual is None:
-            lines.append(
-                Line(
-                    "a large image against the usual size, time for a patch",
-                    None,
-                    LARGE,
-                    at_most=True,
-                )
-            )
-            continue
-        what = f"{model}, {big['side']} px against {usual['side']} px, time for a patch"
-        detail = f"1 image against {usual['batch']}: about the same number of patches"
-        ratio = _ratio(big["ns / patch"], usual["ns / patch"])
-        lines.append(Line(what, ratio, LARGE, at_most=True, detail=detail))
+
+def cpu_findings(report: Report) -> list[Finding]:
+    """Headlines of a CPU's suites, in the order of their weight."""
+    rows = [row for row in report["rows"] if "device" not in row]
+    whole = select(rows, suite="models", batch=BATCH, threads=THREADS)
+    models = list(dict.fromkeys(row["model"] for row in whole))
+    at = f"batch {BATCH}, {THREADS} threads"
+    found: list[Finding] = []
+    for model in models:
+        share = _value(whole, "of peak", model=model, system="ours")
+        found += _found(f"{model}, of peak, {at}", share)
+    for model in models:
+        what = f"{model}, speed against the best peer, {at}"
+        found += _against_peers(what, select(whole, model=model))
+    found += _scaling_findings(rows)
 
     measured = [cell for cell in cells(rows) if cell.ratio is not None]
     for model in dict.fromkeys(cell.model for cell in measured):
@@ -270,92 +215,148 @@ def summary(report: Report) -> list[Line]:
         slowest = min(own, key=lambda cell: cell.ratio or 0.0)
         what = f"{model}, slowest cell against the best of stock PyTorch"
         detail = f"{slowest}; {sum(c.slower for c in own)} of {len(own)} cells are below"
-        lines.append(Line(what, own[slowest], NEVER_SLOWER, detail=detail))
+        found.append(Finding(what, own[slowest] or 0.0, NEVER_SLOWER, detail=detail))
 
-    halves = select(rows, suite="kernels", part="depthwise half", system="ours", threads=THREADS)
-    for row in halves:
+    for row in select(rows, suite="kernels", part="depthwise half", system="ours", threads=THREADS):
         what = f"depthwise half, {row['model']}, batch {row['batch']}, of peak"
-        lines.append(Line(what, row.get("of peak"), *DEPTHWISE))
-    if not halves:
-        lines.append(Line("depthwise half, of peak", None, *DEPTHWISE))
-
-    memory = select(rows, suite="memory")
-    for model in dict.fromkeys(r["model"] for r in memory):
-        pairs = {
-            batch: _ratio(
-                *(_value(memory, "MiB", model=model, batch=batch, system=s) for s in pair)
-            )
-            for batch in dict.fromkeys(r["batch"] for r in memory if r["model"] == model)
-            for pair in [("ours", "eager NCHW")]
-        }
-        known = {batch: ratio for batch, ratio in pairs.items() if ratio is not None}
-        if known:
-            worst = max(known, key=lambda batch: known[batch])
-            detail = f"worst of batches {', '.join(map(str, known))}: {worst}"
-            what = f"{model}, peak memory of the process against eager"
-            lines.append(Line(what, known[worst], MEMORY, at_most=True, detail=detail))
+        found += _found(what, row.get("of peak"))
+    found += _memory_findings(rows)
     for row in select(rows, suite="numerics"):
         products = row["system"].removeprefix("ours, ")
         if "within rule" not in row or (products == UNSET and "note" in row):
             continue
-        worst_error = max(row["max / eager's"], row["rms / eager's"])
+        worst = max(row["max / eager's"], row["rms / eager's"])
         what = f"{row['model']}, error against eager's, {products}"
         detail = f"max {row['max error']:.1e}, rms {row['rms error']:.1e}"
         detail += f"; {row['note']}" if "note" in row else ""
-        rule = row["within rule"]
-        lines.append(Line(what, worst_error, ERROR, at_most=True, detail=detail, met_by_rule=rule))
-    return lines
+        found.append(Finding(what, worst, ERROR, True, detail, row["within rule"]))
+    return found
 
 
-def gpu_summary(report: Report) -> list[Line]:
-    """The same of whole models on a GPU."""
+def _scaling_findings(rows: list[Row]) -> list[Finding]:
+    """Batch 1 against a batch, two threads against one, a large image against the usual size."""
+    scaling = select(rows, suite="scaling", system="ours")
+    models = list(dict.fromkeys(row["model"] for row in scaling))
+    found: list[Finding] = []
+    for model in models:
+        mine = [r for r in select(scaling, model=model) if "side" not in r]
+        full = _value(mine, "img/s", batch=BATCH, threads=THREADS)
+        one = _value(mine, "img/s", batch=1, threads=THREADS)
+        what = f"{model}, batch 1 against batch {BATCH}, {THREADS} threads"
+        found += _found(what, _ratio(one, full))
+    for model in models:
+        mine = [r for r in select(scaling, model=model) if "side" not in r]
+        full = _value(mine, "img/s", batch=BATCH, threads=2)
+        single = _value(mine, "img/s", batch=BATCH, threads=1)
+        peaks = select(rows, suite="scaling", group=model, system="peak")
+        own = _ratio(_value(peaks, "GMAC/s", threads=2), _value(peaks, "GMAC/s", threads=1))
+        detail = "" if own is None else f"the loop of multiply-adds itself: {own:.2f}"
+        what = f"{model}, 2 threads against 1, batch {BATCH}"
+        found += _found(what, _ratio(full, single), detail)
+    for model in models:
+        sides = [r for r in select(scaling, model=model, threads=THREADS) if "side" in r]
+        if not sides:
+            continue
+        big, usual = (pick(sides, key=lambda r: r["side"]) for pick in (max, min))
+        what = f"{model}, {big['side']} px against {usual['side']} px, time for a patch"
+        detail = f"1 image against {usual['batch']}: about the same number of patches"
+        found += _found(what, _ratio(big["ns / patch"], usual["ns / patch"]), detail)
+    return found
+
+
+def _memory_findings(rows: list[Row]) -> list[Finding]:
+    memory = select(rows, suite="memory")
+    found: list[Finding] = []
+    for model in dict.fromkeys(r["model"] for r in memory):
+        mine = select(memory, model=model)
+        ratios = {}
+        for batch in dict.fromkeys(r["batch"] for r in mine):
+            ours, eager = (
+                _value(mine, "MiB", batch=batch, system=s) for s in ("ours", "eager NCHW")
+            )
+            ratio = _ratio(ours, eager)
+            if ratio is not None:
+                ratios[batch] = ratio
+        if ratios:
+            worst = max(ratios, key=lambda batch: ratios[batch])
+            detail = f"worst of batches {', '.join(map(str, ratios))}: {worst}"
+            what = f"{model}, peak memory of the process against eager"
+            found += _found(what, ratios[worst], detail)
+    return found
+
+
+def gpu_findings(report: Report) -> list[Finding]:
+    """Whole models on a GPU against the fastest other system."""
     rows = [row for row in select(report["rows"], suite="models") if "device" in row]
-    lines = []
-    for group in dict.fromkeys(row["group"] for row in rows):
-        here = select(rows, group=group)
-        what = f"{group}, speed against the best peer"
-        lines.append(_against_peers(what, here, GPU_SPEED_UP))
-    return lines
+    groups = dict.fromkeys(row["group"] for row in rows)
+    found: list[Finding] = []
+    for group in groups:
+        found += _against_peers(f"{group}, speed against the best peer", select(rows, group=group))
+    return found
 
 
-def inference_summary(report: Report) -> list[Line]:
-    """The same of files to results."""
+def inference_findings(report: Report) -> list[Finding]:
+    """Headlines of files to results."""
     rows = report["rows"]
-    lines = []
+    found: list[Finding] = []
     for row in select(rows, suite="pipeline"):
         what = f"{row['model']} model, CPU ms an image besides decoding and the model"
-        lines.append(Line(what, row["overhead ms"], PIPELINE_MS, at_most=True))
+        found += _found(what, row["overhead ms"])
         what = f"{row['model']} model, files to results against the model alone"
         detail = f"decoding alone {row['decode ms']:.1f} ms, the model {row['model ms']:.1f} ms"
-        # Where decoding takes longer than the model, it decides.
+        # Where decoding takes longer than the model, decoding is the limit.
         keeps_up = row["cores"] > 1 and row["decode ms"] <= row["model ms"] * (row["cores"] - 1)
         measured = row["of the model alone"] if keeps_up else row["of the limit"]
         if not keeps_up:
-            detail += "; of what decoding and the model allow together"
+            detail += "; against the limit of decoding and the model together"
         elif row.get("of the model beside"):
-            detail += f"; of the model while other cores decode: {row['of the model beside']:.2f}"
-        lines.append(Line(what, measured, OF_MODEL, detail=detail))
+            beside = row["of the model beside"]
+            detail += f"; against the model while other cores decode: {beside:.2f}"
+        found += _found(what, measured, detail)
     for row in select(rows, suite="kills"):
         lost = float(row["missing"] + row["repeated"] + row["wrongly failed"])
-        what = (
-            f"images lost, doubled or wrongly failed after {row['kills']} kills, {row['results']}"
-        )
+        kills = f"{row['kills']} kills, {row['results']}"
+        what = f"images lost, doubled or wrongly failed after {kills}"
         detail = f"of {row['images']}: {row['rows']} rows, {row['errors']} errors"
-        lines.append(Line(what, lost, 0.0, at_most=True, detail=detail))
+        found.append(Finding(what, lost, 0.0, True, detail))
     actors = select(rows, suite="ray")
-    # With the start: the first images of several actors come out together, and are not counted.
+    # The start is included: the first images of several actors come out together, uncounted.
     two, one = (
         next((r["img/s with start"] for r in actors if r["system"].startswith(f"Ray, {n} ")), None)
         for n in (2, 1)
     )
-    if two is not None:
-        lines.append(Line("Ray, 2 actors against 1, with the start", _ratio(two, one), 1.0))
-    return lines
+    found += _found("Ray, 2 actors against 1, with the start", _ratio(two, one))
+    return found
+
+
+def streaming_findings(report: Report) -> list[Finding]:
+    """Headlines of streams: memory and time by height, time against the whole image."""
+    found: list[Finding] = []
+    heights = select(report["rows"], suite="heights", system="stream")
+    for group in dict.fromkeys(row["group"] for row in heights):
+        mine = select(heights, group=group)
+        detail = f"heights {', '.join(str(row['height']) for row in mine)}"
+        for column, what in (("MiB", "peak memory"), ("us a row", "time of a row")):
+            values = [row[column] for row in mine]
+            ratio = _ratio(max(values), min(values))
+            found += _found(f"stream, {what}, most / least, {group}", ratio, detail)
+    times = select(report["rows"], suite="times")
+    for group in dict.fromkeys(row["group"] for row in times):
+        mine = select(times, group=group)
+        stream, whole = (_value(mine, "s", system=s) for s in ("stream", "whole"))
+        found += _found(f"time of a stream / of the whole image, {group}", _ratio(stream, whole))
+    return found
+
+
+def findings(report: Report) -> list[Finding]:
+    """Headlines of every suite that the report has rows of."""
+    parts = (cpu_findings, gpu_findings, inference_findings, streaming_findings)
+    return [finding for part in parts for finding in part(report)]
 
 
 @dataclass(frozen=True)
 class Table:
-    """What is shown of one suite."""
+    """Title, text, columns and rows of one suite."""
 
     title: str
     about: str
@@ -368,17 +369,17 @@ def column_names(text: str) -> tuple[str, ...]:
     return tuple(text.split(", "))
 
 
-#: suite -> title, what the reader must know, columns.
+#: suite -> title, explanation, columns.
 _SUITES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "models": (
         "Whole models",
-        "Medians of interleaved rounds in one process, every output checked first. `ours is "
-        "faster`: so many times than that system; `of peak`: all multiply-adds against a loop of "
-        "them on registers; `of limit`: on a GPU, the time that its measured rates of arithmetic "
-        "and memory allow by the time it took; `GB/s`: of bytes that must be moved once for each "
-        "half of a block; `cores`: CPU seconds a second, which is what the thread count came to; "
-        "`peak MiB`: memory of the whole process, on a GPU of its allocator, while the system ran; "
-        "`error / eager's`: the largest error against float64.",
+        "Medians of interleaved rounds in one process. Every output is checked first. `ours is "
+        "faster`: speed of ours as a multiple of that system's. `of peak`: all multiply-adds, "
+        "against a loop of multiply-adds on registers. `of limit`: on a GPU, the time that its "
+        "measured rates of arithmetic and memory allow, divided by the time taken. `GB/s`: bytes "
+        "that each half of a block must move once. `cores`: CPU seconds a second. `peak MiB`: "
+        "memory of the whole process, on a GPU of its allocator, while the system ran. `error / "
+        "eager's`: the largest error against float64, as a multiple of eager PyTorch's.",
         column_names(
             "device, dtype, model, batch, threads, system, img/s, ours is faster, GMAC/s, GB/s, "
             "of peak, of limit, ms, p20 ms, p80 ms, rounds, cores, peak MiB, error / eager's, note"
@@ -386,8 +387,8 @@ _SUITES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "kernels": (
         "One block and its halves",
-        "The C library keeps freed memory, so that fresh outputs are not new pages, on all sides; "
-        "`faults`: page faults a call.",
+        "For every system the C library keeps freed memory, so that fresh outputs are not new "
+        "pages. `faults`: page faults a call.",
         column_names(
             "device, dtype, model, batch, threads, part, system, ours is faster, GMAC/s, GB/s, "
             "of peak, of limit, ms, p20 ms, p80 ms, rounds, cores, peak MiB, faults, note"
@@ -395,7 +396,8 @@ _SUITES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "scaling": (
         "Ours against itself",
-        "Each model's lines were measured in the same rounds. A patch is one position of the grid.",
+        "The rows of a model were measured in the same rounds. A patch is one position of the "
+        "grid.",
         column_names(
             "model, side, batch, threads, system, img/s, of peak, GMAC/s, GB/s, ns / patch, ms, "
             "p20 ms, p80 ms, rounds, cores, peak MiB"
@@ -403,8 +405,8 @@ _SUITES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "steps": (
         "Step by step",
-        "Each line is the one before it with one thing changed, in the same rounds; the last is "
-        "the model as it is used.",
+        "Each row changes one thing in the row before it, in the same rounds. The last row is the "
+        "model as it is used.",
         column_names(
             "device, dtype, model, batch, threads, system, ms, of peak, of limit, GMAC/s, GB/s, "
             "img/s, p20 ms, p80 ms, rounds, peak MiB"
@@ -412,9 +414,9 @@ _SUITES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "training": (
         "A training step",
-        "Forward, backward and SGD. While BatchNorm gathers batch statistics our modules run their "
-        "children one by one: equal speed is what to expect. `GMAC/s` counts the forward pass and "
-        "both gradients.",
+        "Forward, backward and SGD. While BatchNorm gathers batch statistics, our modules run "
+        "their children one by one, at PyTorch's speed. `GMAC/s` counts the forward pass and both "
+        "gradients.",
         column_names(
             "device, dtype, model, batch, threads, system, img/s, ours is faster, GMAC/s, GB/s, "
             "of peak, ms, p20 ms, p80 ms, rounds, peak MiB"
@@ -422,7 +424,7 @@ _SUITES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "resolution": (
         "Larger images and batches",
-        "A patch is one position of the grid: equal cost for each is what to expect.",
+        "A patch is one position of the grid. Equal cost for each patch is the ideal.",
         column_names(
             "device, dtype, model, side, batch, threads, system, img/s, ours is faster, GMAC/s, "
             "GB/s, of peak, of limit, ns / patch, ms, p20 ms, p80 ms, rounds, peak MiB, note"
@@ -430,24 +432,24 @@ _SUITES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "never_slower": (
         "Never slower than stock PyTorch",
-        "Ours under `auto` against the faster of eager PyTorch in NCHW and channels-last: times "
-        "its speed, from medians of interleaved rounds, every output checked first. Columns: batch "
-        f"x side in pixels. Bold: below {NEVER_SLOWER}. not run: one call of stock PyTorch, or of "
-        "both, would take too long (the notes of the rows say how long). dtype: that of model and "
-        "images; autocast is a float32 model under torch.autocast in bfloat16; reduced is a "
-        "float32 model whose products oneDNN may compute in bfloat16. `computed by`: what "
-        "`explain` says of most cells, then of the others.",
+        "Speed of ours under `auto` as a multiple of eager PyTorch's in its faster layout, NCHW "
+        "or channels-last. Medians of interleaved rounds. Every output is checked first. Columns: "
+        f"batch x side in pixels. Bold: below {NEVER_SLOWER}. not run: one call of stock PyTorch, "
+        "or of both, would take too long; the notes of the rows say how long. dtype: that of model "
+        "and images; autocast is a float32 model under torch.autocast in bfloat16; reduced is a "
+        "float32 model whose GEMMs oneDNN may compute in bfloat16. `computed by`: the rows of "
+        "`explain` for most cells, then for the others.",
         (),
     ),
     "memory": (
         "Peak memory",
-        "Of a fresh process that builds the model and runs it twice: all of it, and what it has "
-        "above the imports.",
+        "Of a fresh process that builds the model and runs it twice: in total, and above the "
+        "imports.",
         column_names("model, batch, system, MiB, MiB above imports"),
     ),
     "numerics": (
         "Error against float64",
-        "Of the logits; the rule is twice eager PyTorch's largest and root-mean-square error.",
+        "Of the logits. The rule allows twice eager PyTorch's largest and root-mean-square error.",
         column_names(
             "model, batch, system, max error, max / eager's, rms error, rms / eager's, "
             "within rule, note"
@@ -455,11 +457,11 @@ _SUITES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "pipeline": (
         "Files to results",
-        "The model on one thread, decoders on the other cores. `model ms`: alone; `model beside "
-        "ms`: while the other cores decode images that nobody waits for, for cores share caches, "
-        "memory and power; `of the limit`: against the model and decoding side by side on these "
-        "cores; `waiting`: share of the time in which the model waits for images; `overhead ms`: "
-        "CPU time of the whole less that of decoding alone and of the model alone, an image.",
+        "The model on one thread, decoders on the other cores. `model ms`: the model alone. `model "
+        "beside ms`: the model while the other cores decode unrelated images, because cores share "
+        "caches, memory and power. `of the limit`: against the model and decoding in parallel on "
+        "these cores. `waiting`: share of the time in which the model waits for images. `overhead "
+        "ms`: CPU time an image, less decoding alone and the model alone.",
         column_names(
             "model, shape, images, cores, model ms, model beside ms, decode ms, whole ms, img/s, "
             "of the model alone, of the model beside, of the limit, waiting, CPU ms, overhead ms"
@@ -467,7 +469,7 @@ _SUITES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "kills": (
         "Every image once",
-        "`convmixer-fast predict --resume`, ended by kill -9 at random moments and started again.",
+        "`convmixer-fast predict --resume`, killed by kill -9 at random moments and started again.",
         column_names(
             "results, images, broken, kills, rows, errors, missing, repeated, wrongly failed, "
             "left over, seconds"
@@ -475,14 +477,35 @@ _SUITES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "ray": (
         "Ray",
-        "An actor has one core, on which it decodes and computes. `start s`: until the first "
-        "images come out; img/s is counted from there.",
+        "An actor decodes and computes on one core. `start s`: time until the first images come "
+        "out; img/s is counted from there.",
         column_names("system, model, images, img/s, start s, img/s with start"),
     ),
     "overheads": (
         "Overheads",
         "",
         column_names("what, model, batch, ms, p20 ms, p80 ms, of forward"),
+    ),
+    "heights": (
+        "Streams: memory and time by height",
+        "Peak memory of a process: in total, and above its memory before the image. `formula "
+        "MiB`: the stream's buffers by arithmetic. `seconds` of a stream: one image, the median "
+        "of `turns` turns of equally many rows.",
+        column_names(
+            "model, height, width, system, bands, formula MiB, MiB above start, MiB, seconds, "
+            "us a row, turns, note"
+        ),
+    ),
+    "times": (
+        "Streams: time against the whole image",
+        "The same model in one process, in turns. `us/kpx`: microseconds for a thousand classified "
+        "pixels; a tile with a halo of exact width classifies its middle only. `work`: computed "
+        "pixels for each classified one. `off`: the largest difference of the logits from the "
+        "whole image's, relative to the largest logit.",
+        column_names(
+            "model, height, width, system, bands, exact, off, s, p20, p80, us/kpx, "
+            "against whole, halo px, work"
+        ),
     ),
 }
 
@@ -492,7 +515,7 @@ _COMPARED = ("models", "kernels", "training", "resolution")
 
 
 def _with_speed_up(rows: list[Row]) -> list[Row]:
-    """``ours is faster``: times, than that row's system, of the same group and part."""
+    """Rows with ``ours is faster``: speed of ours as a multiple of that row's system."""
     ours = {
         (r["group"], r.get("part")): r["ms"]
         for r in rows
@@ -506,52 +529,46 @@ def _with_speed_up(rows: list[Row]) -> list[Row]:
     return out
 
 
-#: Suites of `inference.py`, whose promises are others.
-_INFERENCE = {"pipeline", "kills", "ray"}
-#: What the first table says of itself.
+def _with_whole_image(rows: list[Row]) -> list[Row]:
+    """Rows with ``against whole``: time for a pixel, divided by the whole image's."""
+    whole = {row["group"]: row["us/kpx"] for row in rows if row["system"] == "whole"}
+    return [{**row, "against whole": row["us/kpx"] / whole[row["group"]]} for row in rows]
+
+
+#: Explanation of the first table.
 _HOW_TO_READ = (
-    "One promise a line: `measured` is held against `bar`, >= at least or <= at most, and `met` "
-    "says how that ended; `aim` is what was hoped for beyond it. Ratios, 1.00 being equal, where "
-    "no unit stands."
+    "Ratios where no unit is given; 1.00 means equal. `promise`: the bound that the documentation "
+    "states, >= at least or <= at most. `kept`: whether the figure is within it."
 )
+#: Suites whose findings are for one thread count and batch.
+_SET_UP = {"models", "scaling", "kernels"}
 
 
-def promises(report: Report, unmeasured: bool = True) -> list[Line]:
-    """Those of every suite that the report has rows of; with ``unmeasured`` also those of a CPU's
-    whole models that no row tells of."""
-    suites = {row["suite"] for row in report["rows"]}
-    lines = gpu_summary(report) + (inference_summary(report) if suites & _INFERENCE else [])
-    if suites - _INFERENCE or not suites:
-        on_cpu = [line for line in summary(report) if unmeasured or line.measured is not None]
-        # A GPU's own file says nothing of the processor beside it.
-        if any("device" not in r for r in report["rows"]) or not suites:
-            lines = on_cpu + lines
-    return [line for line in lines if unmeasured or line.measured is not None]
-
-
-def tables(report: Report, unmeasured: bool = True) -> list[Table]:
-    """The promises, with or without those no row tells of, and a table for each suite."""
+def tables(report: Report) -> list[Table]:
+    """The findings, and a table for each suite."""
     found = []
     for suite, (title, about, columns) in _SUITES.items():
         rows = select(report["rows"], suite=suite)
         if suite in _COMPARED:
             rows = in_order(_with_speed_up(rows))
+        if suite == "times":
+            rows = _with_whole_image(rows)
         if suite == "never_slower":
             columns, rows = cell_table(cells(rows))
         if rows:
             shown = tuple(c for c in columns if any(c in row for row in rows))
             found.append(Table(title, about, shown, rows, suite))
-    lines = [line.row() for line in promises(report, unmeasured)]
+    lines = [finding.row() for finding in findings(report)]
     about = _HOW_TO_READ
-    if {row["suite"] for row in report["rows"]} - _INFERENCE:
+    if any(row["suite"] in _SET_UP and "device" not in row for row in report["rows"]):
         about += (
-            f" On a CPU float32, batch {BATCH} and {THREADS} threads unless a line says otherwise; "
-            "of peak: all multiply-adds of the model against a loop of them on registers alone, in "
-            "the same rounds."
+            f" On a CPU float32, batch {BATCH} and {THREADS} threads unless a row says otherwise. "
+            "of peak: all multiply-adds of the model, against a loop of multiply-adds on registers "
+            "in the same rounds."
         )
-    columns = column_names("what, bar, aim, measured, met, detail")
+    columns = column_names("what, measured, promise, kept, detail")
     shown = tuple(c for c in columns if any(row.get(c) for row in lines))
-    return [Table("What it shows", about, shown, lines), *found] if lines else found
+    return [Table("Summary", about, shown, lines), *found] if lines else found
 
 
 def cell(value: Any) -> str:
@@ -559,11 +576,11 @@ def cell(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.3g}"
-    return "" if value is None else str(value)
+    return "" if value is None else display_name(str(value))
 
 
 def heading(report: Report) -> list[str]:
-    """The machine and the software, a line for each run."""
+    """The machine, and a line of software for each run."""
     machine = report["machine"]
     cores = "1 core" if machine["cores"] == 1 else f"{machine['cores']} cores"
     first = f"{machine['cpu']}, {cores}, {machine['isa']}, {machine['system']}."
@@ -573,13 +590,13 @@ def heading(report: Report) -> list[str]:
     engines = {run.get("engine") for run in report["runs"]}
     if len(engines) > 1:
         lines.append(
-            f"The rows are of {len(engines)} builds of the engine: measure again to mend it."
+            f"The rows come from {len(engines)} builds of the engine: measure again to compare."
         )
     return lines
 
 
 def text(report: Report, shown: Iterable[Table]) -> str:
-    """Tables of a report as plain text, for a terminal."""
+    """Tables of a report as plain text for a terminal."""
     parts = ["\n".join(heading(report))]
     for table in shown:
         lines = [list(table.columns)]
@@ -604,7 +621,7 @@ def grid(table: Table) -> list[str]:
 
 
 def markdown(report: Report, drawn: Sequence[str] = ()) -> str:
-    """Everything as Markdown, with links to the charts."""
+    """All tables as Markdown, with links to the charts."""
     lines = ["# " + report["machine"]["name"], ""]
     lines += ["\n\n".join(heading(report))]
     for table in tables(report):
@@ -619,7 +636,7 @@ def markdown(report: Report, drawn: Sequence[str] = ()) -> str:
 
 
 def write(path: Path) -> list[Path]:
-    """Write the Markdown and the charts of a JSON file beside it; returns what was written.
+    """Write the Markdown and the charts of a JSON file next to it; returns their paths.
 
     Raises:
         ValueError: the file is missing, or is no report.
@@ -642,12 +659,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("rows", type=Path, nargs="*", help="JSON files written by --rows")
     parser.add_argument(
-        "--readme", action="store_true", help="put the figures into README.md and docs/ again"
+        "--readme", action="store_true", help="update the figures of README.md and docs/"
     )
     options = parser.parse_args()
     if not options.rows and not options.readme:
         parser.error("name JSON files, or pass --readme")
     if options.readme:
+        # The figures are made of this module's tables: the import cannot stand at the top.
+        import figures
+
         print("\n".join(figures.update()))
     for path in options.rows:
         try:

@@ -98,6 +98,16 @@ def select(rows: Iterable[Row], **wanted: Any) -> list[Row]:
     return [row for row in rows if all(row.get(k) == v for k, v in wanted.items())]
 
 
+def is_peer(row: Row) -> bool:
+    """Whether a row is a measurement of another system: not ours, no limit, no note."""
+    return "ms" in row and not row["system"].startswith(("ours", "peak", "limit"))
+
+
+def display_name(name: str) -> str:
+    """Name of a part or step in tables and charts; stored rows say "channel half"."""
+    return name.replace("channel half", "pointwise half")
+
+
 def in_order(rows: list[Row]) -> list[Row]:
     """Model by model as first measured, batch by batch; a group's rows keep their order."""
     models = list(dict.fromkeys(r.get("model") for r in rows))

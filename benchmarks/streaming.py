@@ -1,4 +1,4 @@
-"""What does it cost to stream an image? Memory by height, time against the whole image and tiles.
+"""Measure streaming: memory by height, and time against the whole image and against tiles.
 
     python benchmarks/streaming.py                        # a quarter of an hour on a core
     python benchmarks/streaming.py --heights 2048 16384 --tiles --rounds 1          # a look
@@ -27,17 +27,12 @@ import report
 import results
 from machine import this_machine
 from recording import Recorder
-from report import Line, Table, column_names, grid, heading
-from results import Report, Row
+from results import Row
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests" / "support"))
 import fresh_python  # noqa: E402
 
-#: Between the heights, at most: of peak memory, and of the time of a row.
-PEAK_SPREAD, TIME_SPREAD = 1.03, 1.05
-#: At most: time of a stream against that of the whole image.
-AGAINST_WHOLE = 1.10
 #: Side of a tile in pixels, without its halo.
 TILE = 2048
 
@@ -272,83 +267,6 @@ def measure_times(options: argparse.Namespace, record: Recorder) -> None:
         record("times", group, rows)
 
 
-def lines(found: Report) -> list[Line]:
-    """Every promise, held against the rows."""
-    out: list[Line] = []
-    groups: dict[str, list[Row]] = {}
-    for row in found["rows"]:
-        groups.setdefault(f"{row['suite']}, {row['group']}", []).append(row)
-    for group, rows in groups.items():
-        streams = [r for r in rows if r["system"] == "stream"]
-        if rows[0]["suite"] == "heights":
-            for column, what, bar in (
-                ("MiB", "peak memory", PEAK_SPREAD),
-                ("us a row", "time of a row", TIME_SPREAD),
-            ):
-                values = [r[column] for r in streams]
-                ratio = max(values) / min(values) if values else None
-                detail = f"heights {', '.join(str(r['height']) for r in streams)}"
-                where = rows[0]["group"]
-                out.append(
-                    Line(f"{what}, most / least, {where}", ratio, bar, at_most=True, detail=detail)
-                )
-        else:
-            seconds = {r["system"]: r["s"] for r in rows}
-            ratio = seconds["stream"] / seconds["whole"]
-            bar = AGAINST_WHOLE
-            out.append(Line(f"stream / whole image, {group[7:]}", ratio, bar, at_most=True))
-    return out
-
-
-def tables(found: Report) -> list[Table]:
-    heights = [r for r in found["rows"] if r["suite"] == "heights"]
-    times = [dict(r) for r in found["rows"] if r["suite"] == "times"]
-    for row in times:
-        whole = next(r for r in times if r["group"] == row["group"] and r["system"] == "whole")
-        row["against whole"] = row["us/kpx"] / whole["us/kpx"]
-    return [
-        Table(
-            "Promises",
-            "",
-            column_names("what, bar, measured, met, detail"),
-            [line.row() for line in lines(found)],
-        ),
-        Table(
-            "Memory and time by height",
-            "Peak memory of a process: as a whole, above what it had before the image, and what "
-            "the arithmetic of `convmixer_fast/inference/bands.py` says of the stream's buffers. "
-            "`seconds` of a stream: one image, the median of that many turns of equally many rows.",
-            column_names(
-                "model, height, width, system, bands, formula MiB, MiB above start, MiB, seconds, "
-                "us a row, turns, note"
-            ),
-            heights,
-        ),
-        Table(
-            "Time against the whole image",
-            "The same model in one process, taking turns. us/kpx: microseconds for a thousand "
-            "pixels that are answered; a tile with a halo of exact width answers for its middle, "
-            f"{TILE} x {TILE} px. `work`: pixels that are computed, for each that is answered. "
-            "`off`: the logits' largest difference from the whole image's, by the largest.",
-            column_names(
-                "model, height, width, system, bands, exact, off, s, p20, p80, us/kpx, "
-                "against whole, halo px, work"
-            ),
-            times,
-        ),
-    ]
-
-
-def markdown(found: Report) -> str:
-    parts = [f"# Streaming, {found['machine']['name']}", "", "\n\n".join(heading(found))]
-    for table in tables(found):
-        if table.rows:
-            parts += ["", f"## {table.title}", ""]
-            parts += [table.about, ""] if table.about else []
-            parts += grid(table)
-    return "\n".join(parts) + "\n"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--heights", type=int, nargs="*", default=[2048, 16384, 131072])
@@ -389,8 +307,7 @@ def main() -> int:
             failed = 1
     found = results.load(path)
     if found is not None:
-        path.with_suffix(".md").write_text(markdown(found))
-        print(report.text(found, tables(found)[:1]), path, path.with_suffix(".md"), sep="\n")
+        print(report.text(found, report.tables(found)[:1]), path, *report.write(path), sep="\n")
     return failed
 
 

@@ -105,24 +105,23 @@ def test_the_table_has_a_row_a_line_and_a_column_a_place_in_order():
     assert [row["computed by"] for row in rows] == [f"{BY}. 1 x 64: {STOCK}", BY]
 
 
-def test_the_report_shows_the_table_and_holds_the_slowest_cell_against_its_bar():
+def test_the_report_shows_the_table_and_holds_the_slowest_cell_against_its_promise():
     measured = made_of(
         cell(ours=10.0, nchw=15.0), cell(ours=10.0, nchw=9.0, side=128), cell(notes=("ours",))
     )
-    (line,) = [x for x in report.summary(measured) if "stock PyTorch" in x.what]
-    assert line.measured == pytest.approx(0.9)
-    assert (line.met, line.bar) == ("no", report.NEVER_SLOWER)
-    assert "128 px" in line.detail
-    assert "1 of " in line.detail
+    (found,) = [x for x in report.findings(measured) if "stock PyTorch" in x.what]
+    assert found.measured == pytest.approx(0.9)
+    assert (found.kept, found.promise) == ("no", report.NEVER_SLOWER)
+    assert "128 px" in found.detail
+    assert "1 of " in found.detail
     text = report.markdown(measured)
     assert "## Never slower than stock PyTorch" in text
     assert "**0.900**" in text
-    unmeasured = report.summary(made_of())
-    assert not [x for x in unmeasured if "stock PyTorch" in x.what]
+    assert not report.findings(made_of())
 
 
 def test_every_slower_cell_is_named_by_the_figures_and_no_other(tmp_path):
-    assert figures.slower_cells(tmp_path) == "No machine was measured yet."
+    assert figures.slower_cells(tmp_path) == "No machine has been measured yet."
     fast = made_of(cell(ours=10.0, nchw=15.0), cell(ours=10.0, notes=("nchw",), side=128))
     results.save(fast, tmp_path / "fast" / "cpu.json")
     told = figures.slower_cells(tmp_path)
@@ -133,13 +132,14 @@ def test_every_slower_cell_is_named_by_the_figures_and_no_other(tmp_path):
     assert told[0].endswith("fast: 0 of 2 cells; slow: 1 of 2 cells.")
     assert told[-1] == f"| slow | 1024/20, float32, batch 1, 64 px, threads 2 | 0.900 | {BY} |"
     assert len(told) == 5
+    assert figures.slower_count(tmp_path) == told[0]
 
 
 @pytest.mark.parametrize(
     "path", sorted((BENCHMARKS / "results").glob("*/cpu.json")), ids=lambda p: p.parent.name
 )
-def test_the_limits_page_names_every_stored_cell_that_is_slower(path):
-    page = (ROOT / "docs" / "limits.md").read_text()
+def test_the_documentation_names_every_stored_cell_that_is_slower(path):
+    page = (ROOT / "docs" / "measured.md").read_text()
     stored = results.load(path)
     unnamed = [
         str(found)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import html
 import json
+import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -52,9 +55,9 @@ def made_of(measured: list[dict[str, Any]], **run: Any) -> dict[str, Any]:
     return results.new_report(MACHINE, {**RUN, **run}, measured)
 
 
-def line(measured: list[dict[str, Any]], *words: str) -> Any:
-    """The one line of the summary that holds all these words."""
-    found = [x for x in report.summary(made_of(measured)) if all(w in x.what for w in words)]
+def finding(measured: list[dict[str, Any]], *words: str) -> Any:
+    """The one finding that holds all these words."""
+    found = [x for x in report.findings(made_of(measured)) if all(w in x.what for w in words)]
     assert len(found) == 1, [x.what for x in found]
     return found[0]
 
@@ -127,37 +130,33 @@ def test_a_saved_report_is_read_back_and_others_are_refused(tmp_path):
 # The summary
 
 
-@pytest.mark.parametrize(("ms", "met"), [(1000 / 0.89, "no"), (1000 / 0.9, "yes"), (900.0, "yes")])
-def test_share_of_peak_is_held_against_its_bar(ms, met):
-    found = line(rows(ours=ms), "1536/20", "of peak")
-    assert found.measured == pytest.approx(1000 / ms)
-    assert (found.bar, found.aim, found.met) == (0.90, 1.00, met)
+def test_share_of_peak_is_a_finding_without_a_promise():
+    found = finding(rows(ours=1000 / 0.89), "1536/20", "of peak")
+    assert found.measured == pytest.approx(0.89)
+    assert (found.promise, found.kept) == (None, "")
+    assert found.row() == {"what": found.what, "measured": "0.89", "detail": ""}
 
 
 def test_speed_up_is_over_the_best_peer_and_names_the_missing():
     group = rows(ours=1000.0, **{"eager NCHW": 2000.0, "OpenVINO": 1400.0, "peak": 1.0})
     group.append({**group[0], "system": "ONNX Runtime", "note": "is missing"})
     del group[-1]["ms"]
-    found = line(group, "1536/20", "best peer")
+    found = finding(group, "1536/20", "best peer")
     assert found.measured == pytest.approx(1.4)
-    assert found.met == "yes"
     assert found.detail == "best of 2: OpenVINO; not timed: ONNX Runtime"
 
 
-def test_only_batch_4_on_2_threads_is_held_against_the_bars_of_whole_models():
+def test_only_batch_4_on_2_threads_is_in_the_summary_of_whole_models():
     others = [{**row, "batch": 16, "group": "16"} for row in rows(ours=1.0, eager=5.0)]
     others += [{**row, "threads": 1, "group": "1"} for row in rows(ours=1.0, eager=5.0)]
-    assert line(others, "1536/20", "of peak").measured is None
-    assert line(others, "1536/20", "best peer").measured is None
+    assert not report.findings(made_of(others))
 
 
-def test_what_was_not_measured_is_neither_met_nor_missed():
-    lines = report.summary(made_of([]))
-    assert len(lines) >= 14
-    for empty in lines:
-        assert empty.measured is None
-        assert empty.met == ""
-        assert empty.row()["measured"] == "not measured"
+def test_what_was_not_measured_is_not_in_the_summary():
+    assert not report.findings(made_of([]))
+    assert not report.tables(made_of([]))
+    alone = report.findings(made_of(rows(ours=1000.0)))
+    assert [x.what for x in alone] == ["1536/20, of peak, batch 4, 2 threads"]
 
 
 def scaling(model: str, **columns: Any) -> dict[str, Any]:
@@ -174,13 +173,13 @@ def test_scaling_lines():
         scaling("768/32", batch=1, threads=2, side=2048, **{"ns / patch": 111.0, "img/s": 0.1}),
         scaling("768/32", batch=83, threads=2, side=224, **{"ns / patch": 100.0, "img/s": 9.0}),
     ]
-    small = line(measured, "768/32", "batch 1 against")
-    assert (small.measured, small.met) == (pytest.approx(0.89), "no")
-    threads = line(measured, "768/32", "2 threads against 1")
-    assert (threads.measured, threads.met) == (pytest.approx(10 / 5.2), "yes")
+    small = finding(measured, "768/32", "batch 1 against")
+    assert small.measured == pytest.approx(0.89)
+    threads = finding(measured, "768/32", "2 threads against 1")
+    assert threads.measured == pytest.approx(10 / 5.2)
     assert "1.97" in threads.detail
-    large = line(measured, "2048 px against 224 px")
-    assert (large.measured, large.met, large.at_most) == (pytest.approx(1.11), "no", True)
+    large = finding(measured, "2048 px against 224 px")
+    assert large.measured == pytest.approx(1.11)
     assert "against 83" in large.detail
 
 
@@ -192,8 +191,8 @@ def test_depthwise_half_alone_is_ours_and_nobody_elses():
         row | {"system": "eager NCHW", "of peak": 0.1},
         row | {"system": "ours", "part": "block", "of peak": 0.9},
     ]
-    found = line(measured, "depthwise half")
-    assert (found.measured, found.met, found.aim) == (0.6, "yes", 0.75)
+    found = finding(measured, "depthwise half")
+    assert found.measured == 0.6
 
 
 def test_memory_is_that_of_the_worst_batch():
@@ -202,12 +201,12 @@ def test_memory_is_that_of_the_worst_batch():
         for b, pair in {1: (90, 100), 16: (303, 300)}.items()
         for s, mib in zip(("ours", "eager NCHW"), pair, strict=True)
     ]
-    found = line(measured, "256/8", "peak memory")
-    assert (found.measured, found.met) == (pytest.approx(1.01), "no")
+    found = finding(measured, "256/8", "peak memory")
+    assert found.measured == pytest.approx(1.01)
     assert found.detail.endswith(": 16")
 
 
-def test_numerics_line_keeps_the_rules_verdict():
+def test_the_rule_decides_whether_its_promise_is_kept():
     row = {
         "suite": "numerics",
         "group": "256/8",
@@ -216,23 +215,26 @@ def test_numerics_line_keeps_the_rules_verdict():
     }
     row |= {"max error": 3e-7, "rms error": 1e-7, "max / eager's": 2.01, "rms / eager's": 1.5}
     # The rule allows a floor of rounding units above twice eager's error.
-    found = line([row | {"within rule": True}], "256/8", "direct products")
-    assert (found.measured, found.met) == (2.01, "yes")
-    assert line([row | {"within rule": False}], "256/8", "direct products").met == "no"
+    found = finding([row | {"within rule": True}], "256/8", "direct products")
+    assert (found.measured, found.promise, found.kept) == (2.01, report.ERROR, "yes")
+    assert finding([row | {"within rule": False}], "256/8", "direct products").kept == "no"
 
 
 def test_a_default_that_is_one_of_the_two_products_is_not_told_twice():
     row = {"suite": "numerics", "group": "256/8", "model": "256/8", "within rule": True}
     row |= {"max error": 3e-7, "rms error": 1e-7, "max / eager's": 1.1, "rms / eager's": 1.0}
     row |= {"system": "ours, variable not set"}
-    assert line([row], "256/8", "variable not set").met == "yes"
-    lines = report.summary(made_of([row | {"note": "the same bits as with direct products"}]))
+    assert finding([row], "256/8", "variable not set").kept == "yes"
+    lines = report.findings(made_of([row | {"note": "the same bits as with direct products"}]))
     assert not [x for x in lines if "not set" in x.what]
 
 
-def test_rounding_does_not_hide_a_missed_bar():
-    assert report.Line("x", 0.8996, 0.90).row()["measured"] == "0.900"
-    assert report.Line("x", 0.8996, 0.90).met == "no"
+def test_rounding_does_not_hide_a_broken_promise():
+    found = report.Finding("x", 0.8996, promise=0.90)
+    assert found.row()["measured"] == "0.900"
+    assert (found.row()["promise"], found.kept) == (">= 0.90", "no")
+    below = report.Finding("x", 2.5, promise=2.0, at_most=True)
+    assert (below.row()["promise"], below.kept) == ("<= 2.00", "no")
 
 
 # What is written
@@ -249,16 +251,16 @@ def test_tables_and_charts_are_written_beside_the_rows(tmp_path):
     assert [p.name for p in written] == ["cpu.md", "cpu-models.svg", "cpu-speed.svg"]
     text = written[0].read_text()
     table = [r for r in text.splitlines() if r.startswith("|")]
-    assert "| what | bar | aim | measured | met | detail |" in table
+    assert "| what | measured | detail |" in table
     assert any(r.startswith("| 1536/20 | 4 | 2 | ours |") and "| 1.25 |" in r for r in table)
     assert any("a / b" in r for r in table)
     assert "![cpu-models.svg](cpu-models.svg)" in text
     speed = written[2].read_text()
     assert "![cpu-speed.svg](cpu-speed.svg)" in text
     # Every bar has its figure: 4 images in 0.8 s, and in 2.
-    assert all(f"<!-- {label} -->" in speed for label in ("ours", "5", "2", "batch 4"))
+    assert all(f">{label}</text>" in speed for label in ("ours", "5", "2", "batch 4"))
     # 125 % of peak: the axis goes past the tallest bar.
-    assert "<!-- 120 -->" in written[1].read_text()
+    assert ">120</text>" in written[1].read_text()
 
 
 def timed(suite: str, system: str, **columns: Any) -> dict[str, Any]:
@@ -289,13 +291,12 @@ def test_every_suite_with_a_chart_gets_one_and_its_table(tmp_path):
     text = (tmp_path / "cpu.md").read_text()
     for chart in written[1:]:
         assert f"![{chart}]({chart})" in text
-        # Text is drawn as paths, and named in a comment before each.
-        assert "<!--" in (tmp_path / chart).read_text()
+        assert "</text>" in (tmp_path / chart).read_text()
     waterfall = (tmp_path / "cpu-steps.svg").read_text()
-    assert all(f"<!-- {step} -->" in waterfall for step in steps)
+    assert all(f">{step}</text>" in waterfall for step in steps)
     assert "| 256/8 | 4 | 2 | eager NCHW | 1.5 |" in text
     # The side itself, not a power of two.
-    assert "<!-- 4096 -->" in (tmp_path / "cpu-resolution.svg").read_text()
+    assert ">4096</text>" in (tmp_path / "cpu-resolution.svg").read_text()
 
 
 def on_gpu(suite: str, system: str, **columns: Any) -> dict[str, Any]:
@@ -304,7 +305,7 @@ def on_gpu(suite: str, system: str, **columns: Any) -> dict[str, Any]:
     return row
 
 
-def test_rows_of_a_gpu_get_promises_tables_and_charts_of_their_own(tmp_path):
+def test_rows_of_a_gpu_get_findings_tables_and_charts_of_their_own(tmp_path):
     pytest.importorskip("matplotlib")
     limit = {"GMAC/s": 1.0}
     measured = [
@@ -320,9 +321,9 @@ def test_rows_of_a_gpu_get_promises_tables_and_charts_of_their_own(tmp_path):
     measured.append(on_gpu("resolution", "eager NCHW", side=4096, note="out of memory"))
     machine_ = {**MACHINE, "gpu": "Card"}
     made = results.new_report(machine_, RUN, measured)
-    (promise,) = report.promises(made)
-    assert promise.measured == pytest.approx(1.2), "our own graph is no peer"
-    assert promise.detail == "best of 1: eager NCHW; not timed: TensorRT"
+    (found,) = report.findings(made)
+    assert found.measured == pytest.approx(1.2), "our own graph is no peer"
+    assert found.detail == "best of 1: eager NCHW; not timed: TensorRT"
     path = tmp_path / "gpu.json"
     results.save(made, path)
     names = [p.name for p in report.write(path)]
@@ -330,8 +331,8 @@ def test_rows_of_a_gpu_get_promises_tables_and_charts_of_their_own(tmp_path):
     text = (tmp_path / "gpu.md").read_text()
     assert "| Card | bfloat16 |" in text
     assert "| of limit |" in text
-    assert "not measured" not in text, "promises of a processor are told"
-    assert "<!-- % of limit -->" in (tmp_path / "gpu-models.svg").read_text()
+    assert "float32, batch" not in text, "the text is that of a CPU's summary"
+    assert ">% of limit</text>" in (tmp_path / "gpu-models.svg").read_text()
 
 
 def test_the_same_rows_draw_the_same_file(tmp_path):
@@ -343,14 +344,6 @@ def test_the_same_rows_draw_the_same_file(tmp_path):
         pictures.append((tmp_path / name).read_text())
     assert pictures[0] == pictures[1]
     assert not charts.draw(made, "memory", tmp_path / "c.svg")
-
-
-def test_the_terminal_can_leave_out_what_was_not_measured():
-    made = made_of(rows(ours=1000.0))
-    whole, short = (report.text(made, report.tables(made, unmeasured=u)) for u in (True, False))
-    assert "not measured" in whole
-    assert "not measured" not in short
-    assert "What it shows" in short
 
 
 # Peers
@@ -430,59 +423,88 @@ def test_figures_in_pages_are_those_of_the_result_files(page):
     assert figures.filled(text) == text, "run: python benchmarks/report.py --readme"
 
 
-def test_the_readme_has_figures_and_marks_those_of_gpus_as_predictions():
-    text = figures.pages()[0].read_text()
-    for name in ("whole-models", "reached", "gpu-predicted"):
-        assert f"<!-- figures: {name} -->\n" in text
-    assert "Predictions, not measurements" in text
+def test_the_readme_names_its_hardware_and_shows_one_chart():
+    readme, *_ = figures.pages()
+    text = readme.read_text()
+    assert "<!-- figures: headline -->\n" in text
+    assert re.findall(r"!\[[^]]*\]\(([^)]+)\)", text) == ["docs/overview.svg"]
+    assert figures.hardware() in text
+    measured = (figures.ROOT / "docs" / "measured.md").read_text()
+    assert "Predictions, not measurements" in measured
 
 
-def test_what_was_missed_is_told_of_every_kind_of_result_file(tmp_path):
-    """Of processors and GPUs, files to results, and streaming."""
-    machines = {"cpu": MACHINE, "inference": MACHINE, "streaming": MACHINE}
-    streamed = {"suite": "times", "group": "m@8x8, 1 threads", "model": "m"}
-    late = {**on_gpu("models", "ours", ms=10.0), "img/s": 1.0}
-    early = {**on_gpu("models", "eager NCHW", ms=7.0), "img/s": 1.4}
+def test_the_readmes_chart_is_drawn_from_the_result_files():
+    (told,) = re.findall(r"<dc:description>(.*?)</dc:description>", figures.OVERVIEW.read_text())
+    files = sorted(figures.RESULTS.glob("*/cpu.json"))
+    drawn = charts.overview_data(map(results.load, files))
+    assert json.loads(html.unescape(told)) == json.loads(json.dumps(drawn)), (
+        "run: python benchmarks/report.py --readme"
+    )
+
+
+def test_only_the_readmes_chart_is_kept_in_the_repository():
+    if not (figures.ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    command = ["git", "-C", str(figures.ROOT), "ls-files", "*.svg"]
+    kept = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    assert kept == [str(figures.OVERVIEW.relative_to(figures.ROOT))]
+
+
+def test_the_overview_is_against_eager_pytorch_in_its_faster_layout(tmp_path):
+    pytest.importorskip("matplotlib")
+    speeds = {"eager NCHW": 2000.0, "eager channels-last": 1500.0, "torch.compile": 1200.0}
+    speeds |= {"torch.compile + freezing": 1250.0, "OpenVINO": 900.0, "peak": 1.0}
+    made = made_of(rows("1536/20", ours=1000.0, **speeds) + rows("256/8", ours=1.0))
+    (panel,) = charts.overview_data([made])
+    assert panel["speeds"] == [
+        (
+            "1536/20, batch 4",
+            {"convmixer_fast": 1.5, "torch.compile": 1.25, "OpenVINO": 1.667},
+        )
+    ]
+    charts.overview([made], tmp_path / "overview.svg")
+    picture = (tmp_path / "overview.svg").read_text()
+    for label in ("1536/20, batch 4", "OpenVINO", "convmixer_fast"):
+        assert f">{label}</text>" in picture
+    assert ">ONNX Runtime</text>" not in picture
+    results.save(made, tmp_path / "some-machine" / "cpu.json")
+    told = figures.headline(tmp_path)
+    assert "1.50 times eager, 0.90 times the fastest peer" in told
+    assert "slower than a peer: 1536/20, batch 4 (0.90)." in told
+    assert "No GPU has been measured yet" in told
+
+
+def test_the_page_of_measurements_has_every_table_of_every_machine(tmp_path):
+    """Of CPUs and GPUs, files to results, and streams."""
+    streamed = {"suite": "times", "group": "m@8x8, 1 threads", "model": "m", "us/kpx": 1.0}
     measured = {
-        "cpu": rows(ours=1000 / 0.5),
+        "cpu": rows(ours=1000.0, **{"eager NCHW": 900.0, "peak": 1.0}),
         "inference": [pipeline_row(**{"overhead ms": 7.25, "model": "m"})],
         "streaming": [
             {**streamed, "system": s, "s": t} for s, t in (("stream", 3.0), ("whole", 2))
         ],
-        "gpu": [late, early],
+        "gpu": [
+            {**on_gpu("models", "ours", ms=10.0), "img/s": 1.0},
+            {**on_gpu("models", "eager NCHW", ms=7.0), "img/s": 1.4},
+        ],
     }
     for name, found in measured.items():
-        machine_ = machines.get(name, {**MACHINE, "gpu": "Card"})
+        machine_ = {**MACHINE, "gpu": "Card"} if name == "gpu" else MACHINE
         path = tmp_path / "some-machine" / f"{name}.json"
         results.save(results.new_report(machine_, RUN, found), path)
-    told = figures.missed(tmp_path)
-    for name, figure in (("cpu", 0.5), ("inference", 7.25), ("streaming", 1.5), ("gpu", 0.7)):
-        assert f"some-machine (`{name}.json`)" in told
-        assert f"| {figure:.2f} |" in told, (name, told)
-    assert figures.missed(tmp_path / "nowhere") == "Every bar was reached."
-    counted = figures.reached(tmp_path)
-    for name, worst in (("cpu", "0.50 for >= 0."), ("streaming", "1.50 for <= ")):
-        assert f"| some-machine (`{name}.json`) | 0 of " in counted, counted
-        assert worst in counted, counted
-
-
-def test_exceptions_of_compiled_kernels_are_told_by_name(tmp_path):
-    row = {"op": "patch_embed", "kernel": "p = 7", "dtype": "bfloat16", "broken_bars": []}
-    row |= {"architecture": 100, "spills": 0, "stack": 0}
-    cuda = {"architecture": 80, "kernel": "tf32-large", "stack": 0, "broken_bars": []}
-    for name, static in (("gpu_static", [row]), ("cuda_static", [cuda])):
-        (tmp_path / f"{name}.json").write_text(json.dumps({"static": static}))
-    assert figures.gpu_exceptions(tmp_path) == "Every kernel meets every bar."
-    spilled = [{**row, "spills": 2, "architecture": arch} for arch in (90, 100)]
-    cuda["broken_bars"] = ["no HMMA"]
-    for name, static in (("gpu_static", [row, *spilled]), ("cuda_static", [cuda])):
-        (tmp_path / f"{name}.json").write_text(json.dumps({"static": static}))
-    told = figures.gpu_exceptions(tmp_path).splitlines()
-    assert len(told) == 4
-    assert told[2] == (
-        "| patch_embed, p = 7 | bfloat16 | sm_90, sm_100 | 2 values spilled (aimed at: 0) |"
-    )
-    assert told[3] == "| tf32-large |  | sm_80 | no HMMA |"
+    told = figures.measured(tmp_path)
+    assert told.count("## some-machine\n") == 1
+    for title in ("Whole models", "Files to results", "Streams: time against the whole image"):
+        assert f"### {title}\n" in told
+        assert f"**{title}.**" in figures.legend(tmp_path)
+    for name in measured:
+        assert f"Date 2025-01-31, torch 2.9.0, engine aa (`some-machine/{name}.json`)." in told
+    assert "<!-- chart: some-machine/cpu-models -->" in told
+    lines = told.splitlines()
+    assert "| 1536/20 | 4 | 2 | 4 | 1000 | 1 | **0.90** |" in lines, "peak is no peer"
+    assert "| Card | bfloat16 | 768/32 | 64 | 1 | 10 | **0.70** |" in lines
+    assert any("| 7.25 |" in line for line in lines)
+    assert figures.hardware(tmp_path) == "Measured figures come from CPUs and from GPUs: Card."
 
 
 def test_a_changed_figure_is_put_right_and_nothing_else_is_touched():
@@ -497,7 +519,7 @@ def test_a_changed_figure_is_put_right_and_nothing_else_is_touched():
 @pytest.mark.parametrize(
     ("page", "error"),
     [
-        ("<!-- figures: nobody -->\n<!-- end of figures -->", "no figures are called nobody"),
+        ("<!-- figures: nobody -->\n<!-- end of figures -->", "unknown figures nobody"),
         ("<!-- figures: roofline -->\n", "has no"),
     ],
 )
@@ -512,15 +534,15 @@ def test_ours_stands_beside_timms_row_only_from_the_same_hardware_and_precision(
     ours = {"model": "768/32", "device": "NVIDIA GeForce RTX 4090", "precision": "amp"}
     ours |= {"infer_samples_per_sec": 2000.0, "infer_img_size": 224}
     slower = ours | {"infer_samples_per_sec": 1500.0}
-    assert figures.measured_beside(row, [slower, ours]) == ours
+    assert figures.measured_on_same_card(row, [slower, ours]) == ours
     for other in (
         {"device": "NVIDIA GeForce RTX 3090"},
         {"model": "1024/20"},
         {"infer_img_size": 256},
         {"precision": "float16"},
     ):
-        assert figures.measured_beside(row, [ours | other]) is None
-    assert figures.measured_beside(row | {"bench": "train"}, [ours]) is None
+        assert figures.measured_on_same_card(row, [ours | other]) is None
+    assert figures.measured_on_same_card(row | {"bench": "train"}, [ours]) is None
 
 
 def test_published_rows_are_the_newest_of_each_setting_and_name_their_file():
@@ -545,35 +567,50 @@ def pipeline_row(**changed: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("changed", "measured", "met"),
+    ("changed", "measured"),
     [
-        ({}, [1.5, 0.96], ["yes", "yes"]),
-        ({"overhead ms": 2.5, "of the model alone": 0.9}, [2.5, 0.9], ["no", "no"]),
+        ({}, [1.5, 0.96]),
+        ({"overhead ms": 2.5, "of the model alone": 0.9}, [2.5, 0.9]),
         # Decoding is the longer half: the model alone is no measure then.
-        ({"decode ms": 11.0, "of the model alone": 0.7}, [1.5, 0.97], ["yes", "yes"]),
-        ({"cores": 1, "of the limit": 0.9}, [1.5, 0.9], ["yes", "no"]),
+        ({"decode ms": 11.0, "of the model alone": 0.7}, [1.5, 0.97]),
+        ({"cores": 1, "of the limit": 0.9}, [1.5, 0.9]),
     ],
 )
-def test_files_to_results_are_held_against_what_can_be_reached(changed, measured, met):
-    lines = report.inference_summary(made_of([pipeline_row(**changed)]))
-    assert [x.measured for x in lines] == measured
-    assert [x.met for x in lines] == met
+def test_files_to_results_are_held_against_what_can_be_reached(changed, measured):
+    found = report.findings(made_of([pipeline_row(**changed)]))
+    assert [x.measured for x in found] == measured
 
 
-def test_what_busy_neighbours_leave_the_model_is_told_beside_the_bar():
+def test_the_speed_of_the_model_next_to_busy_cores_is_a_detail():
     row = pipeline_row(**{"of the model alone": 0.9, "of the model beside": 0.99})
-    line = report.inference_summary(made_of([row]))[1]
-    assert (line.measured, line.met) == (0.9, "no")
-    assert line.detail.endswith("; of the model while other cores decode: 0.99")
+    found = report.findings(made_of([row]))[1]
+    assert found.measured == 0.9
+    assert found.detail.endswith("; against the model while other cores decode: 0.99")
+
+
+def test_findings_of_streams_by_height_and_against_the_whole_image():
+    height = {"suite": "heights", "group": "g", "model": "m", "system": "stream"}
+    measured = [
+        {**height, "height": h, "MiB": mib, "us a row": us}
+        for h, mib, us in ((2048, 500, 10.0), (16384, 510, 10.5))
+    ]
+    measured.append({**height, "height": 2048, "system": "eager", "MiB": 900, "us a row": 20.0})
+    time = {"suite": "times", "group": "m@8x8", "model": "m", "us/kpx": 1.0}
+    measured += [{**time, "system": s, "s": t} for s, t in (("stream", 3.0), ("whole", 2.0))]
+    found = {x.what: x for x in report.findings(made_of(measured))}
+    assert found["stream, peak memory, most / least, g"].measured == pytest.approx(1.02)
+    assert found["stream, time of a row, most / least, g"].measured == pytest.approx(1.05)
+    assert found["time of a stream / of the whole image, m@8x8"].measured == pytest.approx(1.5)
+    assert found["stream, peak memory, most / least, g"].detail == "heights 2048, 16384"
 
 
 @pytest.mark.parametrize("wrong", ["missing", "repeated", "wrongly failed"])
-def test_one_image_that_is_not_there_once_misses_the_bar(wrong):
+def test_one_image_that_is_not_there_once_breaks_the_promise(wrong):
     row = {"suite": "kills", "group": "csv", "results": "csv", "kills": 5, "images": 9, "rows": 8}
     row |= {"errors": 1, "missing": 0, "repeated": 0, "wrongly failed": 0}
-    good, bad = (report.inference_summary(made_of([r])) for r in (row, {**row, wrong: 1}))
-    assert [x.met for x in good] == ["yes"]
-    assert [x.met for x in bad] == ["no"]
+    good, bad = (report.findings(made_of([r])) for r in (row, {**row, wrong: 1}))
+    assert [x.kept for x in good] == ["yes"]
+    assert [x.kept for x in bad] == ["no"]
     text = report.markdown(made_of([row, pipeline_row()]))
     assert "Every image once" in text
-    assert "of peak" not in text, "promises of other suites are told"
+    assert "of peak" not in text, "the summary tells of suites that were not run"

@@ -38,7 +38,11 @@ def test_every_variable_in_the_source_is_in_the_table_and_in_the_docs() -> None:
                 )
                 found |= set(re.findall(r'environment\.(?:flag|read|why_off)\("([A-Z_]+)"', text))
     assert found == set(VARIABLES)
-    docs = (ROOT / "docs" / "support.md").read_text().split("## Environment variables")[1]
+    docs = (
+        (ROOT / "docs" / "reference" / "support.md")
+        .read_text()
+        .split("## Environment variables")[1]
+    )
     listed = set(re.findall(rf"{PREFIX}([A-Z_]+)", docs))
     assert set(VARIABLES) <= listed <= set(VARIABLES) | set(BUILD_VARIABLES)
     assert VARIABLES["BACKEND"].values == ("auto", *BACKENDS)

@@ -170,7 +170,8 @@ def test_wide_blocks_with_and_without_strassen(isa, dim, strassen, monkeypatch):
 
 
 # Two chunks of channels at either number of levels. Not by the rule, which the largest error of two
-# levels may pass in a single map (README): by what a product left out or added twice would do.
+# levels may pass in a single map (docs/design/numerics.md): by what a product left out or added
+# twice would do.
 @pytest.mark.parametrize("size", [(23, 23), (8, 9)])
 def test_two_levels_over_several_chunks_are_the_direct_product(isa, size, monkeypatch):
     _, ours = pair(1600, 1, 3, shape=(2, 1600, 3, 3))

@@ -1,4 +1,4 @@
-"""The README's Python runs as printed, and its two set-up commands are what CI and users type."""
+"""The README runs as printed, and its two set-up commands are what CI and users type."""
 
 from __future__ import annotations
 

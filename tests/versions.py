@@ -2,7 +2,7 @@
 
     python tests/versions.py  # torch 2.11 on this Python, as CI does
     python tests/versions.py 2.8 2.9:3.12  # torch 2.8 on this Python, torch 2.9 on Python 3.12
-    python tests/versions.py --record all  # every pair of the table in docs/support.md
+    python tests/versions.py --record all  # every pair of the table in docs/reference/support.md
 
 Each version gets a virtual environment of about 7 GB. At most one exists at a time: the next one
 replaces it, and the last one is removed unless ``--keep`` is given. The package is built once per
@@ -12,7 +12,7 @@ Python, because its compiled engine links no torch. Environments, wheels and log
 ``--record`` writes one entry a version into tests/versions.json, at once after its tests. A version
 whose entry is of the same sources is not run again, so that an interrupted run continues where it
 stopped. ``python benchmarks/report.py --readme`` puts the
-entries into docs/support.md.
+entries into docs/reference/support.md.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ FILES = (
     *("torchscript", "names", "gpu_path", "cuda_path", "first_use", "graphs", "kernels_after_product"),
 )
 
-#: torch x Python of the table in docs/support.md.
+#: torch x Python of the table in docs/reference/support.md.
 TORCHES = tuple(f"2.{minor}" for minor in range(8, 15))
 PAIRS = (
     *((torch, "3.11") for torch in TORCHES),
