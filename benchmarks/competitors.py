@@ -1,6 +1,6 @@
 """What else runs a ConvMixer on a CPU or a GPU? Each with the same weights, or why it is not here.
 
-Each gets the model where it is to run, and `places.Inputs`, whose copies its calls take in turn.
+Each gets the model where it is to run, and `devices.Inputs`, whose copies its calls take in turn.
 
 On a CPU each is built for ``torch.get_num_threads()`` threads, all of them at work on one batch,
 and keeps its own defaults otherwise: torch sets its OpenMP team at each call, Inductor writes the
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
-from places import Inputs
+from devices import Inputs
 from torch import Tensor, nn
 
 from convmixer_fast import graphs, optimize

@@ -21,7 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import places
+import devices
 import report
 import results
 from machine import this_machine
@@ -65,9 +65,9 @@ def main(device: str = "cpu", about: str = __doc__ or "") -> int:
         parser.error(f"unknown suite {', '.join(sorted(unknown))}: use {', '.join(known)}")
     gpu = ""
     if device != "cpu":
-        if why := places.why_no_gpu():
+        if why := devices.unavailable_reason():
             parser.error(f"{why}: python benchmarks/cpu.py measures the processor")
-        gpu = places.gpu("float32").name()
+        gpu = devices.gpu("float32").name()
     preset = preset_of(args.preset, device)
     variants = args.variants.split(",") if args.variants else []
     folder = args.out or HERE / "results" / this_machine(gpu)["name"]

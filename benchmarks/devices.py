@@ -33,7 +33,7 @@ CHECKED = 2
 
 
 class Inputs:
-    """One input in several places of memory, which calls get in turn.
+    """One input in several devices of memory, which calls get in turn.
 
     A system that is called with ``inputs()`` finds its input in memory and not in a cache that its
     own last call filled, once the copies together are larger than that cache.
@@ -77,7 +77,7 @@ class Meter:
         return self.columns
 
 
-class Place(Protocol):
+class Device(Protocol):
     """What `measuring.measure` asks of a device.
 
     Attributes:
@@ -336,7 +336,7 @@ class Gpu:
         return None
 
 
-def why_no_gpu() -> str:
+def unavailable_reason() -> str:
     """Empty where torch sees a GPU."""
     return "" if torch.cuda.is_available() else "torch sees no GPU"
 

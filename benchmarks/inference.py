@@ -30,25 +30,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import fresh_python
+import photographs
+import report
+import results
+import torch
+from machine import this_machine
+from recording import Recorder
+
+from convmixer_fast import ConvMixer, Predictor, save_checkpoint
+from convmixer_fast.doctor import usable_cores
+from convmixer_fast.inference import ImageError, ResultFile, load_image
+from convmixer_fast.testing import trained_like_
+
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent / "tests" / "support"))
-
-import fresh_python  # noqa: E402
-import photographs  # noqa: E402
-import report  # noqa: E402
-import results  # noqa: E402
-import torch  # noqa: E402
-from machine import this_machine  # noqa: E402
-from recording import Recorder  # noqa: E402
-
-from convmixer_fast import ConvMixer, Predictor, save_checkpoint  # noqa: E402
-from convmixer_fast.doctor import usable_cores  # noqa: E402
-from convmixer_fast.inference import (  # noqa: E402
-    ImageError,
-    ResultFile,
-    load_image,
-)
-from convmixer_fast.testing import trained_like_  # noqa: E402
 
 SUITES = ("pipeline", "kills", "ray")
 SIZES = (150, 500)

@@ -116,7 +116,7 @@ def this_machine(gpu: str = "") -> dict[str, Any]:
 _FIELDS = ("cpu family", "model")
 _PREFIX = "CONVMIXER_FAST_"
 _FOR_BUILDS_AND_TESTS = frozenset(
-    ("BUILD_CACHE", "CI_CACHE", "CI_TORCH", "CPU", "CUDA", "CUTLASS", "PTXSIM", "WERROR")
+    ("BUILD_CACHE", "CI_CACHE", "CI_TORCH", "CPU", "CUDA", "CUTLASS", "WERROR")
 )
 _CPU_PEERS = ("onnxruntime", "openvino")
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from places import Place
+from devices import Device
 from presets import Preset
 from work import Limits, Work
 
@@ -22,7 +22,7 @@ TURN_SECONDS = 0.1
 class Measured:
     """``columns`` by system; ``limits`` by thread count, those of a GPU under None."""
 
-    place: Place
+    device: Device
     columns: dict[str, dict[str, Any]]
     limits: dict[int | None, Limits]
 
@@ -30,23 +30,23 @@ class Measured:
         """The columns of one system's row; ``work`` is that of a call.
 
         Args:
-            threads: where they are not the place's own.
+            threads: where they are not the device's own.
         """
         columns = dict(self.columns[system])
         seconds = columns["ms"] / 1e3
-        place = dict(self.place.columns)
+        at = dict(self.device.columns)
         if threads is not None:
-            place["threads"] = threads
+            at["threads"] = threads
         rates: dict[str, Any] = {"img/s": work.images / seconds}
         rates["GMAC/s"] = work.macs / seconds / 1e9
         if work.bytes:
             rates["GB/s"] = work.bytes / seconds / 1e9
-        limits = self.limits.get(place.get("threads"))
+        limits = self.limits.get(at.get("threads"))
         if limits is not None and limits.bandwidth is None and limits.multiply_add is not None:
             rates["of peak"] = work.macs / seconds / limits.multiply_add
         elif limits is not None and work.bytes:
             rates["of limit"] = work.least_seconds(limits) / seconds
-        return {**place, "system": system, **rates, **columns}
+        return {**at, "system": system, **rates, **columns}
 
     def limit_rows(self) -> list[dict[str, Any]]:
         """The machine's limits as rows of their own."""
@@ -62,18 +62,18 @@ class Measured:
                 ("limit, bandwidth", "GB/s", limits.bandwidth),
             ):
                 if rate is not None:
-                    rows.append({**self.place.columns, "system": system, column: rate / 1e9})
+                    rows.append({**self.device.columns, "system": system, column: rate / 1e9})
         return rows
 
 
 def measure(
     runs: Mapping[str, Callable[[], Any]],
-    place: Place,
+    device: Device,
     preset: Preset,
     benchmark: Any,
     threads: Sequence[int] | None = None,
 ) -> Measured:
-    """Time ``runs`` in interleaved rounds, beside the limits of the place.
+    """Time ``runs`` in interleaved rounds, beside the limits of the device.
 
     Each run was called once already, by the check of its output. The columns are: ms (median of the
     rounds), best ms, p20 ms, p80 ms, rounds, peak MiB (of the process, or of the GPU's allocator,
@@ -81,22 +81,22 @@ def measure(
     what a thread count comes to) and faults (page faults a call, median).
 
     Args:
-        threads: of a CPU, those whose limit is wanted; None: the place's own.
+        threads: of a CPU, those whose limit is wanted; None: the device's own.
     """
     if threads is None:
-        threads = [place.columns["threads"]] if "threads" in place.columns else []
-    meters = {name: place.meter(run) for name, run in runs.items()}
+        threads = [device.columns["threads"]] if "threads" in device.columns else []
+    meters = {name: device.meter(run) for name, run in runs.items()}
     for meter in meters.values():
-        for _ in range(place.warmup):
+        for _ in range(device.warmup):
             meter()
     first = interleaved_times(
         {name: meter.first_call for name, meter in meters.items()},
         rounds=1,
         warmup=0,
-        pause=place.pause,
-        clock=place.clock,
+        pause=device.pause,
+        clock=device.clock,
     )
-    limit_runs, limits_of = place.limits(threads)
+    limit_runs, limits_of = device.limits(threads)
     seconds = {name: times[0] for name, times in first.items()}
     repeats = {name: max(1, math.ceil(TURN_SECONDS / s)) for name, s in seconds.items()}
     round_seconds = sum(s * (repeats[name] + (repeats[name] > 1)) for name, s in seconds.items())
@@ -107,11 +107,11 @@ def measure(
         first = {name: [] for name in first}
         for meter in meters.values():
             meter.reset()
-    repeats |= dict.fromkeys(limit_runs, place.limit_repeats)
+    repeats |= dict.fromkeys(limit_runs, device.limit_repeats)
     times = benchmark.pedantic(
         interleaved_times,
         args=({**meters, **limit_runs}, rounds - counts),
-        kwargs={"warmup": 0, "repeats": repeats, "pause": place.pause, "clock": place.clock},
+        kwargs={"warmup": 0, "repeats": repeats, "pause": device.pause, "clock": device.clock},
         rounds=1,
     )
     columns = {}
@@ -126,7 +126,7 @@ def measure(
             "rounds": rounds,
             **meter.found(),
         }
-    return Measured(place, columns, limits_of(times))
+    return Measured(device, columns, limits_of(times))
 
 
 def keep_freed_memory(keep: bool = True) -> bool:

@@ -51,8 +51,8 @@ LARGE_SIDE = 2048
 class Preset:
     """How much of everything.
 
-    ``systems`` are names in `systems.SYSTEMS`; ``threads`` are a CPU's, ``dtypes`` a GPU's (a CPU's
-    models are float32); ``large`` are the variants that get an image of `LARGE_SIDE`;
+    ``systems`` are names in `competitors.SYSTEMS`; ``threads`` are a CPU's, ``dtypes`` a GPU's (a
+    CPU's models are float32); ``large`` are the variants that get an image of `LARGE_SIDE`;
     ``resolution`` those that get one image of each of ``sides`` pixels, and ``resolution_batches``
     images of the usual size; ``photographs`` go through the batch pipeline. A group of systems that
     take turns is given as many rounds as fit into ``budget`` seconds, but at least ``least_rounds``

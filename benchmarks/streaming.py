@@ -22,6 +22,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import fresh_python
 import numpy as np
 import report
 import results
@@ -31,8 +32,6 @@ from report import Line, Table, column_names, grid, heading
 from results import Report, Row
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "tests" / "support"))
-import fresh_python  # noqa: E402
 
 #: Between the heights, at most: of peak memory, and of the time of a row.
 PEAK_SPREAD, TIME_SPREAD = 1.03, 1.05

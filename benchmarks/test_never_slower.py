@@ -5,7 +5,7 @@
 
 A cell is a model, a setting (`settings.SETTINGS`), a batch, a side and a thread count; its systems
 take turns in one process. The first image's output of each is held against float64 first: ours by
-the numerics rule, the others' by `systems.check_peer`. A cell below `report.NEVER_SLOWER` is
+the numerics rule, the others' by `competitors.check_peer`. A cell below `report.NEVER_SLOWER` is
 measured once more with more rounds, and the second measurement stands.
 
 What keeps the time bounded: a system of which one call takes a second, and half as long again as
@@ -21,18 +21,18 @@ from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
-import places
+import devices
 import pytest
 import torch
 from cases import case
+from competitors import build, check_peer, eager
+from devices import Cpu
 from measuring import Measured, measure
-from places import Cpu
 from presets import Preset
 from recording import BenchmarkRecorder
 from report import NEVER_SLOWER, computed_by, stock_ratio
 from results import Row, select
 from settings import SETTINGS
-from systems import build, check_peer, eager
 from work import Work, of_model
 
 from convmixer_fast import explain
@@ -70,7 +70,7 @@ def too_long(systems: Iterable[str], seconds: Mapping[str, float], most: float) 
 
 
 def _measure(
-    runs: Mapping[str, Callable[[], Any]], place: Cpu, preset: Preset, benchmark: Any
+    runs: Mapping[str, Callable[[], Any]], device: Cpu, preset: Preset, benchmark: Any
 ) -> Measured:
     """`measure` of the systems that one call does not decide; the others' columns are that call."""
     once = {name: wall_seconds(run, 1) for name, run in runs.items()}
@@ -78,7 +78,7 @@ def _measure(
     decided = {name: s for name, s in once.items() if s > max(LONG, FAR * fastest)}
     measured = measure(
         {name: run for name, run in runs.items() if name not in decided},
-        place,
+        device,
         preset,
         benchmark,
         threads=(),
@@ -117,12 +117,12 @@ def test_cell(
         record("never_slower", group, rows[:1])
         return
 
-    place = Cpu(threads)
-    place.enter()
+    device = Cpu(threads)
+    device.enter()
     torch._dynamo.reset()
     plain, ours = (copy.deepcopy(m).to(how.dtype) for m in (model.plain, model.ours))
-    inputs = place.inputs(model.images(cell_batch, cell_side).to(how.dtype))
-    exact = places.oracle(plain, inputs.first[:1])
+    inputs = device.inputs(model.images(cell_batch, cell_side).to(how.dtype))
+    exact = devices.oracle(plain, inputs.first[:1])
     preset = dataclasses.replace(preset, budget=preset.cell_budget)
     more = dataclasses.replace(
         preset, budget=MORE * preset.budget, least_rounds=MORE * preset.least_rounds
@@ -133,7 +133,7 @@ def test_cell(
         assert_numerics(mine()[:1], same, exact)
         stock, _, missing = build(
             [name for name in preset.stock if name not in notes],
-            place.kind,
+            device.kind,
             plain,
             inputs,
             lambda out: check_peer(out[:1], same, exact),
@@ -141,7 +141,7 @@ def test_cell(
         runs = {"ours": mine, **stock}
         by = computed_by(explain(ours, inputs.first))
         for attempt, how_long in (benchmark, preset), (SimpleNamespace(pedantic=_call), more):
-            measured = _measure(runs, place, how_long, attempt)
+            measured = _measure(runs, device, how_long, attempt)
             found = [{**at, **measured.row(name, work)} for name in runs]
             ratio = stock_ratio(found)
             if ratio is None or ratio >= NEVER_SLOWER:

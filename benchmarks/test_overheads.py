@@ -7,7 +7,7 @@ from typing import Any
 import fresh_python
 import pytest
 import torch
-from gpu_double import installed
+from fakes.triton import installed
 from recording import BenchmarkRecorder
 
 from convmixer_fast import MixerBlock, MixerStack, create_model

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from cases import Case, case
+from devices import Cpu
 from measuring import measure
-from places import Cpu
 from presets import BATCH, LARGE_SIDE, THREADS, Preset
 from recording import BenchmarkRecorder
 from torch import Tensor

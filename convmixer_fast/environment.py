@@ -45,7 +45,7 @@ VARIABLES = {
     )
 }
 #: What ``setup.py`` and the tests read.
-BUILD_VARIABLES = ("CPU", "CUDA", "CUTLASS", "BUILD_CACHE", "WERROR", "PTXSIM", "CI_OLDEST")
+BUILD_VARIABLES = ("CPU", "CUDA", "CUTLASS", "BUILD_CACHE", "WERROR", "CI_OLDEST")
 #: What decides which kernels run.
 _OF_KERNELS = ("ISA", "STRASSEN", "DISABLE_NATIVE", "DISABLE_TRITON", "DISABLE_CUDA", "VERIFY")
 

@@ -1,4 +1,4 @@
-"""The benchmarks measure on a CPU and on a GPU alike; the GPU is a stand-in. Nothing is timed."""
+"""The benchmarks measure on a CPU and on a GPU alike; the GPU is a fake. Nothing is timed."""
 
 from __future__ import annotations
 
@@ -7,13 +7,20 @@ import json
 import os
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import competitors
+import devices
 import fresh_python
+import inference
+import measuring
+import presets
 import pytest
+import recording
+import report
 import torch
-from gpu_stand_in import NAME, StandIn
+import work
+from fakes.torch_cuda import NAME, FakeTorchCuda
 
 from convmixer_fast.arch import VARIANTS, Arch
 from convmixer_fast.reference import ReferenceConvMixer
@@ -24,20 +31,9 @@ ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 
 
-def _load(name: str) -> ModuleType:
-    # At the end of the path: the benchmarks' names must not hide those of the tests.
-    if str(BENCHMARKS) not in sys.path:
-        sys.path.append(str(BENCHMARKS))
-    return __import__(name)
-
-
-places, work, measuring = _load("places"), _load("work"), _load("measuring")
-presets, systems, recording = _load("presets"), _load("systems"), _load("recording")
-
-
-def gpu(dtype: torch.dtype = torch.float32, cuda: StandIn | None = None, **sizes: int) -> Any:
+def gpu(dtype: torch.dtype = torch.float32, cuda: FakeTorchCuda | None = None, **sizes: int) -> Any:
     sizes = {"matrix_side": 8, "copied_bytes": 64, **sizes}
-    return places.Gpu(dtype, cuda or StandIn(), "cpu", **sizes)
+    return devices.Gpu(dtype, cuda or FakeTorchCuda(), "cpu", **sizes)
 
 
 class Benchmark:
@@ -55,7 +51,7 @@ class Benchmark:
 
 
 def test_events_time_the_gpu_and_not_the_launch():
-    cuda = StandIn()
+    cuda = FakeTorchCuda()
     clock = event_clock(cuda)
     # The host comes back after each hundredth; the GPU waits for the first of them only.
     assert clock(lambda: cuda.launch(0.25, host_seconds=0.01), 4) == pytest.approx(1.01)
@@ -68,7 +64,7 @@ def test_events_time_the_gpu_and_not_the_launch():
 
 
 def test_systems_take_turns_on_the_gpu():
-    cuda = StandIn()
+    cuda = FakeTorchCuda()
     order: list[str] = []
 
     def run(name: str, seconds: float) -> Any:
@@ -85,15 +81,15 @@ def test_systems_take_turns_on_the_gpu():
 
 
 def test_a_call_is_measured_warm_beside_the_limits_and_with_its_memory():
-    cuda = StandIn(l2=64)
-    place = gpu(cuda=cuda)
+    cuda = FakeTorchCuda(l2=64)
+    device = gpu(cuda=cuda)
     calls = {"slow": 0, "quick": 0}
 
     def run(name: str, seconds: float, memory: int) -> Any:
         def call() -> None:
             calls[name] += 1
             # The first calls compile.
-            cuda.launch(seconds if calls[name] > place.warmup else 50.0)
+            cuda.launch(seconds if calls[name] > device.warmup else 50.0)
             cuda.allocate(memory)
             cuda.allocate(-memory)
 
@@ -111,10 +107,10 @@ def test_a_call_is_measured_warm_beside_the_limits_and_with_its_memory():
             None: work.Limits(*(8 / sum(times[n]) * len(times[n]) for n in runs))
         }
 
-    place.limits = loops
+    device.limits = loops
     preset = presets.preset_of("quick", "cuda")
     runs = {"slow": run("slow", 2.0, 3 << 20), "quick": run("quick", 0.03, 1 << 20)}
-    measured = measuring.measure(runs, place, preset, Benchmark())
+    measured = measuring.measure(runs, device, preset, Benchmark())
     assert {name: c["ms"] for name, c in measured.columns.items()} == pytest.approx(
         {"slow": 2000.0, "quick": 30.0}
     )
@@ -135,10 +131,10 @@ def test_a_call_is_measured_warm_beside_the_limits_and_with_its_memory():
 
 
 def test_the_loops_of_the_limits_do_the_work_that_they_are_counted_for():
-    place = gpu(torch.bfloat16, matrix_side=16, copied_bytes=128)
+    device = gpu(torch.bfloat16, matrix_side=16, copied_bytes=128)
     torch.set_float32_matmul_precision("high")
     try:
-        runs, limits_of = place.limits([])
+        runs, limits_of = device.limits([])
         for run in runs.values():
             run()
         assert torch.get_float32_matmul_precision() == "high", "the precision was not put back"
@@ -154,9 +150,9 @@ def test_the_loops_of_the_limits_do_the_work_that_they_are_counted_for():
 
 def test_inputs_of_a_gpu_are_larger_than_its_cache_together_and_all_taken():
     x = torch.randn(2, 3, 4, 4)
-    inputs = gpu(torch.bfloat16, StandIn(l2=1000)).inputs(x)
+    inputs = gpu(torch.bfloat16, FakeTorchCuda(l2=1000)).inputs(x)
     size = 2 * x.numel()
-    assert (len(inputs.all) - 1) * size >= places.PAST_L2 * 1000
+    assert (len(inputs.all) - 1) * size >= devices.PAST_L2 * 1000
     assert len({y.data_ptr() for y in inputs.all}) == len(inputs.all)
     turn = [inputs() for _ in range(len(inputs.all) + 1)]
     assert [y.data_ptr() for y in turn[:-1]] == [y.data_ptr() for y in inputs.all]
@@ -164,34 +160,34 @@ def test_inputs_of_a_gpu_are_larger_than_its_cache_together_and_all_taken():
     for y in inputs.channels_last().all:
         assert y.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(y, x.bfloat16())
-    tiny = gpu(cuda=StandIn(l2=1 << 30)).inputs(torch.zeros(1))
-    assert len(tiny.all) == places.MOST_INPUTS
-    assert len(gpu(cuda=StandIn(l2=0)).inputs(x).all) == 1
-    assert places.Cpu(2).inputs(x).all == [x]
+    tiny = gpu(cuda=FakeTorchCuda(l2=1 << 30)).inputs(torch.zeros(1))
+    assert len(tiny.all) == devices.MOST_INPUTS
+    assert len(gpu(cuda=FakeTorchCuda(l2=0)).inputs(x).all) == 1
+    assert devices.Cpu(2).inputs(x).all == [x]
 
 
 #: TensorRT is not there to be tested, and to compile once is enough.
-HERE = [n for n in systems.SYSTEMS["cuda"] if n not in ("TensorRT", "torch.compile")]
+HERE = [n for n in competitors.SYSTEMS["cuda"] if n not in ("TensorRT", "torch.compile")]
 
 
 @pytest.mark.parametrize("name", HERE)
 def test_every_system_of_a_gpu_computes_the_model_on_each_input(name):
     arch = Arch(8, 2, 3, 2, num_classes=5, act="gelu")
     model = trained_like_(ReferenceConvMixer(arch), (2, 3, 8, 8))
-    inputs = places.Inputs(torch.randn(1, 3, 8, 8), 3)
+    inputs = devices.Inputs(torch.randn(1, 3, 8, 8), 3)
     inputs.all = [(i + 1) * x for i, x in enumerate(inputs.all)]
     with torch.no_grad():
         wanted = [model(x) for x in inputs.all]
-        run = systems.SYSTEMS["cuda"][name](model, inputs)
+        run = competitors.SYSTEMS["cuda"][name](model, inputs)
         for want in wanted:
             torch.testing.assert_close(run(), want, rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_not_here_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_tensorrt", None)
-    model, inputs = torch.nn.Identity(), places.Inputs(torch.zeros(64, 3, 4, 4))
+    model, inputs = torch.nn.Identity(), devices.Inputs(torch.zeros(64, 3, 4, 4))
     names = ("TensorRT", "ours + CUDA graph", "eager NCHW")
-    runs, _, notes = systems.build(names, "cuda", model, inputs, lambda y: None)
+    runs, _, notes = competitors.build(names, "cuda", model, inputs, lambda y: None)
     assert list(runs) == ["eager NCHW"]
     assert notes["TensorRT"] == "torch_tensorrt is missing: pip install torch-tensorrt"
     assert "at most 8 images" in notes["ours + CUDA graph"]
@@ -201,8 +197,8 @@ def test_a_system_that_fails_is_told_and_not_timed():
     def broken(_: torch.Tensor) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 GiB")
 
-    inputs = places.Inputs(torch.zeros(1, 3, 4, 4))
-    runs, _, notes = systems.build(["eager NCHW"], "cuda", broken, inputs, lambda y: None)
+    inputs = devices.Inputs(torch.zeros(1, 3, 4, 4))
+    runs, _, notes = competitors.build(["eager NCHW"], "cuda", broken, inputs, lambda y: None)
     assert not runs
     assert notes["eager NCHW"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate 9 GiB"
 
@@ -215,9 +211,9 @@ def test_cudnn_searches_only_where_its_name_says_so():
             seen.append(torch.backends.cudnn.benchmark)
             return x
 
-    inputs = places.Inputs(torch.zeros(1, 1, 1, 1))
+    inputs = devices.Inputs(torch.zeros(1, 1, 1, 1))
     for name in ("eager NCHW", "eager NCHW + cudnn.benchmark", "eager channels-last"):
-        systems.SYSTEMS["cuda"][name](Model(), inputs)()
+        competitors.SYSTEMS["cuda"][name](Model(), inputs)()
     assert seen == [False, True, False]
 
 
@@ -279,7 +275,8 @@ def test_extra_info_says_where_with_what_and_everything_of_each_system():
 
 
 def test_the_batch_pipeline_is_a_suite_too_and_loses_no_group(tmp_path, monkeypatch):
-    suite, inference, report = _load("test_pipeline"), _load("inference"), _load("report")
+    import test_pipeline as suite
+
     monkeypatch.setattr(inference, "MODELS", {"small": (8, 1, 3, 32), "other": (16, 1, 3, 32)})
     monkeypatch.setattr(inference, "SHARES", {"small": 1, "other": 1})
     monkeypatch.setattr(inference, "BATCH", 2)
@@ -307,12 +304,12 @@ def test_every_limit_stands_in_a_preset_and_names_systems_that_there_are():
     for name in presets.PRESETS:
         for device in presets.DEVICES:
             preset = presets.preset_of(name, device)
-            assert set(preset.systems) <= set(systems.SYSTEMS[device])
+            assert set(preset.systems) <= set(competitors.SYSTEMS[device])
             assert all(isinstance(getattr(torch, dtype), torch.dtype) for dtype in preset.dtypes)
             assert preset.least_rounds >= 3
     full = {device: presets.preset_of("full", device).systems for device in presets.DEVICES}
     assert {device: set(names) for device, names in full.items()} == {
-        device: set(table) for device, table in systems.SYSTEMS.items()
+        device: set(table) for device, table in competitors.SYSTEMS.items()
     }, "a system is measured by no preset"
 
 
@@ -321,9 +318,9 @@ def test_the_suites_run_on_a_gpu_where_one_is_found(tmp_path):
     """The whole of it in a process of its own: found, built, checked, timed, told."""
     pytest.importorskip("pytest_benchmark", reason='pip install ".[bench]"')
     names = ("models", "resolution", "training", "steps")
-    path = (str(ROOT / "tests" / "support"), os.environ.get("PYTHONPATH"))
+    path = (str(ROOT / "tests"), os.environ.get("PYTHONPATH"))
     done = fresh_python.run(
-        *("-m", "pytest", "-p", "gpu_stand_in", "-p", "no:cacheprovider", "-q"),
+        *("-m", "pytest", "-p", "fakes.torch_cuda", "-p", "no:cacheprovider", "-q"),
         *(str(BENCHMARKS / f"test_{name}.py") for name in names),
         *("--devices=cuda", "--variants=256/8", "--batches=1", "--dtypes=float32"),
         *("--resolution=256/8", "--sides=16", "--resolution-batches=2"),
@@ -338,7 +335,7 @@ def test_the_suites_run_on_a_gpu_where_one_is_found(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads((tmp_path / "rows.json").read_text())
     assert told["machine"]["gpu"] == NAME
-    assert told["machine"]["name"] == "stand-in-gpu-3000"
+    assert told["machine"]["name"] == "fake-gpu-3000"
     assert {row["suite"] for row in told["rows"]} == set(names)
     for row in told["rows"]:
         assert (row["device"], row["dtype"]) == (NAME, "float32")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
+import counts
 import fresh_python
 import messages
 import numpy as np
@@ -19,10 +19,6 @@ from convmixer_fast import ConvMixer, cli, save_checkpoint
 from convmixer_fast.inference.predictor import MAX_MEMORY
 
 ROOT = Path(__file__).parents[1]
-# At the end of the path: the benchmarks' names must not hide those of the tests.
-sys.path.append(str(ROOT / "benchmarks"))
-import counts  # noqa: E402
-
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)

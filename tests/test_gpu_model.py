@@ -7,8 +7,8 @@ import os
 
 import pytest
 import torch
-from eyes import compiler, interpreter, run_in_interpreter, triton_simulator
 from torch import nn
+from triton_modes import compiler, interpreter, run_in_interpreter, triton_simulator
 
 from convmixer_fast import ConvMixer, explain, use_backend
 from convmixer_fast.kernels import support

@@ -10,7 +10,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from gpu_double import installed
+from fakes.triton import installed
 from torch import nn
 from torch.nn.utils import parametrize
 

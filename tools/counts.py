@@ -1,13 +1,12 @@
-"""Did a change make a kernel execute more? Instruction counts, which no noise of a machine moves.
+"""Instruction counts of the kernels, compared with stored ones; machine noise cannot change them.
 
-    python benchmarks/counts.py            # count, and say what differs from what is stored
-    python benchmarks/counts.py --update   # store these counts, and say what changed
+    python tools/counts.py            # count, and report differences from the stored counts
+    python tools/counts.py --update   # store these counts, and report what changed
 
-The CPU engine runs under valgrind's callgrind, with AVX2 (AVX-512 valgrind does not know); the
-Triton kernels run in ptxsim. Both counts are made by a compiler: they are stored under its version,
-in counts/cpu.json and counts/gpu.json, and under another one there is nothing to compare with. A
-count is neither time nor a promise of it: it tells that code changed, `cpu.py` tells what that
-means.
+The CPU engine runs under valgrind's callgrind, with AVX2 (valgrind has no AVX-512); the Triton
+kernels run in ptxsim. Counts depend on the compiler: they are stored under its version in
+counts/cpu.json and counts/gpu.json, and compared under the same version only. A count is not a
+time: it shows that code changed, `benchmarks/cpu.py` measures the effect.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
@@ -35,7 +33,7 @@ Counts = dict[str, int]
 
 
 class Unavailable(Exception):
-    """Why nothing can be counted, or compared, here."""
+    """The counts or their comparison are unavailable; the message is the reason."""
 
 
 def _depthwise(k: int, act: str, c: int, side: int, **more: Any) -> dict[str, Any]:
@@ -54,7 +52,7 @@ def _stack(c: int, side: int, k: int, act: str, strassen: int) -> dict[str, Any]
     return {**case, "strassen": strassen}
 
 
-#: Shapes of the published models but for fewer channels; odd ones beside them.
+#: Shapes of the published models with fewer channels, and odd ones.
 CPU_CASES: dict[str, dict[str, Any]] = {
     "depthwise, k = 9, gelu, 32 x 32": _depthwise(9, "gelu", 16, 32),
     "depthwise, k = 9, gelu, 16 x 16": _depthwise(9, "gelu", 16, 16),
@@ -74,7 +72,7 @@ CPU_CASES: dict[str, dict[str, Any]] = {
 
 
 def cpu_key() -> str:
-    """What the counts of the CPU engine depend on: its compiler and that compiler's flags.
+    """The key of the CPU engine's counts: its compiler and the compiler's flags.
 
     Raises:
         Unavailable: there is no engine, or valgrind cannot count it.
@@ -112,7 +110,7 @@ def count_cpu() -> Counts:
         # A part of the profile ends where a case's function returns.
         dumps = [f"--dump-after={name}" for name in _FUNCTIONS.values()]
         command = [valgrind, "-q", "--tool=callgrind", f"--callgrind-out-file={out}", *dumps]
-        # -S: what environments and editable installs start by themselves is not needed.
+        # -S: no site packages, which run code of their own at start.
         command += [sys.executable, "-S", "-E", "-s", str(HERE / "counts" / "cpu_probe.py")]
         command += [str(engine.__file__), str(cases), ISA]
         # A hash seed of its own would move the counts of dictionaries.
@@ -131,7 +129,7 @@ def count_cpu() -> Counts:
         }
 
 
-#: What a case calls, as callgrind spells it: whole, since a function's lambdas begin like it.
+#: A case's function as callgrind spells it; in full, since the names of its lambdas begin alike.
 _FUNCTIONS = {
     name: f"convmixer_fast::{name}({parameters})"
     for name, parameters in {
@@ -160,7 +158,7 @@ def inclusive(profile: str, function: str) -> int:
 
 
 def gpu_key() -> str:
-    """What the counts of the Triton kernels depend on.
+    """The key of the Triton kernels' counts.
 
     Raises:
         Unavailable: no Triton.
@@ -172,14 +170,15 @@ def gpu_key() -> str:
     return f"triton {triton.__version__}"
 
 
-def count_gpu(ptxsim: ModuleType) -> Counts:
-    """Warp instructions and memory sectors of the shipped kernels on an emulated sm_80.
+def count_gpu() -> Counts:
+    """Warp instructions and memory sectors of the shipped kernels on a simulated sm_80.
 
-    Every result is held against PyTorch's first.
+    Every result is compared with PyTorch's first.
 
     Raises:
         Unavailable: no Triton.
     """
+    import ptxsim
     import torch
     import torch.nn.functional as F
 
@@ -248,7 +247,7 @@ def count_gpu(ptxsim: ModuleType) -> Counts:
 def differences(stored: Mapping[str, int], now: Mapping[str, int]) -> list[str]:
     """A line for each count further than `TOLERANCE` from the stored one, and each new or gone.
 
-    A count that fell is told too: what is stored is then too lenient.
+    Lower counts are reported too: the stored one is then too lenient.
     """
     lines = []
     for name in dict.fromkeys([*stored, *now]):
@@ -281,7 +280,7 @@ def compared(kind: str, key: str, now: Mapping[str, int]) -> list[str]:
 
 
 def update(kind: str, key: str, now: Counts) -> list[str]:
-    """Store counts in the place of those of the same compiler; what changed, line by line."""
+    """Replace the stored counts of the same compiler; returns the changes, line by line."""
     stored = load(kind)
     old = stored.get(key)
     lines = [f"{name}: stored as {count:,}" for name, count in now.items()]
@@ -294,24 +293,10 @@ def update(kind: str, key: str, now: Counts) -> list[str]:
     return lines
 
 
-def _ptxsim(folder: Path | None) -> ModuleType:
-    if folder is not None:
-        sys.path.insert(0, str(folder))
-    try:
-        import ptxsim
-    except ImportError:
-        raise Unavailable("ptxsim is not here: name its folder with --ptxsim") from None
-    return ptxsim
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--update", action="store_true", help="store what is counted")
+    parser.add_argument("--update", action="store_true", help="store the counts")
     parser.add_argument("--only", choices=list(STORED), help="default: both")
-    named = os.environ.get("CONVMIXER_FAST_PTXSIM")
-    parser.add_argument(
-        "--ptxsim", type=Path, default=named and Path(named), help="folder that holds ptxsim"
-    )
     options = parser.parse_args(arguments)
     differs = False
     for kind in [options.only] if options.only else STORED:
@@ -319,7 +304,7 @@ def main(arguments: list[str] | None = None) -> int:
             if kind == "cpu":
                 key, now = cpu_key(), count_cpu()
             else:
-                key, now = gpu_key(), count_gpu(_ptxsim(options.ptxsim))
+                key, now = gpu_key(), count_gpu()
             lines = update(kind, key, now) if options.update else compared(kind, key, now)
         except Unavailable as why:
             print(f"{kind}: skipped: {why}")

@@ -1,9 +1,9 @@
-"""What did nvcc make of the CUDA 1x1 convolution? Writes JSON and Markdown.
+"""Write what nvcc compiles the CUDA 1x1 convolution to: JSON and Markdown.
 
-    python benchmarks/cuda_static.py [--ptxsim FOLDER] [--out FOLDER] [--architectures 80 89]
+    python tools/cuda_static.py [--out FOLDER] [--architectures 80 89]
 
-Needs nvcc, Triton's disassembler and ptxsim, no GPU: machine code of every kernel for every
-architecture, and simulated runs of one activation's. Nothing here is a measurement of time.
+Needs nvcc and Triton's disassembler, no GPU: machine code of every kernel for every architecture,
+and simulated runs of the GELU kernels. Nothing here is a measurement of time.
 """
 
 from __future__ import annotations
@@ -14,35 +14,32 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import cuda_pointwise
-from cuda_pointwise import ARCHITECTURES, KERNELS
+import ptxsim
+from gpu_static import cuda_pointwise
+from gpu_static.cuda_pointwise import ARCHITECTURES, KERNELS
 
-OUT = Path(__file__).resolve().parent / "results" / "gpu-static"
+OUT = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "gpu-static"
 
 
-def static_rows(ptxsim: ModuleType, architectures: list[int]) -> list[dict[str, Any]]:
+def static_rows(architectures: list[int]) -> list[dict[str, Any]]:
     rows = []
     for architecture in architectures:
-        for kernel, report in cuda_pointwise.build(ptxsim, architecture).items():
+        for kernel, report in cuda_pointwise.build(architecture).items():
             facts = cuda_pointwise.facts(report, kernel)
             rows.append({**facts, "broken_bars": cuda_pointwise.broken_bars(report, kernel)})
         print(f"sm_{architecture}: {len(rows)} rows", file=sys.stderr)
     return rows
 
 
-def traffic_rows(ptxsim: ModuleType) -> list[dict[str, Any]]:
+def traffic_rows() -> list[dict[str, Any]]:
     kernels = [kernel for kernel in KERNELS if kernel.act == "gelu"]
-    module = cuda_pointwise.ptx(ptxsim, kernels)
-    return [
-        {"kernel": str(kernel), **cuda_pointwise.traffic(ptxsim, module, kernel)}
-        for kernel in kernels
-    ]
+    module = cuda_pointwise.ptx(kernels)
+    return [{"kernel": str(kernel), **cuda_pointwise.traffic(module, kernel)} for kernel in kernels]
 
 
-def nvcc_version(ptxsim: ModuleType) -> str:
+def nvcc_version() -> str:
     tool = ptxsim.cuda.nvcc()
     if tool is None:
         raise SystemExit("nvcc not found: put it on PATH or name it in PTXSIM_NVCC")
@@ -52,7 +49,7 @@ def nvcc_version(ptxsim: ModuleType) -> str:
 
 
 def _what_is_reached(result: dict[str, Any]) -> list[str]:
-    """A row for kernels that share their loop: of each bar the ideal, what is reached, the rest."""
+    """One row for kernels that share their loop: the ideal of each bar, its value, the reason."""
     least, most = cuda_pointwise.LEAST_MMA_PER_LOAD, cuda_pointwise.MOST_PER_MMA
     out = [
         f"Bars: no spills; {least:g} mma a fragment load; {most:g} instructions of the loop for an",
@@ -161,19 +158,14 @@ def as_json(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ptxsim", type=Path, help="the folder that holds the package ptxsim")
-    parser.add_argument("--out", type=Path, default=OUT, help="where cuda_static.{json,md} go")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of cuda_static.{json,md}")
     parser.add_argument("--architectures", type=int, nargs="+", default=list(ARCHITECTURES))
     options = parser.parse_args()
-    if options.ptxsim:
-        sys.path.insert(0, str(options.ptxsim))
-    import ptxsim
-
     result: dict[str, Any] = {
         "measured": False,
-        "nvcc": nvcc_version(ptxsim),
-        "static": static_rows(ptxsim, options.architectures),
-        "traffic": traffic_rows(ptxsim),
+        "nvcc": nvcc_version(),
+        "static": static_rows(options.architectures),
+        "traffic": traffic_rows(),
     }
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "cuda_static.json").write_text(as_json(result))

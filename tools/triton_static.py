@@ -1,8 +1,8 @@
-"""What would the GPU kernels reach, by what is known before they run? Writes JSON and Markdown.
+"""Write what is known of the Triton kernels without running them on a GPU: JSON and Markdown.
 
-    python benchmarks/gpu_static.py --ptxsim FOLDER --out FOLDER [--architectures 80 89 90]
+    python tools/triton_static.py [--out FOLDER] [--architectures 80 89 90]
 
-Needs Triton and ptxsim, no GPU. Three kinds of numbers, none of them a measurement:
+Needs Triton, no GPU. Three kinds of numbers, none of them a measurement:
 
 * from the machine code of every kernel with its tile for the published widths: registers, spills,
   the hot loop's mix, and how many programs fit a multiprocessor;
@@ -20,13 +20,11 @@ import sys
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import gpu_depthwise
-import gpu_pointwise
-import gpu_stem
+import ptxsim
 import torch
+from gpu_static import depthwise, pointwise, stem
 
 from convmixer_fast.arch import VARIANTS as PUBLISHED
 from convmixer_fast.arch import Arch
@@ -39,10 +37,11 @@ from convmixer_fast.kernels.configs import (
     pointwise_candidates,
 )
 
+OUT = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "gpu-static"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SIZES = (3, 5, 7, 9)
-#: The tile that serves odd channel counts only.
+#: The tile for odd channel counts only.
 ODD_CHANNELS = next(row.config for row in POINTWISE if row.narrower_than)
 #: dtype, and whether float32 is multiplied as TF32.
 ARITHMETICS = (*((dtype, False) for dtype in DTYPES), (torch.float32, True))
@@ -54,19 +53,19 @@ GPUS = {
     "RTX 4090": (41.3, 41.3, 1.01),
     "H100": (33.5, 33.5, 3.35),
 }
-#: Shares of peak that good kernels reach: DRAM, multipliers. Those of products: `gpu_pointwise`.
-DRAM_SHARE, FMA_SHARE = gpu_pointwise.REACHED["dram"], 0.9
+#: Shares of peak that good kernels reach: DRAM, multipliers. Those of GEMMs: `pointwise`.
+DRAM_SHARE, FMA_SHARE = pointwise.REACHED["dram"], 0.9
 SIMULATED_CHANNELS = 128
 
 
-#: A width for each of the depthwise tiles that serve these sizes.
+#: A width for each of the depthwise tiles of these sizes.
 WIDTHS = (1536, 32)
-#: Of the large tiles in bfloat16, these are compiled anew, to see how long that takes.
+#: Kernel size of the depthwise tile whose compile time is measured.
 TIMED_SIZE = 9
 
 
-def static_rows(ptxsim: ModuleType, architectures: list[int]) -> list[dict[str, Any]]:
-    """Every shipped tile for every architecture and dtype, and what it is excused from."""
+def static_rows(architectures: list[int]) -> list[dict[str, Any]]:
+    """Every shipped tile for every architecture and dtype, with its missed and excused bars."""
     rows: list[dict[str, Any]] = []
 
     def add(
@@ -80,34 +79,34 @@ def static_rows(ptxsim: ModuleType, architectures: list[int]) -> list[dict[str, 
     for architecture in architectures:
         for channels, dtype, k in product(WIDTHS, DTYPES, SIZES):
             config = lookup_depthwise(dtype, k, channels)
-            built = gpu_depthwise.build(ptxsim, config, architecture, dtype, k, channels=channels)
+            built = depthwise.build(config, architecture, dtype, k, channels=channels)
             kernel = f"k = {k}, {config.columns} x {config.rows} x {config.channels}"
-            facts = gpu_depthwise.facts(built, config, k) | {"k": k}
-            add("depthwise_mix", dtype, kernel, facts, gpu_depthwise.bars(built, config, dtype, k))
+            facts = depthwise.facts(built, config, k) | {"k": k}
+            add("depthwise_mix", dtype, kernel, facts, depthwise.bars(built, config, dtype, k))
         for dtype, tf32 in ARITHMETICS:
             for tile in pointwise_candidates(architecture, dtype, tf32):
                 odd = tile == ODD_CHANNELS
                 of: dict[str, Any] = {"tf32": tf32, "channels": 1537 if odd else 1536}
-                built = gpu_pointwise.build(ptxsim, tile, architecture, dtype, **of)
+                built = pointwise.build(tile, architecture, dtype, **of)
                 kernel = f"{tile.block_m} x {tile.block_n} x {tile.block_k}"
                 kernel += f", {tile.num_stages} stages" + ", copy engine" * tile.descriptors
                 if odd:
-                    bars = gpu_pointwise.odd_channels_bars(built)
+                    bars = pointwise.odd_channels_bars(built)
                 else:
-                    bars = gpu_pointwise.bars(built, tile, dtype, tf32)
-                facts = gpu_pointwise.facts(built, tile)
+                    bars = pointwise.bars(built, tile, dtype, tf32)
+                facts = pointwise.facts(built, tile)
                 op = "pointwise_mix, odd channels" if odd else "pointwise_mix"
                 add(op, dtype, kernel, facts, bars, tf32)
         for uint8, (dtype, tf32) in product((False, True), ARITHMETICS):
-            built = gpu_stem.build(ptxsim, architecture, dtype, tf32=tf32, uint8=uint8)
-            facts = gpu_pointwise.facts(built, lookup_stem(dtype))
+            built = stem.build(architecture, dtype, tf32=tf32, uint8=uint8)
+            facts = pointwise.facts(built, lookup_stem(dtype))
             kernel = "p = 7, from uint8" if uint8 else "p = 7"
-            add("patch_embed", dtype, kernel, facts, gpu_stem.bars(built, dtype, tf32, uint8), tf32)
+            add("patch_embed", dtype, kernel, facts, stem.bars(built, dtype, tf32, uint8), tf32)
     return rows
 
 
-def seconds_to_compile(ptxsim: ModuleType, architectures: list[int]) -> dict[str, float]:
-    """Processor seconds, children's too, of the large tiles in bfloat16, without any cache."""
+def seconds_to_compile(architectures: list[int]) -> dict[str, float]:
+    """Processor seconds to compile the large bfloat16 tiles, child processes included, no cache."""
     from triton import knobs
 
     dtype, seconds = torch.bfloat16, {}
@@ -118,16 +117,14 @@ def seconds_to_compile(ptxsim: ModuleType, architectures: list[int]) -> dict[str
     with knobs.compilation.scope():
         knobs.compilation.always_compile = True
         for a in architectures:
-            depthwise = lookup_depthwise(dtype, TIMED_SIZE, 1536)
-            pointwise = lookup_pointwise(a, dtype, rows=2**16, columns=1536)
+            wide = lookup_depthwise(dtype, TIMED_SIZE, 1536)
+            pointwise_tile = lookup_pointwise(a, dtype, rows=2**16, columns=1536)
             builds = {
-                f"depthwise_mix, k = {TIMED_SIZE}": lambda a=a, tile=depthwise: gpu_depthwise.build(
-                    ptxsim, tile, a, dtype, TIMED_SIZE
+                f"depthwise_mix, k = {TIMED_SIZE}": lambda a=a, tile=wide: depthwise.build(
+                    tile, a, dtype, TIMED_SIZE
                 ),
-                "pointwise_mix": lambda a=a, tile=pointwise: gpu_pointwise.build(
-                    ptxsim, tile, a, dtype
-                ),
-                "patch_embed": lambda a=a: gpu_stem.build(ptxsim, a, dtype),
+                "pointwise_mix": lambda a=a, tile=pointwise_tile: pointwise.build(tile, a, dtype),
+                "patch_embed": lambda a=a: stem.build(a, dtype),
             }
             for name, build in builds.items():
                 before = spent()
@@ -136,8 +133,8 @@ def seconds_to_compile(ptxsim: ModuleType, architectures: list[int]) -> dict[str
     return seconds
 
 
-def simulated(ptxsim: ModuleType, arch: Arch, grid: int) -> dict[str, Any]:
-    """Counts of one image of ``SIMULATED_CHANNELS`` channels, for each output; checked first."""
+def simulated(arch: Arch, grid: int) -> dict[str, Any]:
+    """Counts per output for one image of ``SIMULATED_CHANNELS`` channels; the result is checked."""
     from convmixer_fast.kernels.depthwise import depthwise_mix, pack_taps
     from convmixer_fast.ops import depthwise_mix as reference
     from convmixer_fast.ops import use_backend
@@ -155,7 +152,7 @@ def simulated(ptxsim: ModuleType, arch: Arch, grid: int) -> dict[str, Any]:
     counters = stats.counters
     bounds = {name: ptxsim.model.bound(stats, name) for name in GPUS}
     config = lookup_depthwise(x.dtype, k, c)
-    # What one program reads, each byte once: its window and its taps. And what it writes.
+    # Bytes of one program, each counted once: its window and taps, and the outputs.
     window = 2 * (config.columns + k - 1) * (config.rows + k - 1) + 4 * k * k
     own = window / (config.columns * config.rows) + 2
     return {
@@ -179,49 +176,47 @@ def simulated(ptxsim: ModuleType, arch: Arch, grid: int) -> dict[str, Any]:
     }
 
 
-def predicted(ptxsim: ModuleType, arch: Arch, grid: int, counts: dict[str, Any]) -> dict[str, Any]:
-    """img/s in bfloat16 from DRAM at large batches, each with its arithmetic; without the head.
+def predicted(arch: Arch, grid: int, counts: dict[str, Any]) -> dict[str, Any]:
+    """Images a second in bfloat16 at large batches without the head, with the arithmetic.
 
-    Every instruction of the simulated run counts as an issue slot, moves too, of which an assembler
-    leaves few: the issue line is high.
+    Every instruction of the simulated run counts as an issue slot. Moves count too, of which an
+    assembler keeps few: the issue line is high.
     """
     values = arch.dim * grid * grid
     rows = {}
     for gpu, (tfma, tissue, tbs) in GPUS.items():
-        # Microseconds for one depthwise half of one image. The activation's FMA are in the count.
+        # Microseconds of one depthwise half of one image; the activation's FMA are counted.
         us = {
             "fma": counts["fma_per_output"] * values / tfma / 1e6,
             "issue": counts["warp_instructions_per_output"] * values / tissue / 1e6,
             "dram": 2 * 2 * values / tbs / 1e6,
         }
         real = us | {"fma": us["fma"] / FMA_SHARE, "dram": us["dram"] / DRAM_SHARE}
-        pointwise = gpu_pointwise.predict(
-            ptxsim, gpu, arch.dim, grid * grid, act=arch.act or "gelu"
-        )
-        stem = gpu_stem.predict(ptxsim, gpu, arch.dim, arch.patch_size, grid * arch.patch_size)
-        depthwise_us, pointwise_us = max(real.values()), 1e6 * pointwise["expected"]
+        half = pointwise.predict(gpu, arch.dim, grid * grid, act=arch.act or "gelu")
+        patches = stem.predict(gpu, arch.dim, arch.patch_size, grid * arch.patch_size)
+        depthwise_us, pointwise_us = max(real.values()), 1e6 * half["expected"]
         block = depthwise_us + pointwise_us
-        at_peak = max(us["fma"], us["dram"]) + 1e6 * pointwise["bound"]
+        at_peak = max(us["fma"], us["dram"]) + 1e6 * half["bound"]
         rows[gpu] = {
             "depthwise_us": us,
-            "pointwise_us": {line: 1e6 * t for line, t in pointwise["times"].items()},
-            "pointwise_tile": pointwise["tile"],
-            "stem_us": {line: 1e6 * t for line, t in stem["times"].items()},
+            "pointwise_us": {line: 1e6 * t for line, t in half["times"].items()},
+            "pointwise_tile": half["tile"],
+            "stem_us": {line: 1e6 * t for line, t in patches["times"].items()},
             "bound_by": {
                 "depthwise": max(real, key=real.__getitem__),
-                "pointwise": pointwise["limit"],
-                "stem": stem["limit"],
+                "pointwise": half["limit"],
+                "stem": patches["limit"],
             },
             "us_per_block": block,
             "sum": f"{arch.depth} ({depthwise_us:.2f} + {pointwise_us:.2f}) "
-            f"+ {1e6 * stem['expected']:.2f}",
-            "img_per_s": 1e6 / (arch.depth * block + 1e6 * stem["expected"]),
-            "img_per_s_at_peak": 1e6 / (arch.depth * at_peak + 1e6 * stem["bound"]),
+            f"+ {1e6 * patches['expected']:.2f}",
+            "img_per_s": 1e6 / (arch.depth * block + 1e6 * patches["expected"]),
+            "img_per_s_at_peak": 1e6 / (arch.depth * at_peak + 1e6 * patches["bound"]),
         }
     return rows
 
 
-#: Of the L2 line, which counts every request as if L1 never hit, over the binding one.
+#: Most that the L2 line may be over the binding one; it counts every request as if L1 never hit.
 MOST_L2 = 1.2
 #: Vendors' figures.
 L1_KIB = {"A100": 192, "RTX 4090": 128, "H100": 256}
@@ -233,7 +228,7 @@ def _dtypes(*names: str) -> Callable[[dict[str, Any]], bool]:
 
 
 def _bars(result: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(bar, what is asked, the worst that was found and where) for every static bar."""
+    """(bar, its limit, the worst value and its kernel) for every static bar."""
     rows = result["static"]
     half, single = _dtypes("bfloat16", "float16"), _dtypes("float32")
     found: list[tuple[str, str, str]] = []
@@ -348,7 +343,7 @@ def _bars(result: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _exceptions(result: dict[str, Any]) -> list[str]:
-    """Every bar that a shipped kernel does not meet, by the reason."""
+    """Every bar that a shipped kernel misses, grouped by the reason."""
     by_reason: dict[str, list[str]] = {}
     for r in result["static"]:
         where = f"{r['op']} sm_{r['architecture']} {r['dtype']} {r['kernel']}"
@@ -358,10 +353,10 @@ def _exceptions(result: dict[str, Any]) -> list[str]:
     for reason, texts in by_reason.items():
         shown = "; ".join(texts[:4]) + (f"; and {len(texts) - 4} more" if len(texts) > 4 else "")
         out.append(f"* **{reason[0].upper()}{reason[1:]}.** {shown}.")
-    why = gpu_depthwise.WHY_MASKED
+    why = depthwise.WHY_MASKED
     out.append(
         f"* **{why[0].upper()}{why[1:]}.** depthwise_mix, not in the table: up to "
-        f"{gpu_depthwise.MOST_REGISTERS_MASKED} registers, {gpu_depthwise.MOST_REGISTERS} wanted."
+        f"{depthwise.MOST_REGISTERS_MASKED} registers, {depthwise.MOST_REGISTERS} wanted."
     )
     for name, r in result["simulated"].items():
         for gpu, ratio in r["l2_over_binding"].items():
@@ -428,7 +423,7 @@ def markdown(result: dict[str, Any]) -> str:
             f"| {', '.join(f'{g} {b}' for g, b in r['binding'].items())} "
             f"| {ratios} |"
         )
-    shares = gpu_pointwise.REACHED
+    shares = pointwise.REACHED
     out += ["", "## Predicted images a second, bfloat16, large batches, without the head", ""]
     out += [
         "1e6 / (depth (depthwise + pointwise) + stem), each the longest of its lines in",
@@ -443,11 +438,13 @@ def markdown(result: dict[str, Any]) -> str:
     out += ["|---|---|---|---|---|---|---|"]
     for name, cards in result["predicted"].items():
         for gpu, r in cards.items():
-            depthwise = " / ".join(f"{v:.2f}" for v in r["depthwise_us"].values())
-            pointwise = " / ".join(f"{r['pointwise_us'][line]:.2f}" for line in ("tensor", "dram"))
-            stem = r["stem_us"][r["bound_by"]["stem"]]
+            fma_issue_dram = " / ".join(f"{v:.2f}" for v in r["depthwise_us"].values())
+            tensor_dram = " / ".join(
+                f"{r['pointwise_us'][line]:.2f}" for line in ("tensor", "dram")
+            )
+            stem_us = r["stem_us"][r["bound_by"]["stem"]]
             out.append(
-                f"| {name} | {gpu} | {depthwise} | {pointwise} | {stem:.2f} "
+                f"| {name} | {gpu} | {fma_issue_dram} | {tensor_dram} | {stem_us:.2f} "
                 f"| {', '.join(r['bound_by'].values())} | 1e6 / ({r['sum']}) = "
                 f"{r['img_per_s']:.0f} ({r['img_per_s_at_peak']:.0f}) |"
             )
@@ -462,20 +459,15 @@ def _matrix_instruction(row: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ptxsim", type=Path, help="the folder that holds the package ptxsim")
-    parser.add_argument("--out", type=Path, required=True, help="where gpu_static.{json,md} go")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of gpu_static.{json,md}")
     parser.add_argument("--architectures", type=int, nargs="+", default=list(ARCHITECTURES))
     options = parser.parse_args()
-    if options.ptxsim:
-        sys.path.insert(0, str(options.ptxsim))
-    import ptxsim
-
-    static = static_rows(ptxsim, options.architectures)
+    static = static_rows(options.architectures)
     result: dict[str, Any] = {
         "measured": False,
         "triton": support.triton_version(),
         "static": static,
-        "seconds_to_compile": seconds_to_compile(ptxsim, options.architectures),
+        "seconds_to_compile": seconds_to_compile(options.architectures),
         "simulated": {},
         "predicted": {},
     }
@@ -484,9 +476,9 @@ def main() -> None:
         if variant.input_size[1] != 224:
             continue
         grid = 224 // arch.patch_size
-        counts = simulated(ptxsim, arch, grid)
+        counts = simulated(arch, grid)
         result["simulated"][name] = counts
-        result["predicted"][name] = predicted(ptxsim, arch, grid, counts)
+        result["predicted"][name] = predicted(arch, grid, counts)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "gpu_static.json").write_text(json.dumps(result, indent=1) + "\n")
     (options.out / "gpu_static.md").write_text(markdown(result))

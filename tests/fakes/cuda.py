@@ -1,7 +1,7 @@
-"""The CUDA extension's kernels computed by PyTorch, on CPU tensors, as strict about arguments.
+"""Fake of the CUDA extension: PyTorch on CPU tensors, as strict about arguments.
 
-What the operators do around them can then be tested where there is neither GPU nor nvcc. The
-machine that it plays has a `capability` and both families; `refused` says what a family refuses.
+It tests what the operators do around the kernels without a GPU and without nvcc. The fake GPU has a
+`capability` and both families; `refused` gives the reason why a family refuses.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from gpu_double import Double, installed
 from torch import Tensor
 
 from convmixer_fast import _native_cuda
 from convmixer_fast.arch import ACTIVATIONS
 from convmixer_fast.kernels import support
 from convmixer_fast.ops import gpu
+from fakes.triton import FakeTriton, installed
 
 SERVED = {"mma.sync": range(80, 1000), "wgmma": range(90, 91)}
 
 
-class CudaDouble(Double):
-    """Counts calls as ``mma.sync`` and ``wgmma``, which `wrong` and `error` may name too."""
+class FakeCuda(FakeTriton):
+    """Calls are counted as ``mma.sync`` and ``wgmma``; `wrong` and `error` may hold these names."""
 
     def __init__(self, capability: int, families: tuple[str, ...]) -> None:
         super().__init__()
         self.capability = capability
         self.families = families
         self.refused: dict[str, str] = {}
-        #: Where each call found its bias.
+        #: Address of each call's bias, 0 without one.
         self.biases: list[int] = []
 
     def module(self) -> types.SimpleNamespace:
@@ -66,28 +66,28 @@ def cuda_installed(
     backend: str = "auto",
     capability: int = 80,
     families: tuple[str, ...] = ("mma.sync", "wgmma"),
-) -> Iterator[CudaDouble]:
-    """CUDA and Triton kernels "run" on CPU tensors inside the block, and are PyTorch's."""
-    double = CudaDouble(capability, families)
-    with pytest.MonkeyPatch.context() as patch, installed(backend, double):
-        patch.setattr(_native_cuda, "_find", lambda: (double.module(), ""))
+) -> Iterator[FakeCuda]:
+    """Replace the CUDA and Triton kernels by fakes inside the block."""
+    fake = FakeCuda(capability, families)
+    with pytest.MonkeyPatch.context() as patch, installed(backend, fake):
+        patch.setattr(_native_cuda, "_find", lambda: (fake.module(), ""))
         patch.setattr(_native_cuda, "is_emulated", lambda: True)
-        patch.setattr(_native_cuda, "pointwise_mix", double.cuda)
-        patch.setattr(support, "architecture", lambda device: double.capability)
+        patch.setattr(_native_cuda, "pointwise_mix", fake.cuda)
+        patch.setattr(support, "architecture", lambda device: fake.capability)
         _forget()
         try:
-            yield double
+            yield fake
         finally:
             _forget()
 
 
 @contextmanager
 def without_triton() -> Iterator[None]:
-    """Inside `cuda_installed`: a machine without Triton, where none of its kernels is asked for."""
+    """Inside `cuda_installed`: a machine without Triton; a request for its kernels fails."""
     why = "Triton is not installed: pip install triton"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(support, "_why_no_triton", lambda: why)
-        patch.setattr(gpu, "kernels", lambda: pytest.fail("Triton's kernels were asked for"))
+        patch.setattr(gpu, "kernels", lambda: pytest.fail("Triton's kernels were requested"))
         yield
 
 

@@ -1,26 +1,24 @@
-"""A GPU for the benchmarks where there is none: what `torch.cuda` offers them, on CPU tensors.
+"""Fake of `torch.cuda` for the benchmarks: a GPU with a queue of its own, on CPU tensors.
 
-`StandIn` is that module. Work that is launched on it is not done when the launch returns: it lies
-in a queue that takes its own time, as on a GPU, and only events and `synchronize` see that time.
+Work launched on it is not done when the launch returns: it waits in a queue with its own clock, as
+on a GPU, and only events and `synchronize` see that clock.
 
-As a plugin (``pytest -p gpu_stand_in benchmarks/...``) it lets the suites find a GPU whose kernels
-are PyTorch's own on the CPU, in small loops.
+As a plugin (``pytest -p fakes.torch_cuda benchmarks/...``) it makes the suites find a GPU whose
+kernels are PyTorch's own on the CPU, in small loops.
 """
 
 from __future__ import annotations
 
-import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-NAME = "Stand-in GPU 3000"
+NAME = "Fake GPU 3000"
 
 
-class StandIn:
+class FakeTorchCuda:
     """`torch.cuda` of one GPU.
 
     Args:
@@ -30,7 +28,7 @@ class StandIn:
 
     def __init__(self, l2: int = 4096, real: bool = False) -> None:
         self.l2, self.real = l2, real
-        #: Seconds: where the host is, and when the queue will be empty.
+        #: Clocks in seconds: the host's, and the time at which the queue is empty.
         self.host = self.queue = 0.0
         self.synchronized = 0
         self.allocated = self.peak = 0
@@ -48,13 +46,13 @@ class StandIn:
             def elapsed_time(self, end: Event) -> float:
                 assert self.at is not None
                 assert end.at is not None
-                assert owner.real or owner.host >= end.at, "read before the GPU came to it"
+                assert owner.real or owner.host >= end.at, "read before the GPU reached it"
                 return 1e3 * (end.at - self.at)
 
         self.Event = Event
 
     def launch(self, seconds: float, host_seconds: float = 0.0) -> None:
-        """Work of so many seconds; the host comes back after ``host_seconds``."""
+        """Queue work of so many seconds; the launch returns after ``host_seconds``."""
         self.host += host_seconds
         self.queue = max(self.queue, self.host) + seconds
 
@@ -63,7 +61,7 @@ class StandIn:
         self.host = max(self.host, self.queue)
 
     def allocate(self, count: int) -> None:
-        """So many bytes more (fewer, if negative) from now on."""
+        """Allocate bytes; a negative count frees them."""
         self.allocated += count
         self.peak = max(self.peak, self.allocated)
 
@@ -83,16 +81,13 @@ class StandIn:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: Any) -> None:
-    """Lets the benchmarks find a stand-in; their ``conftest.py`` asks after that."""
-    benchmarks = str(Path(__file__).parents[2] / "benchmarks")
-    if benchmarks not in sys.path:
-        sys.path.append(benchmarks)
-    import places
+    """Install the fake before the ``conftest.py`` of the benchmarks looks for a GPU."""
+    import devices
     import torch
 
-    def gpu(dtype: str) -> places.Gpu:
-        cuda = StandIn(l2=1 << 20, real=True)
-        return places.Gpu(getattr(torch, dtype), cuda, "cpu", matrix_side=64, copied_bytes=1 << 16)
+    def gpu(dtype: str) -> devices.Gpu:
+        cuda = FakeTorchCuda(l2=1 << 20, real=True)
+        return devices.Gpu(getattr(torch, dtype), cuda, "cpu", matrix_side=64, copied_bytes=1 << 16)
 
-    places.why_no_gpu = lambda: ""
-    places.gpu = gpu
+    devices.unavailable_reason = lambda: ""
+    devices.gpu = gpu

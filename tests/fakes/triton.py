@@ -1,7 +1,7 @@
-"""The Triton kernels' functions computed by PyTorch, on CPU tensors, as strict about arguments.
+"""Fake of the Triton kernels: PyTorch on CPU tensors, as strict about arguments.
 
-What the operators do around a kernel can then be tested where there is neither GPU nor Triton.
-`Double.calls` counts; `Double.wrong` and `Double.error` make it a bad kernel.
+It tests what the operators do around a kernel without a GPU and without Triton. `FakeTriton.calls`
+counts; `FakeTriton.wrong` and `FakeTriton.error` make a kernel wrong or raise.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def is_packed_channels_last(x: Tensor) -> bool:
     return x.stride() == (h * w * c, 1, w * c, c)
 
 
-class Double:
+class FakeTriton:
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()
         self.shapes: list[tuple[str, tuple[int, ...]]] = []
@@ -112,20 +112,20 @@ class Double:
 
 
 @contextmanager
-def installed(backend: str = "triton", double: Double | None = None) -> Iterator[Double]:
-    """Kernels "run" on CPU tensors inside the block, asked for by name, and are PyTorch's."""
-    double = double or Double()
+def installed(backend: str = "triton", fake: FakeTriton | None = None) -> Iterator[FakeTriton]:
+    """Replace the Triton kernels by the fake and request a backend by name, inside the block."""
+    fake = fake or FakeTriton()
     with pytest.MonkeyPatch.context() as patch, support.emulated(), use_backend(backend):
         patch.setattr(support, "_why_no_triton", lambda: "")
         names = ("pack_taps", "depthwise_mix", "pointwise_mix", "patch_embed", "after_product_")
-        table = gpu.Kernels(*(getattr(double, name) for name in names))
+        table = gpu.Kernels(*(getattr(fake, name) for name in names))
         patch.setattr(gpu, "kernels", lambda: table)
-        # Nothing that was tuned or found out elsewhere counts, and nothing is left behind.
+        # Neither earlier tuning nor earlier self-checks count, and none is left behind.
         patch.setenv(verdicts.ENVIRONMENT, tempfile.mkdtemp())
         first_use.forget()
         verdicts.forget()
         try:
-            yield double
+            yield fake
         finally:
             first_use.forget()
             verdicts.forget()

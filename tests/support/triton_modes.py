@@ -1,4 +1,4 @@
-"""Through whose eyes is a kernel seen? Triton's interpreter, the simulator, or a GPU."""
+"""How a test runs a Triton kernel without a GPU: interpreted, compiled only, or simulated."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 
 import fresh_python
 import numpy
+import ptxsim
 import pytest
-from simulator import ptxsim
 
 from convmixer_fast.kernels import support
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
-#: Earlier versions of Triton allocate registers otherwise.
+#: The version of Triton for which the bars are set; earlier ones allocate registers differently.
 BARS_ARE_OF = (3, 8)
 
 #: For tests that run in the interpreter's own process, started by `run_in_interpreter`.
 interpreter = pytest.mark.skipif(not INTERPRETING, reason="runs in the interpreter's own process")
-#: For tests that compile kernels: the interpreter takes the compiler's place in its process.
+#: For tests that compile kernels: the process of the interpreter has no compiler.
 compiler = pytest.mark.skipif(INTERPRETING, reason="kernels are interpreted here, not compiled")
 
 
@@ -32,17 +32,17 @@ def _is_earlier() -> bool:
 
 
 def assert_bars(broken: list[str]) -> None:
-    """What compiled must meet its static bars, of the Triton for which they were set."""
+    """Fail if a static bar is missed; skip under a Triton earlier than the bars."""
     if broken and _is_earlier():
         pytest.skip(
-            f"it compiles; Triton {support.triton_version()}, earlier than the bars, would have to "
-            f"mend {'; '.join(broken)}"
+            f"it compiles; Triton {support.triton_version()} is earlier than the bars and misses "
+            f"{'; '.join(broken)}"
         )
     assert broken == []
 
 
 def skip_code_without_loops(report: Any) -> None:
-    """The disassembler in Triton 3.4 ends sm_120's branches with a word that hides their target."""
+    """Skip where Triton 3.4 is: its disassembler hides the targets of sm_120's branches."""
     if report.hot_loop is None and _is_earlier():
         pytest.skip(
             f"it compiles; the disassembler in Triton {support.triton_version()} shows no loop of "
@@ -51,11 +51,11 @@ def skip_code_without_loops(report: Any) -> None:
 
 
 def triton_simulator() -> ModuleType:
-    """`ptxsim` in the place of Triton's launches; skips where it cannot take it."""
-    found = ptxsim()
+    """`ptxsim`; skips where it cannot replace Triton's driver."""
+    pytest.importorskip("triton", reason="Triton is not installed")
     try:
-        with found.triton_on_cpu(cc=80):
-            return found
+        with ptxsim.triton_on_cpu(cc=80):
+            return ptxsim
     except AttributeError as error:
         if _is_earlier():
             pytest.skip(f"ptxsim does not know the driver of Triton {support.triton_version()}")
@@ -64,7 +64,7 @@ def triton_simulator() -> ModuleType:
 
 @contextmanager
 def rocm_compiler() -> Iterator[None]:
-    """Skips where Triton brings no linker for ROCm: 3.4 takes that of an installed ROCm."""
+    """Skip where Triton has no linker for ROCm: 3.4 uses that of an installed ROCm."""
     try:
         yield
     except Exception as error:
@@ -73,20 +73,20 @@ def rocm_compiler() -> Iterator[None]:
         raise
 
 
-def skip_an_interpreter_that_numpy_left_behind() -> None:
-    """Triton 3.4's makes loop bounds of arrays of one element, which numpy 2.4 refuses."""
+def skip_incompatible_interpreter() -> None:
+    """Skip where Triton is 3.4 and numpy 2.4 or later: numpy refuses its loop bounds."""
     numbers = tuple(int(part) for part in numpy.__version__.split(".")[:2])
     if numbers >= (2, 4) and support.triton_version().startswith("3.4."):
         pytest.skip("the interpreter of Triton 3.4 needs numpy below 2.4")
 
 
 def run_in_interpreter(test_file: str) -> str:
-    """Run the tests of a file that have ``interpreter`` in their names where Triton interprets.
+    """Run the tests of a file with ``interpreter`` in their names in an interpreting process.
 
-    Triton decides when it decorates a kernel, so that one process cannot have both.
+    Triton chooses between its modes when it decorates a kernel, so one process has one mode.
     """
     pytest.importorskip("triton", reason="Triton is not installed")
-    skip_an_interpreter_that_numpy_left_behind()
+    skip_incompatible_interpreter()
     done = fresh_python.run(
         *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "interpreter", test_file),
         env={"TRITON_INTERPRET": "1"},

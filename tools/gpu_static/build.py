@@ -1,4 +1,4 @@
-"""How is a kernel compiled for a GPU that is not there, and how many of it fit a multiprocessor?"""
+"""Ahead-of-time compilation, the resources of a multiprocessor, and the bars of a build."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ WARPS_ALL = {80: 64, 86: 48, 90: 64, 100: 64, 120: 48}
 
 
 class Bars:
-    """The static bars of one build: those it does not meet, by whether there is a reason for that.
+    """The static bars that one build does not meet.
 
-    broken: what is not met, in words; excused: the same with the reason, for what ships all the
-    same.
+    Attributes:
+        broken: bars that are missed without a reason, in words.
+        excused: missed bars with the reason why the kernel ships anyway.
     """
 
     def __init__(self) -> None:

@@ -1,8 +1,4 @@
-"""What does the CUDA 1x1 convolution come to before it runs? Machine code, and simulated runs.
-
-nvcc compiles for GPUs that are not there, and a simulator runs its PTX. Functions take ``ptxsim``,
-the simulator's module, as an argument: who calls knows where it is.
-"""
+"""The CUDA 1x1 convolution without a GPU: nvcc's machine code, and its PTX in the simulator."""
 
 from __future__ import annotations
 
@@ -12,17 +8,18 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import ptxsim
 import torch
-from gpu_build import REGISTERS_ALL, SHARED_ALL, WARPS_ALL
 from torch import Tensor
 
 from convmixer_fast.kernels.configs import family
 from convmixer_fast.kernels.operands import pixel_rows
 
-SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
+from .build import REGISTERS_ALL, SHARED_ALL, WARPS_ALL
+
+SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 #: What the extension is compiled with; ptxas's warnings (spills, stack, serialised matrix
 #: instructions) are errors.
 FLAGS = ("-std=c++17", "-O3", "-Xptxas=-warn-spills,-warn-lmem-usage,-Werror")
@@ -206,7 +203,6 @@ class CompileError(RuntimeError):
 
 
 def ptx(
-    ptxsim: ModuleType,
     kernels: Sequence[Kernel],
     architecture: int = 80,
     sources: Path = SOURCES,
@@ -217,9 +213,7 @@ def ptx(
     )
 
 
-def build(
-    ptxsim: ModuleType, architecture: int, kernels: Sequence[Kernel] | None = None
-) -> dict[Kernel, Any]:
+def build(architecture: int, kernels: Sequence[Kernel] | None = None) -> dict[Kernel, Any]:
     """The machine code's reports (`ptxsim.sass.KernelReport`); None: of pointwise_mma.cu, all."""
     tool = ptxsim.cuda.nvcc()
     if tool is None:
@@ -356,7 +350,7 @@ def launch(
     )
 
 
-def traffic(ptxsim: ModuleType, module: Any, kernel: Kernel, k: int = 256) -> dict[str, float]:
+def traffic(module: Any, kernel: Kernel, k: int = 256) -> dict[str, float]:
     """Bytes that one tile with ``k`` channels in asks of global memory, against the tiling's ideal.
 
     The ideal: every element of the tile's rows of both operands, bias, scale, shift, and the

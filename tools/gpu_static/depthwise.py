@@ -1,20 +1,17 @@
-"""What does the GPU's depthwise kernel come to before it runs? Machine code and counted accesses.
-
-Everything here compiles for GPUs that are not there, or runs in a simulator. Functions take
-``ptxsim``, the simulator's module, as an argument: who calls knows where it is.
-"""
+"""The Triton depthwise kernel, compiled ahead of time: its machine code and the bars it meets."""
 
 from __future__ import annotations
 
 from collections import Counter
-from types import ModuleType
 from typing import Any
 
-import gpu_build
+import ptxsim
 import torch
-from gpu_build import REGISTERS_ALL, TRITON_TYPES, WARPS_ALL, Bars
 
 from convmixer_fast.kernels.configs import DepthwiseConfig, family
+
+from . import build as aot
+from .build import REGISTERS_ALL, TRITON_TYPES, WARPS_ALL, Bars
 
 #: The least share of multiply-adds among the hot loop's instructions, by kernel size, in 16 bits
 #: and in float32; there is no bar for k = 3 and 5.
@@ -87,7 +84,6 @@ def source(
 
 
 def build(
-    ptxsim: ModuleType,
     config: DepthwiseConfig,
     architecture: int,
     dtype: torch.dtype,
@@ -111,7 +107,7 @@ def build_hip(
     config: DepthwiseConfig, architecture: str, dtype: torch.dtype, k: int, **of: Any
 ) -> Any:
     """Compile a tile for a GPU of ROCm, such as gfx942."""
-    return gpu_build.build_hip(*source(config, dtype, k, **of), architecture, config.warps, 1)
+    return aot.build_hip(*source(config, dtype, k, **of), architecture, config.warps, 1)
 
 
 def facts(built: Any, config: DepthwiseConfig, k: int) -> dict[str, Any]:

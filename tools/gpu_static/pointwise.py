@@ -1,19 +1,16 @@
-"""What does the GPU's 1x1 convolution come to before it runs? Machine code, and time by arithmetic.
-
-Everything here compiles for GPUs that are not there, or runs in a simulator. Functions take
-``ptxsim``, the simulator's module, as an argument: who calls knows where it is.
-"""
+"""The Triton 1x1 convolution, compiled ahead of time: its machine code, and bounds of its time."""
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
-import gpu_build
+import ptxsim
 import torch
-from gpu_build import REGISTERS_ALL, SHARED_ALL, TRITON_TYPES, WARPS_ALL, Bars
 
 from convmixer_fast.kernels.configs import PointwiseConfig, family, lookup_pointwise
+
+from . import build as aot
+from .build import REGISTERS_ALL, SHARED_ALL, TRITON_TYPES, WARPS_ALL, Bars
 
 #: Shared memory of one program, bytes, by family.
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
@@ -77,7 +74,6 @@ def source(
 
 
 def build(
-    ptxsim: ModuleType,
     config: PointwiseConfig,
     architecture: int,
     dtype: torch.dtype,
@@ -99,7 +95,7 @@ def build(
 def build_hip(config: PointwiseConfig, architecture: str, dtype: torch.dtype, **of: Any) -> Any:
     """Compile a tile for a GPU of ROCm, such as gfx942."""
     given = source(config, dtype, **of)
-    return gpu_build.build_hip(*given, architecture, config.num_warps, config.num_stages)
+    return aot.build_hip(*given, architecture, config.num_warps, config.num_stages)
 
 
 def facts(built: Any, config: PointwiseConfig) -> dict[str, Any]:
@@ -204,7 +200,6 @@ REACHED = {"tensor": 0.75, "dram": 0.85}
 
 
 def predict(
-    ptxsim: ModuleType,
     gpu: str,
     dim: int,
     pixels: int,
@@ -236,7 +231,7 @@ def predict(
             "l2": tiles * step / (card.l2_bytes_per_clock * card.ghz * 1e9),
         }
     else:
-        stats = _simulate(ptxsim, GPUS[gpu], config, dim, dtype, act)
+        stats = _simulate(GPUS[gpu], config, dim, dtype, act)
         times = dict(model.bound(stats, card, scale=tiles / stats.ctas).times)
     times["dram"] = moved / (card.dram_gbs * 1e9)
     usable = {k: v for k, v in times.items() if k != "l2"}
@@ -253,7 +248,6 @@ def predict(
 
 
 def _simulate(
-    ptxsim: ModuleType,
     architecture: int,
     config: PointwiseConfig,
     dim: int,

@@ -1,19 +1,16 @@
-"""What does the GPU's patch embedding come to before it runs? Machine code, and time by arithmetic.
-
-Everything here compiles for GPUs that are not there, or runs in a simulator. Functions take
-``ptxsim``, the simulator's module, as an argument: who calls knows where it is.
-"""
+"""The Triton patch embedding, compiled ahead of time: its machine code, and bounds of its time."""
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
+import ptxsim
 import torch
-from gpu_build import TRITON_TYPES, Bars
-from gpu_pointwise import GPUS, LEAST_MMA_PER_LOAD, REACHED, SHARED_LIMIT, facts
 
 from convmixer_fast.kernels.configs import arithmetic_of, family, lookup_stem
+
+from .build import TRITON_TYPES, Bars
+from .pointwise import GPUS, LEAST_MMA_PER_LOAD, REACHED, SHARED_LIMIT, facts
 
 #: The registers with which three programs of four warps share a multiprocessor.
 MOST_REGISTERS = 170
@@ -66,7 +63,7 @@ def source(
     return stem.stem_kernel, signature, constants
 
 
-def build(ptxsim: ModuleType, architecture: int, dtype: torch.dtype, **of: Any) -> Any:
+def build(architecture: int, dtype: torch.dtype, **of: Any) -> Any:
     """Compile the stem for sm_``architecture`` and disassemble it; ``of`` as for `source`."""
     config = lookup_stem(dtype)
     return ptxsim.sass.aot(
@@ -110,7 +107,6 @@ def bars(built: Any, dtype: torch.dtype, tf32: bool = False, uint8: bool = False
 
 
 def predict(
-    ptxsim: ModuleType,
     gpu: str,
     dim: int,
     patch: int,
@@ -118,7 +114,7 @@ def predict(
     dtype: torch.dtype = torch.bfloat16,
     pixels: torch.dtype = torch.uint8,
 ) -> dict[str, Any]:
-    """Seconds an image of the stem, 3 x image x image -> dim, as `gpu_pointwise.predict` counts."""
+    """Seconds an image of the stem, 3 x image x image -> dim, as `pointwise.predict` counts."""
     from convmixer_fast.kernels.stem import patch_embed
 
     card, config = ptxsim.model.GPUS[gpu], lookup_stem(dtype)
