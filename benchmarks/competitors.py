@@ -1,11 +1,11 @@
-"""What else runs a ConvMixer on a CPU or a GPU? Each with the same weights, or why it is not here.
+"""Other systems that run a ConvMixer on a CPU or a GPU, with the same weights.
 
-Each gets the model where it is to run, and `devices.Inputs`, whose copies its calls take in turn.
+Each is built from the model on its device and `devices.Inputs`, whose copies its calls use in turn.
 
-On a CPU each is built for ``torch.get_num_threads()`` threads, all of them at work on one batch,
-and keeps its own defaults otherwise: torch sets its OpenMP team at each call, Inductor writes the
-number into the code it compiles, ONNX Runtime and OpenVINO make a pool of that size. Both pools
-stay within the cores that the process may use; OpenVINO ties its workers to single ones of them.
+On a CPU each is built for ``torch.get_num_threads()`` threads, all working on one batch, and has
+its own defaults otherwise: torch sets its OpenMP team at each call, Inductor writes the number into
+the code it compiles, ONNX Runtime and OpenVINO create a pool of that size. Both pools stay within
+the cores that the process may use; OpenVINO pins its workers to single cores.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from convmixer_fast.testing import ERROR_RATIO, ErrorReport, error_report
 
 Run = Callable[[], Tensor]
 
-#: How many times eager PyTorch's own error a peer's may be, see `check_peer`.
+#: Largest error of a peer as a multiple of eager PyTorch's, see `check_peer`.
 PEER_ERROR_RATIO = 8.0
 
 
 class Unavailable(Exception):
-    """Why a peer cannot be measured here."""
+    """A peer cannot be measured on this machine; the message is the reason."""
 
 
 def check_peer(output: Tensor, eager_output: Tensor, oracle: Tensor) -> ErrorReport:
-    """Does a peer compute the same model in the same dtype?
+    """Check that a peer computes the same model in the same dtype.
 
-    A peer is not held to our numerics rule (twice PyTorch's error): an honest product that sums in
-    another order can be a little worse, and is timed. Its largest and its root-mean-square error
-    against float64 may be `PEER_ERROR_RATIO` times eager PyTorch's, plus the rule's floor.
-    bfloat16 inside a float32 model would be thousands of times, another model millions.
+    A peer is not held to our numerics rule (twice PyTorch's error): a GEMM that sums in another
+    order can be slightly worse, and is timed. Its largest and its root-mean-square error against
+    float64 may be `PEER_ERROR_RATIO` times eager PyTorch's, plus the rule's floor. bfloat16 inside
+    a float32 model has thousands of times the error, another model millions of times.
 
     Raises:
-        Unavailable: it is worse than that.
+        Unavailable: the error is larger.
     """
     report = error_report(output, eager_output, oracle)
     extra = PEER_ERROR_RATIO - ERROR_RATIO
@@ -64,7 +64,7 @@ def eager_channels_last(model: nn.Module, inputs: Inputs) -> Run:
 
 
 def _searching(build: Callable[[nn.Module, Inputs], Run]) -> Callable[[nn.Module, Inputs], Run]:
-    """The system while cuDNN tries all it has at the first call of a shape, and keeps the best."""
+    """The system with cuDNN's search for the fastest algorithm at the first call of a shape."""
 
     def searching(model: nn.Module, inputs: Inputs) -> Run:
         run = build(model, inputs)
@@ -83,8 +83,8 @@ def _searching(build: Callable[[nn.Module, Inputs], Run]) -> Callable[[nn.Module
 
 
 def _compiled(model: nn.Module, inputs: Inputs, **options: bool) -> Run:
-    # The thread count is a constant of the generated code: as an option it is part of the key under
-    # which Inductor finds code of earlier runs.
+    # The thread count is a constant of the generated code; as an option it is part of the key of
+    # Inductor's cache.
     threads = {"cpp.threads": torch.get_num_threads()}
     graph = torch.compile(copy.deepcopy(model), options={**threads, **options})
     return lambda: graph(inputs())
@@ -95,7 +95,7 @@ def compiled(model: nn.Module, inputs: Inputs) -> Run:
 
 
 def compiled_layout_kept(model: nn.Module, inputs: Inputs) -> Run:
-    """Inductor makes convolutions channels-last unless it is told not to."""
+    """torch.compile without Inductor's conversion of convolutions to channels-last."""
     return _compiled(model, inputs, layout_optimization=False)
 
 
@@ -154,7 +154,7 @@ def tensorrt(model: nn.Module, inputs: Inputs) -> Run:
 
 
 def ours_as_graph(model: nn.Module, inputs: Inputs) -> Run:
-    """Ours with `optimize(cuda_graph=True)`, for batches that it takes graphs of."""
+    """Ours with `optimize(cuda_graph=True)`, for batches up to the largest graph."""
     if len(inputs.first) > graphs.MAX_BATCH:
         raise Unavailable(f"CUDA graphs are for at most {graphs.MAX_BATCH} images")
     return eager(optimize(model, inplace=False, cuda_graph=True), inputs)
@@ -162,7 +162,7 @@ def ours_as_graph(model: nn.Module, inputs: Inputs) -> Run:
 
 EAGER = "eager NCHW"
 
-#: Device -> name -> how it is built.
+#: Device -> name -> function that builds the system.
 SYSTEMS: dict[str, Mapping[str, Callable[[nn.Module, Inputs], Run]]] = {
     "cpu": {
         EAGER: eager,
@@ -193,11 +193,11 @@ def build(
     inputs: Inputs,
     check: Callable[[Tensor], ErrorReport],
 ) -> tuple[dict[str, Run], dict[str, ErrorReport], dict[str, str]]:
-    """The systems of these names that are there and right, their errors, and why others are not.
+    """The named systems that are available and correct, their errors, and why others are left out.
 
     Args:
-        kind: the device's, a key of `SYSTEMS`.
-        check: what holds a system's first output against float64; raises `Unavailable`.
+        kind: of the device, a key of `SYSTEMS`.
+        check: compares a system's first output with float64; raises `Unavailable`.
     """
     runs: dict[str, Run] = {}
     errors: dict[str, ErrorReport] = {}
@@ -209,6 +209,6 @@ def build(
             runs[name] = run
         except Unavailable as reason:
             notes[name] = str(reason)
-        except Exception as error:  # whatever keeps a peer from running is the finding
+        except Exception as error:  # any failure of a peer is its note
             notes[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return runs, errors, notes

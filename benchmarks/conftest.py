@@ -1,4 +1,4 @@
-"""What the suites share: their options, where rows go, and the tables at the end."""
+"""Options of the suites, recording of their rows, and the tables at the end."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _preset(config: pytest.Config, kind: str = "cpu") -> Preset:
 
 
 def _used_devices(config: pytest.Config) -> tuple[str, ...]:
-    """Those that were asked for, else all that are there."""
+    """The requested devices, else all that torch sees."""
     asked: tuple[str, ...] | None = config.getoption("--devices")
     missing = devices.unavailable_reason()
     if asked and "cuda" in asked and missing:
@@ -145,7 +145,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     cases = []
     for kind in _used_devices(metafunc.config) if where else ("cpu",):
         preset = _preset(metafunc.config, kind)
-        # Threads are a CPU's.
+        # Only a CPU has thread counts.
         lists = [
             (0,) if name == "threads" and kind != "cpu" else getattr(preset, _LISTS[name])
             for name in names
@@ -156,7 +156,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # The kernels want the allocator set up in a way that whole models should not be measured in.
+    # Last, because it changes settings of the allocator that whole models must not have.
     items.sort(key=lambda item: item.path.name == "test_kernels.py")
 
 
@@ -204,7 +204,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     recorder = config.stash[_RECORDER]
     if recorder.session is None:
         return
-    terminalreporter.section("convmixer_fast beside its peers")
+    terminalreporter.section("convmixer_fast and its peers")
     terminalreporter.write_line(
         report.text(recorder.session, report.tables(recorder.session, unmeasured=False))
     )

@@ -1,4 +1,4 @@
-"""Where is a group measured? A CPU or a GPU has its own inputs, clock, limits and memory."""
+"""Devices that groups are measured on: their inputs, clocks, limits and memory."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from convmixer_fast.timing import event_clock, wall_seconds
 Run = Callable[[], Any]
 Clock = Callable[[Run, int], float]
 
-#: How long the loop of multiply-adds runs at its turn, in seconds.
+#: Seconds that the loop of multiply-adds runs at its turn.
 PEAK_SECONDS = 0.1
-#: Inputs that take turns hold that many times the L2 cache together.
+#: Inputs that take turns are together that many times as large as the L2 cache.
 PAST_L2 = 4
-#: And there are at most so many of them; where an input is small, what fits is not worth more.
+#: At most so many copies, which limits the memory of small inputs.
 MOST_INPUTS = 256
-#: So many images of a GPU's batch are held against float64, which it computes slowly.
+#: Images of a GPU's batch that are compared with float64, which a GPU computes slowly.
 CHECKED = 2
 
 
 class Inputs:
-    """One input in several devices of memory, which calls get in turn.
+    """Copies of one input at several addresses, used by the calls in turn.
 
-    A system that is called with ``inputs()`` finds its input in memory and not in a cache that its
-    own last call filled, once the copies together are larger than that cache.
+    A call with ``inputs()`` reads its input from memory and not from the cache that the last call
+    filled, if the copies together are larger than that cache.
     """
 
     def __init__(self, first: Tensor, copies: int = 1) -> None:
@@ -60,7 +60,7 @@ class Inputs:
 
 @dataclass
 class Meter:
-    """A run whose calls are counted, with what its first call needed of memory."""
+    """A run whose calls are counted, with the memory of its first call."""
 
     run: Run
     columns: dict[str, Any] = field(default_factory=dict)
@@ -78,14 +78,14 @@ class Meter:
 
 
 class Device(Protocol):
-    """What `measuring.measure` asks of a device.
+    """Interface of a device for `measuring.measure`.
 
     Attributes:
         kind: "cpu" or "cuda".
         dtype: of parameters and activations.
-        columns: what every row of the place says.
-        label: the same for the name of a group.
-        clock: tells what a turn takes.
+        columns: of every row of the device.
+        label: the same, for the name of a group.
+        clock: measures a turn.
         warmup: calls of each system before the first that counts.
         pause: seconds of rest before each turn.
         limit_repeats: calls of a limit's run in one turn.
@@ -101,27 +101,28 @@ class Device(Protocol):
     limit_repeats: int
 
     def model(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        """A copy of the model there, in the place's dtype or the given one; the model itself where
-        it is that already."""
+        """A copy of the model on the device, in its dtype or the given one; on a CPU the model."""
 
     def inputs(self, x: Tensor, dtype: torch.dtype | None = None) -> Inputs:
-        """The input there, in the place's dtype or the given one."""
+        """The input on the device, in its dtype or the given one."""
 
     def checked(self, images: int) -> int:
-        """How many of a batch's first images are held against float64."""
+        """Number of a batch's first images that are compared with float64."""
 
     def meter(self, run: Run) -> Meter: ...
 
     def limits(self, threads: Sequence[int]) -> tuple[dict[str, Run], Callable[[Any], Any]]:
-        """Runs that take turns with the systems, and how their times become `Limits` by thread
-        count (of a GPU: by None)."""
+        """Runs that take turns with the systems, and a function from their times to `Limits`.
+
+        The limits are keyed by thread count, a GPU's by None.
+        """
 
     def enter(self) -> None:
-        """Before systems are built."""
+        """Prepare the process before systems are built."""
 
 
 def oracle(model: nn.Module, x: Tensor) -> Tensor:
-    """The model's answer in float64."""
+    """The model's output in float64."""
     with torch.no_grad():
         exact: Tensor = copy.deepcopy(model).double()(x.double())
     return exact
@@ -131,7 +132,7 @@ def oracle(model: nn.Module, x: Tensor) -> Tensor:
 
 
 class CpuMeter(Meter):
-    """Counts what calls use: cores kept busy, and pages of memory first touched."""
+    """Counts the cores that calls keep busy, and their page faults."""
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
@@ -163,7 +164,7 @@ class CpuMeter(Meter):
 
 
 def _forget_peak_memory() -> bool:
-    """Start the process's highest memory anew; False where only Linux could tell."""
+    """Reset the process's peak of memory; False on systems other than Linux."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -177,14 +178,14 @@ def _peak_memory() -> int:
 
 
 class Cpu:
-    """Some threads of the processor, float32."""
+    """The processor with a number of threads, float32."""
 
     kind = "cpu"
     dtype = torch.float32
-    #: The check of a system's output was its first call.
+    #: The check of a system's output is its first call.
     warmup = 0
     #: The workers of ONNX Runtime and of OpenMP spin for some milliseconds after their last work,
-    #: at the cost of whoever comes next.
+    #: which slows the next system down.
     pause = 0.03
     limit_repeats = 1
     clock = staticmethod(wall_seconds)
@@ -217,7 +218,7 @@ class Cpu:
                 runs[f"peak, {count}"] = lambda n=count: rates[n].append(rate_of(n, PEAK_SECONDS))
 
         def limits(_: Any) -> dict[int | None, Limits]:
-            # Matrix products are made of the same multiply-adds.
+            # A GEMM consists of the same multiply-adds.
             medians = {count: statistics.median(found) for count, found in rates.items()}
             return {count: Limits(rate, rate) for count, rate in medians.items()}
 
@@ -234,7 +235,7 @@ class Cpu:
 
 
 class GpuMeter(Meter):
-    """Asks PyTorch's allocator what its first call needed; other allocators are not seen."""
+    """Reads the peak of the first call from PyTorch's allocator; other allocators are not seen."""
 
     def __init__(self, run: Run, cuda: Any) -> None:
         super().__init__(run)
@@ -253,8 +254,8 @@ class Gpu:
 
     Args:
         dtype: of parameters and activations.
-        cuda: what `torch.cuda` is; a test's stand-in brings its own.
-        device: where tensors go.
+        cuda: the module `torch.cuda`, or a test's fake.
+        device: of the tensors.
         matrix_side, copied_bytes: of the loops that measure its limits.
     """
 
@@ -290,7 +291,7 @@ class Gpu:
         properties = self.cuda.get_device_properties(self.cuda.current_device())
         l2 = getattr(properties, "L2_cache_size", 0)
         size = max(1, first.numel() * first.element_size())
-        # One more: the copy that comes next is the one that was used longest ago.
+        # One more: the next copy is the least recently used one.
         return Inputs(first, min(MOST_INPUTS, -(-PAST_L2 * l2 // size) + 1))
 
     def checked(self, images: int) -> int:
@@ -300,14 +301,14 @@ class Gpu:
         return GpuMeter(run, self.cuda)
 
     def limits(self, threads: Sequence[int]) -> tuple[dict[str, Run], Callable[[Any], Any]]:
-        """Products of square matrices, in float32 and in the dtype, and a copy of memory.
+        """GEMMs of square matrices, in float32 and in the dtype, and a copy of memory.
 
-        cuBLAS's float32 product without TF32 comes as close to all multiply-adds as anything does
-        that PyTorch can run; where float32 is the dtype, and TF32 is off, it is both limits.
+        cuBLAS's float32 GEMM without TF32 is the closest to the rate of multiply-adds that PyTorch
+        can run; for float32 without TF32 it is both limits.
         """
         n = self.matrix_side
         make = functools.partial(torch.zeros, device=self.device)
-        # Random values: multiplying zeros draws less power, and runs at higher clocks.
+        # Random values: multiplying zeros draws less power and runs at higher clocks.
         wide = torch.randn(n, n, device=self.device)
         own, out = wide.to(self.dtype), make(n, n, dtype=self.dtype)
         exact = make(n, n)
@@ -337,7 +338,7 @@ class Gpu:
 
 
 def unavailable_reason() -> str:
-    """Empty where torch sees a GPU."""
+    """Empty if torch sees a GPU."""
     return "" if torch.cuda.is_available() else "torch sees no GPU"
 
 

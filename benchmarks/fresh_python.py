@@ -1,9 +1,9 @@
-"""How does a test start another Python that imports the very package under test?
+"""Start another Python that imports the same package as this process, for tests and benchmarks.
 
-``python -c``, ``-m`` and a script look for modules in the folder they stand in before anything
-else. In a checkout whose package is installed elsewhere that is the source tree, which need not
-hold the compiled engine, while pytest itself imports the installed package. So every fresh
-interpreter starts in an empty folder, and is told where the package is if it could not find it.
+``python -c``, ``-m`` and a script search the current folder for modules first. In a checkout whose
+package is installed elsewhere that is the source tree, which need not hold the compiled engine,
+while pytest itself imports the installed package. So every new interpreter starts in an empty
+folder; PYTHONPATH names the package's folder if the interpreter would not find it.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ def start(
 
 
 def surroundings(env: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """The ``cwd`` and ``env`` of a process that has to find the package which this one imported.
+    """The ``cwd`` and ``env`` of a process that imports the package which this one imported.
 
-    Also for what starts Pythons by itself, as Ray does: it hands its folder on to its workers.
+    Also for programs that start Pythons, as Ray does, which passes its folder on to its workers.
     """
     variables = {**os.environ, **(env or {})}
-    # Options for this run of pytest are not for one inside it, whose coverage would be its own,
-    # and whose benchmarks are not switched off by workers beside it.
+    # An inner pytest must not inherit this run's options: it has its own coverage, and the outer
+    # run's workers must not disable its benchmarks.
     for name in [n for n in variables if n == "PYTEST_ADDOPTS" or n.startswith("PYTEST_XDIST_")]:
         del variables[name]
     if not _is_found_anywhere():

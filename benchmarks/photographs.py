@@ -1,4 +1,4 @@
-"""Which files does a folder of photographs really hold? All sorts, and some of them broken."""
+"""Generated folders of photographs of many kinds, some of them broken."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-#: Ways in which a file can be odd and still hold an image, and ways in which it holds none.
+#: Kinds of unusual files that hold an image, and kinds of files that hold none.
 ODD = ("CMYK", "16-bit", "EXIF-rotated", "palette with transparency", "wrong extension")
 BROKEN = ("truncated", "zero bytes", "text", "decompression bomb", "bomb by pixels")
 
 
 def picture(rng: np.random.Generator, width: int, height: int, channels: int = 3) -> Image.Image:
-    """Blobs and some noise: compresses about as well as a photograph."""
+    """An image of blobs and some noise, which compresses about as well as a photograph."""
     coarse = rng.integers(0, 256, (height // 16 + 2, width // 16 + 2, channels), dtype=np.uint8)
     blobs = Image.fromarray(coarse.squeeze() if channels == 1 else coarse[..., :3])
     blobs = blobs.resize((width, height), Image.Resampling.BICUBIC)
@@ -25,7 +25,7 @@ def picture(rng: np.random.Generator, width: int, height: int, channels: int = 3
 
 
 def write_odd(path: Path, kind: str, rng: np.random.Generator) -> None:
-    """An image of a kind in `ODD`, whatever the name of the file ends in."""
+    """Write an image of a kind in `ODD`; the file's suffix has no influence."""
     image = picture(rng, 160, 120)
     if kind == "CMYK":
         image.convert("CMYK").save(path, "JPEG")
@@ -42,14 +42,14 @@ def write_odd(path: Path, kind: str, rng: np.random.Generator) -> None:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """The start of a PNG file that claims to be so large, and no pixels."""
+    """The start of a PNG file with this size in its header and without pixels."""
     body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     head = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
     return head + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
 
 
 def write_broken(path: Path, kind: str, rng: np.random.Generator) -> None:
-    """A file of a kind in `BROKEN`."""
+    """Write a file of a kind in `BROKEN`."""
     if kind == "truncated":
         picture(rng, 160, 120).save(path, "JPEG")
         path.write_bytes(path.read_bytes()[:700])
@@ -65,13 +65,13 @@ def write_broken(path: Path, kind: str, rng: np.random.Generator) -> None:
 def write_folder(
     folder: Path, count: int, sizes: tuple[int, int] = (40, 200), seed: int = 0
 ) -> dict[str, str]:
-    """``count`` files named .jpg with edges in the range ``sizes``, in folders of 1000.
+    """Write ``count`` files named .jpg with edges in the range ``sizes``, in folders of 1000.
 
-    One in a hundred is broken, and one in a hundred odd, in turn in every way, but at least each
-    way once.
+    One file in a hundred is broken and one in a hundred odd; every kind occurs in turn and at least
+    once.
 
     Returns:
-        What is broken: file name -> the way.
+        The broken files: name -> kind.
     """
     rng = np.random.default_rng(seed)
     each = max(len(BROKEN), count // 100)

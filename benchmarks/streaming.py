@@ -1,14 +1,14 @@
-"""What does it cost to stream an image? Memory by height, time against the whole image and tiles.
+"""Measure streaming: memory by height, and time against the whole image and against tiles.
 
     python benchmarks/streaming.py                        # a quarter of an hour on a core
-    python benchmarks/streaming.py --heights 2048 16384 --tiles --rounds 1          # a look
+    python benchmarks/streaming.py --heights 2048 16384 --tiles --rounds 1          # short
     python benchmarks/streaming.py --time 1024/20@2048x2048 --tiles 1024/20 768/32  # an hour
     python benchmarks/streaming.py --resume               # what is still missing
 
 Writes streaming.json and streaming.md into benchmarks/results/MACHINE, as cpu.py does. Every peak
 is of a process of its own, which reads a memory map of generated pixels. Times by height are of one
-process, in which the heights take turns of as many rows each: a short image is streamed again and
-again for as long as the tallest takes.
+process, in which the heights take turns of equally many rows: a short image is streamed repeatedly
+until it has as many rows as the tallest.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from results import Report, Row
 
 HERE = Path(__file__).resolve().parent
 
-#: Between the heights, at most: of peak memory, and of the time of a row.
+#: Largest ratio between the heights of peak memory, and of the time of a row.
 PEAK_SPREAD, TIME_SPREAD = 1.03, 1.05
-#: At most: time of a stream against that of the whole image.
+#: Largest ratio of the time of a stream to that of the whole image.
 AGAINST_WHOLE = 1.10
 #: Side of a tile in pixels, without its halo.
 TILE = 2048
@@ -177,7 +177,7 @@ def child(script: str, *arguments: str, timeout: float) -> Any:
 
 
 def is_there(record: Recorder, suite: str, group: str) -> bool:
-    """Whether ``--resume`` finds the group measured by this build of the engine."""
+    """True if ``--resume`` is given and this build of the engine has measured the group."""
     assert record.path is not None
     there = results.groups(results.load(record.path), record.software["engine"])
     return record.resume and (suite, group) in there
@@ -245,7 +245,7 @@ def measure_heights(options: argparse.Namespace, record: Recorder) -> None:
                 rows[-1] |= {"system": system, **row}
                 print(f"{height} rows, {system}: {row}", flush=True)
             if len(answers) == 2:
-                # The numerics rule is the tests'; here a wrong answer must not be timed.
+                # The tests hold the numerics rule; here a wrong output must not be timed.
                 off = abs(answers["stream"] - answers["eager"]).max() / abs(answers["eager"]).max()
                 assert off < 1e-4, f"the stream's logits are {off:.1e} off"
     record("heights", group, rows)
@@ -272,7 +272,7 @@ def measure_times(options: argparse.Namespace, record: Recorder) -> None:
 
 
 def lines(found: Report) -> list[Line]:
-    """Every promise, held against the rows."""
+    """Every limit, compared with the rows."""
     out: list[Line] = []
     groups: dict[str, list[Row]] = {}
     for row in found["rows"]:
@@ -367,7 +367,7 @@ def main() -> int:
         nargs="*",
         metavar="MODEL",
         default=["1024/20"],
-        help="of --time, beside which a tile with its halo is measured (default: %(default)s)",
+        help="of --time, measured in turn with a tile and its halo (default: %(default)s)",
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)

@@ -1,17 +1,17 @@
-"""One block and its two halves alone: ours beside PyTorch's, in both layouts.
+"""One block and its two halves alone: ours and PyTorch's, in both layouts.
 
     depthwise half: x + BN(act(depthwise_conv(x)))
     channel half:   BN(act(pointwise_conv(x)))
     block:          one after the other
 
-Calls are repeated within a turn, so that each finds the caches as its own last call left them, and
-the C library keeps freed memory: no side's fresh output is made of new pages (`faults` is the
-number of page faults a call; see `measuring.keep_freed_memory`). PyTorch's operators get a tensor
-of the layout they are measured in, ours NCHW.
+Calls are repeated within a turn, so that each finds the caches as its own last call left them. The
+C library keeps freed memory, so that no output consists of new pages (`faults` is the number of
+page faults a call; see `measuring.keep_freed_memory`). PyTorch's operators get a tensor of the
+layout they are measured in, ours NCHW.
 
-On a GPU the input is another one at each call, so that none is found in the L2 cache, ours and
-eager channels-last get it channels-last, and torch.compile is there too, with and without the
-layout that it prefers.
+On a GPU each call gets another copy of the input, so that none is found in the L2 cache. Ours and
+eager channels-last get it channels-last. torch.compile runs too, with and without its preferred
+layout.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from measuring import keep_freed_memory, measure
 from presets import BLOCK_SHAPES, BlockShape, Preset
 from recording import BenchmarkRecorder
 from torch import Tensor, nn
-from work import channel_half, depthwise_half, of_blocks
+from work import depthwise_half, of_blocks, pointwise_half
 
 from convmixer_fast import _native, optimize
 from convmixer_fast.arch import ACTIVATIONS
@@ -48,7 +48,7 @@ def _warm_memory() -> Iterator[None]:
 
 
 def _ours(block: nn.Sequential, x: Tensor, shape: BlockShape) -> dict[str, Run | str]:
-    """Our run of each half, or why there is none."""
+    """Our run of each half, or the reason why it has none."""
     residual, pointwise, _, second = block
     depthwise, _, first = residual.fn
     spatial = (depthwise.weight, depthwise.bias, *batch_norm_affine(first, x.dtype))
@@ -63,7 +63,7 @@ def _ours(block: nn.Sequential, x: Tensor, shape: BlockShape) -> dict[str, Run |
     }
 
 
-#: Beside ours, on each device, as far as the preset's systems have them.
+#: Peers on each device, as far as the preset's systems have them.
 PEERS = {
     "cpu": (EAGER, "eager channels-last"),
     "cuda": (
@@ -102,7 +102,7 @@ def test_block_and_its_halves(
     inputs, checked = device.inputs(x), device.checked(block_batch)
     some = inputs.first[:checked]
     plain = {"depthwise half": block[:1], "channel half": block[1:], "block": block}
-    # The name of a run -> its half, its system.
+    # Name of a run -> its half and its system.
     systems: dict[str, tuple[str, str]] = {}
     runs: dict[str, Run] = {}
     notes: dict[tuple[str, str], str] = {}
@@ -137,7 +137,7 @@ def test_block_and_its_halves(
     pixels, size = side * side, device.dtype.itemsize
     halves = {
         "depthwise half": (depthwise_half(block_batch, c, k, pixels, size),),
-        "channel half": (channel_half(block_batch, c, pixels, size),),
+        "channel half": (pointwise_half(block_batch, c, pixels, size),),
     }
     halves["block"] = halves["depthwise half"] + halves["channel half"]
     at = {"model": str(shape), "batch": block_batch}

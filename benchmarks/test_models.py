@@ -1,4 +1,4 @@
-"""Whole models: ours beside everything else that runs them, on the CPU and on a GPU.
+"""Whole models: ours and every other system that runs them, on the CPU and on a GPU.
 
     pytest benchmarks/test_models.py
     pytest benchmarks/test_models.py --preset full --variants 768/32
@@ -9,10 +9,9 @@ ours by the numerics rule (`convmixer_fast.testing.assert_numerics`), a peer's b
 `competitors.check_peer`; one that fails is not timed. The limit is the machine's own, measured in
 the same rounds. On a CPU it is multiply-adds of a loop on registers alone; "of peak" counts all
 multiply-adds of the model, the depthwise ones included. On a GPU it is three loops
-(`devices.Gpu`);
-"of limit" is the time that `work.Work` needs at those rates, by the time that was measured.
+(`devices.Gpu`); "of limit" is the time of `work.Work` at those rates over the measured time.
 
-The allocator is left as it is: that large outputs are fresh pages is part of what a model costs.
+The allocator has its default settings: new pages for large outputs are part of a model's cost.
 """
 
 from __future__ import annotations

@@ -4,13 +4,13 @@
     python benchmarks/cpu.py --preset full --suites never_slower --variants 256/8,1024/20
 
 A cell is a model, a setting (`settings.SETTINGS`), a batch, a side and a thread count; its systems
-take turns in one process. The first image's output of each is held against float64 first: ours by
+take turns in one process. The output for the first image is compared with float64 first: ours by
 the numerics rule, the others' by `competitors.check_peer`. A cell below `report.NEVER_SLOWER` is
-measured once more with more rounds, and the second measurement stands.
+measured once more with more rounds, and the second measurement counts.
 
-What keeps the time bounded: a system of which one call takes a second, and half as long again as
-the fastest, is not called again; a call that is expected to take more than
-``Preset.cell_call_seconds``, at the rate of the largest cell before it, is not made and noted.
+The time is bounded: a system with a call of more than a second, and 1.5 times the fastest, is not
+called again. A call that is expected to take more than ``Preset.cell_call_seconds``, at the rate of
+the largest cell before it, is skipped and noted.
 """
 
 from __future__ import annotations
@@ -39,15 +39,17 @@ from convmixer_fast import explain
 from convmixer_fast.testing import assert_numerics
 from convmixer_fast.timing import wall_seconds
 
-#: A system is not called again whose call takes so many seconds and so many times the fastest's.
+#: A system is not called again if a call takes so many seconds and so many times the fastest's.
 LONG, FAR = 1.0, 1.5
-#: Rounds and seconds of a second measurement, in those of the first.
+#: Rounds and seconds of a second measurement, as multiples of the first.
 MORE = 3
 
 
 def expected_seconds(before: Iterable[Row], work: Work) -> dict[str, float]:
-    """Seconds of a call of every system, at the rate of its largest cell of ``before`` with no more
-    work than ``work``."""
+    """Expected seconds of a call, by system.
+
+    The rate is that of the system's largest cell in ``before`` with no more work than ``work``.
+    """
     rates: dict[str, tuple[float, float]] = {}
     for row in before:
         if "ms" not in row:
@@ -59,8 +61,10 @@ def expected_seconds(before: Iterable[Row], work: Work) -> dict[str, float]:
 
 
 def too_long(systems: Iterable[str], seconds: Mapping[str, float], most: float) -> dict[str, str]:
-    """The systems that are not called, with the reason. One of stock PyTorch is where it is also
-    expected to take twice as long as ours."""
+    """The systems that are not called, with the reason.
+
+    Stock PyTorch is left out only if it is also expected to take twice as long as ours.
+    """
     ours = seconds.get("ours", 0.0)
     return {
         system: f"not run: a call would take about {seconds[system]:.0f} s"
@@ -72,7 +76,7 @@ def too_long(systems: Iterable[str], seconds: Mapping[str, float], most: float) 
 def _measure(
     runs: Mapping[str, Callable[[], Any]], device: Cpu, preset: Preset, benchmark: Any
 ) -> Measured:
-    """`measure` of the systems that one call does not decide; the others' columns are that call."""
+    """`measure` the systems that one call does not decide; the others keep that call's columns."""
     once = {name: wall_seconds(run, 1) for name, run in runs.items()}
     fastest = min(once.values())
     decided = {name: s for name, s in once.items() if s > max(LONG, FAR * fastest)}
@@ -103,7 +107,7 @@ def test_cell(
     group = f"{cell_variant}, {setting}, batch {cell_batch}, {cell_side} px, threads {threads}"
     record.wanted("never_slower", group)
     how = SETTINGS[setting]
-    if why := how.why_not():
+    if why := how.unavailable_reason():
         pytest.skip(why)
     model = case(cell_variant)
     work = of_model(model.arch, cell_side, cell_batch, how.dtype.itemsize)
@@ -152,5 +156,5 @@ def test_cell(
 
 
 def _call(run: Callable[..., Any], args: Any, kwargs: Any, rounds: int) -> Any:
-    """What pytest-benchmark's `pedantic` does, which a test may use once."""
+    """Replacement of pytest-benchmark's `pedantic`, which a test may call only once."""
     return run(*args, **kwargs)

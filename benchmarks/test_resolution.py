@@ -1,8 +1,8 @@
-"""What does an image cost as it grows, and as more come at once? Ours beside eager PyTorch.
+"""Cost by image size and by batch size: ours and eager PyTorch.
 
-The measure is nanoseconds for a patch, one position of the grid: a cost that grew faster than the
-image would show. The first image of each batch is held against float64. On a GPU eager PyTorch runs
-in both layouts; a size that does not fit into its memory is told and not timed.
+The measure is nanoseconds for a patch, one position of the grid: it is constant if the cost is
+proportional to the image. The first image of each batch is compared with float64. On a GPU eager
+PyTorch runs in both layouts; a size that does not fit into its memory is noted and not timed.
 """
 
 from __future__ import annotations

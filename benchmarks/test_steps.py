@@ -1,8 +1,7 @@
-"""What does each step of fusion buy? One model, from PyTorch's operators to ours, step by step.
+"""Gain of each step of fusion: one model, from PyTorch's operators to ours, step by step.
 
-Each system is the one before it with one thing changed, in the same rounds, and each keeps the
-numerics rule. The last is the model as it is used; on a GPU a CUDA graph comes after it, where the
-batch is small enough for one.
+Each system is the one before it with one change, in the same rounds, and each meets the numerics
+rule. The last one is the model as users have it; on a GPU a CUDA graph follows for small batches.
 """
 
 from __future__ import annotations
@@ -116,7 +115,7 @@ def test_steps(
         pytest.skip(_native.why_unavailable())
     group = f"{variant}, batch {step_batch}, {device.label}"
     record.wanted("steps", group)
-    # The steps set it; the fixture puts back what was there.
+    # The steps set it; the fixture restores it.
     monkeypatch.setenv(STRASSEN, "1")
     model = case(variant)
     device.enter()

@@ -1,8 +1,8 @@
-"""A training step, forward, backward and SGD: our modules beside the plain ones.
+"""A training step, forward, backward and SGD: our modules and the plain ones.
 
-While BatchNorm gathers batch statistics the children of our modules run one by one: PyTorch's own
-speed is what to expect. On a GPU weights are float32, and a lower dtype is that of autocast. Logits
-and the gradient that comes last, that of the stem, are held against float64 first.
+While BatchNorm gathers batch statistics the children of our modules run one by one, at PyTorch's
+own speed. On a GPU weights are float32, and a lower dtype is that of autocast. Logits and the last
+gradient, that of the stem, are compared with float64 first.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from work import of_training_step
 
 from convmixer_fast.testing import assert_numerics
 
-#: Small enough that the steps of a measurement leave the weights what they are.
+#: Small enough that the steps of a measurement hardly change the weights.
 LEARNING_RATE = 1e-9
 
 
@@ -56,7 +56,7 @@ def test_step(
     record.wanted("training", group)
     it = case(variant)
     device.enter()
-    # Weights and images stay float32: autocast makes of them what it wants.
+    # Weights and images stay float32; autocast converts them.
     dtype, wide = device.dtype, torch.float32
     inputs = device.inputs(it.images(training_batch), wide)
     x = inputs.first

@@ -1,8 +1,8 @@
-"""What does `counts.py` count under valgrind? Each case of the engine once, without torch.
+"""Run each case of the engine once, without torch; `counts.py` counts it under valgrind.
 
     python -S -E -s cpu_probe.py ENGINE.so CASES.json ISA
 
-Arguments of a case are those of the engine's function; what they point to is made here.
+A case has the arguments of the engine's function; the buffers are allocated here.
 """
 
 import array

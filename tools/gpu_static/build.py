@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 TRITON_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-#: What a multiprocessor has for all its programs: registers, and by family shared bytes and warps.
+#: Resources of a multiprocessor: registers, and by family bytes of shared memory and warps.
 REGISTERS_ALL = 65536
 SHARED_ALL = {80: 164 * 1024, 86: 100 * 1024, 90: 228 * 1024, 100: 228 * 1024, 120: 100 * 1024}
 WARPS_ALL = {80: 64, 86: 48, 90: 64, 100: 64, 120: 48}
@@ -26,7 +26,7 @@ class Bars:
         self.excused: list[tuple[str, str]] = []
 
     def bar(self, holds: bool, text: str, reason: str = "") -> None:
-        """Note ``text`` unless the bar holds; with a ``reason``, as an exception."""
+        """Record ``text`` unless the bar holds; with a ``reason`` as an exception."""
         if holds:
             return
         if reason:

@@ -20,7 +20,7 @@ from convmixer_fast.kernels.operands import pixel_rows
 from .build import REGISTERS_ALL, SHARED_ALL, WARPS_ALL
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
-#: What the extension is compiled with; ptxas's warnings (spills, stack, serialised matrix
+#: Flags of the extension; ptxas's warnings (spills, stack, serialised matrix
 #: instructions) are errors.
 FLAGS = ("-std=c++17", "-O3", "-Xptxas=-warn-spills,-warn-lmem-usage,-Werror")
 ARCHITECTURES = (80, 86, 89, 90, 120)
@@ -34,13 +34,13 @@ STEP_BYTES, SETS_BYTES = {128: 64, 64: 128}, {128: 64, 64: 256}
 #: Shared memory of one block, bytes, by family.
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
 #: mma a fragment load, instructions of the loop an mma, and bytes asked of global memory over the
-#: tiling's ideal. Kernels with more are in `EXCEPTIONS`, and there is no other way past a bar.
+#: tiling's ideal. Kernels with more are listed in `EXCEPTIONS`.
 LEAST_MMA_PER_LOAD, MOST_PER_MMA, MOST_TRAFFIC = 3.0, 3.0, 1.1
 
 
 @dataclass(frozen=True)
 class Excepted:
-    """Kernels that do not meet a bar: which, what they are held to instead, and why."""
+    """Kernels that miss a bar, the bar they are held to instead, and the reason."""
 
     half: bool
     way: str
@@ -124,13 +124,13 @@ class Kernel:
 
     @property
     def arguments(self) -> str:
-        """Of the template."""
+        """The arguments of the template."""
         place = f"Type::{self.type}, Activation::{self.act}"
         return f"{place}, {self.copy_bytes}, {self.tile}, {self.tile}"
 
     @property
     def symbol(self) -> str:
-        """Part of the mangled name, that of no other kernel."""
+        """A part of the mangled name that no other kernel has."""
         type_, act = list(TYPES).index(self.type), ACTIVATIONS.index(self.act)
         rest = "".join(f"ELi{value}" for value in (self.copy_bytes, self.tile, self.tile))
         return f"pointwise_mmaINS0_6ConfigILNS0_4TypeE{type_}ELNS_10ActivationE{act}{rest}E"
@@ -155,22 +155,22 @@ def exception(kernel: Kernel) -> Excepted | None:
 
 
 def most_per_mma(kernel: Kernel, architecture: int) -> float:
-    """Instructions of the loop an mma that a kernel may take."""
+    """Most instructions of the loop an mma of a kernel."""
     found = exception(kernel)
     return found.per_mma[architecture >= 120] if found else MOST_PER_MMA
 
 
 def most_traffic(kernel: Kernel) -> float:
-    """Bytes that a kernel may ask of global memory, over the tiling's ideal."""
+    """Most bytes that a kernel may request of global memory, over the tiling's ideal."""
     found = exception(kernel)
     return found.traffic if found else MOST_TRAFFIC
 
 
 def ideal_per_mma(kernel: Kernel) -> float:
-    """Of the loop: mma, fragment loads, copies, and TF32's numbers prepared, and nothing else.
+    """Instructions an mma of an ideal loop: mma, fragment loads, copies, and TF32's conversions.
 
     64 mma of a warp take 16 loads; meanwhile a thread copies 8 pieces of 16 bytes for a large tile,
-    or 16. An element that is copied by itself is loaded, and stored with a neighbour.
+    16 for a small one. An element that is copied alone is loaded, and stored with a neighbour.
     """
     pieces = 8 if kernel.tile == 128 else 16
     a_piece = {16: 1, 4: 4, 2: 8 + 4}[kernel.copy_bytes]
@@ -179,7 +179,7 @@ def ideal_per_mma(kernel: Kernel) -> float:
 
 
 def stages(architecture: int) -> int:
-    """As stages_for in pointwise_mma.cuh."""
+    """The result of stages_for in pointwise_mma.cuh."""
     return 3 if architecture in (86, 88, 89) or architecture >= 120 else 4
 
 
@@ -207,14 +207,14 @@ def ptx(
     architecture: int = 80,
     sources: Path = SOURCES,
 ) -> Any:
-    """The simulator's module of some kernels, by nvcc from ``sources``."""
+    """The simulator's module of some kernels, compiled by nvcc from ``sources``."""
     return ptxsim.cuda.compile(
         source(kernels), arch=f"sm_{architecture}", includes=[sources], flags=["-O3"]
     )
 
 
 def build(architecture: int, kernels: Sequence[Kernel] | None = None) -> dict[Kernel, Any]:
-    """The machine code's reports (`ptxsim.sass.KernelReport`); None: of pointwise_mma.cu, all."""
+    """Reports of the machine code (`ptxsim.sass.KernelReport`), by default of all kernels."""
     tool = ptxsim.cuda.nvcc()
     if tool is None:
         raise CompileError("nvcc not found: put it on PATH or name it in PTXSIM_NVCC")
@@ -237,11 +237,11 @@ def build(architecture: int, kernels: Sequence[Kernel] | None = None) -> dict[Ke
 
 
 def facts(report: Any, kernel: Kernel) -> dict[str, Any]:
-    """What the machine code says, in numbers."""
+    """Numbers of the machine code."""
     group = family(report.arch)
     hot = report.hot_loop.histogram if report.hot_loop else {}
     registers = -(-report.registers // 8) * 8
-    # sm_90's and later static part is the system's own, in each block.
+    # From sm_90 on, the system reserves static shared memory in each block.
     shared = shared_bytes(kernel, report.arch)
     blocks = min(
         REGISTERS_ALL // (registers * THREADS),
@@ -351,7 +351,7 @@ def launch(
 
 
 def traffic(module: Any, kernel: Kernel, k: int = 256) -> dict[str, float]:
-    """Bytes that one tile with ``k`` channels in asks of global memory, against the tiling's ideal.
+    """Bytes that one tile with ``k`` input channels requests, against the tiling's ideal.
 
     The ideal: every element of the tile's rows of both operands, bias, scale, shift, and the
     outputs, once.

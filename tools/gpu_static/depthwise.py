@@ -19,27 +19,27 @@ LEAST_SHARE = {9: (0.70, 0.85), 7: (0.67, 0.85)}
 #: Multiply-adds a loaded value.
 LEAST_REUSE = {9: 4.0, 7: 3.5}
 MOST_REGISTERS = 128
-#: Under masks, in float32: three programs a multiprocessor instead of four.
+#: With masks, in float32: three programs a multiprocessor instead of four.
 MOST_REGISTERS_MASKED = 138
-#: Which (edges, dtype, k, architecture) those are.
+#: (edges, dtype, k, architecture) of these kernels.
 MASKED = {
     ("any", torch.float32, 9, 100),
     *(("any", torch.float32, 7, architecture) for architecture in (86, 89, 90)),
 }
 WHY_MASKED = "images narrower than a tile, in float32: masks take registers, and nothing spills"
-#: Conversions a loaded value: one; more only for the reason given.
+#: Conversions a loaded value: one; up to the second number for the reason given.
 MOST_UNPACK, MOST_COUNTED = 1.0, 1.06
 WHY_COUNTED = "one shift of an address is among those counted as conversions"
-#: What the tile for few channels (this many) may miss, how far, and why.
+#: Channels of the tile for few channels; the bars below are what it may miss, and why.
 FEW = 32
-#: Spills there, and in these rows of two tiles.
+#: Spills allowed there, and in these rows of two tiles.
 MOST_SPILLS_OUTSIDE = 2
 SPILLING = {("two", torch.float32, 3, 80)}
 WHY_SPILLS = (
     "few channels, or rows of two tiles: a value that the end of a tile needs waits on the stack, "
     "outside every loop"
 )
-#: (dtype, k): share.
+#: (dtype, k) -> share.
 LEAST_SHARE_OF_FEW = {(torch.float32, 7): 0.845}
 WHY_SHARE = "few channels: three more moves or uniform operations a kernel row"
 
@@ -53,7 +53,7 @@ def source(
     edges: str = "many",
     pair: bool | None = None,
 ) -> tuple[Any, dict[str, str], dict[str, Any], tuple[str, ...]]:
-    """(kernel, signature, constants, integers divisible by 16) of one depthwise kernel."""
+    """Kernel, signature, constants and integers divisible by 16 of one depthwise kernel."""
     import triton.language as tl
 
     from convmixer_fast.kernels.depthwise import depthwise_kernel
@@ -111,9 +111,9 @@ def build_hip(
 
 
 def facts(built: Any, config: DepthwiseConfig, k: int) -> dict[str, Any]:
-    """What the machine code says, in numbers. The hot loop is one kernel row of an inner tile.
+    """Numbers of the machine code; the hot loop is one kernel row of an inner tile.
 
-    Where the assembler unrolled it, as for three rows, that is the whole kernel.
+    Where the assembler unrolled the loop, as for three rows, it is the whole kernel.
     """
     report = built.report
     hot = report.hot_loop.instructions if report.hot_loop else report.sass

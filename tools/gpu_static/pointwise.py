@@ -16,7 +16,7 @@ from .build import REGISTERS_ALL, SHARED_ALL, TRITON_TYPES, WARPS_ALL, Bars
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 #: Matrix instructions.
 MATRIX = ("HMMA", "HGMMA", "UTCHMMA")
-#: mma a load from shared memory, and the tiles that may have fewer, down to this, and why.
+#: Least mma a load from shared memory; tiles that may have fewer, their limit and the reason.
 LEAST_MMA_PER_LOAD = 3
 FEWER_MMA_PER_LOAD = {
     (64, 64): (2, "for few outputs, where more tiles are worth more than wide ones"),
@@ -32,7 +32,7 @@ def source(
     tf32: bool = False,
     long_rows: bool = False,
 ) -> tuple[Any, dict[str, str], dict[str, Any], tuple[str, ...]]:
-    """(kernel, signature, constants, integers divisible by 16) of a square 1x1 convolution."""
+    """Kernel, signature, constants and integers divisible by 16 of a square 1x1 convolution."""
     from convmixer_fast.kernels import operands, pointwise
 
     kind = TRITON_TYPES[dtype]
@@ -99,7 +99,7 @@ def build_hip(config: PointwiseConfig, architecture: str, dtype: torch.dtype, **
 
 
 def facts(built: Any, config: PointwiseConfig) -> dict[str, Any]:
-    """What the machine code says, in numbers."""
+    """Numbers of the machine code."""
     report = built.report
     group = family(built.arch)
     hot = report.hot_loop.histogram if report.hot_loop else {}
@@ -125,7 +125,7 @@ def facts(built: Any, config: PointwiseConfig) -> dict[str, Any]:
         "copy_bits": dict(report.widths("LDGSTS")),
         "load_bits": dict(report.widths("LDG")),
         "store_bits": dict(report.widths("STG")),
-        # Four of a thread's divide integers, for the tile's place.
+        # Four of a thread's divide integers, for the tile's position.
         "calls": _calls_at_the_end(report),
         "special_per_output": max(0, report.histogram["MUFU"] - 4) / outputs,
         "instructions": len(report.sass),
@@ -135,8 +135,8 @@ def facts(built: Any, config: PointwiseConfig) -> dict[str, Any]:
 def _calls_at_the_end(report: Any) -> int:
     """Calls of subroutines between the last matrix instruction and the last store.
 
-    Subroutines stand behind the last store: a "call" of what comes before it is the loop's exit.
-    Others there may be: one that divides integers, for the tile's place, and traps at the very end.
+    Subroutines are behind the last store: a "call" of an address before it is the loop's exit. The
+    calls outside of this range divide integers, for the tile's position, and trap at the end.
     """
     product = max((n for n, s in enumerate(report.sass) if s.base in MATRIX), default=-1)
     stores = [n for n, s in enumerate(report.sass) if s.base in ("STG", "UTMASTG")]
@@ -155,7 +155,7 @@ def bars(built: Any, config: PointwiseConfig, dtype: torch.dtype, tf32: bool = F
     bar(f["special_per_output"] <= 2, f"{f['special_per_output']:.2f} special functions an output")
     if config.descriptors:
         bar({"UTMALDG", "UTMASTG"} <= set(f["features"]), f"no copy engine in {f['features']}")
-        bar(not f["store_bits"], f"stores of {f['store_bits']} bits beside the copy engine")
+        bar(not f["store_bits"], f"stores of {f['store_bits']} bits next to the copy engine")
     else:
         bar(set(f["store_bits"]) == {128}, f"stores of {f['store_bits']} bits")
         bar(set(f["copy_bits"]) == {128}, f"copies of {f['copy_bits']} bits")
@@ -179,7 +179,7 @@ def bars(built: Any, config: PointwiseConfig, dtype: torch.dtype, tf32: bool = F
             reason if ratio >= fewer else "",
         )
         last = max(i for i, s in enumerate(report.sass) if s.base == "HMMA")
-        # The loop's own branch, and a jump over what serves an empty sum.
+        # The loop's own branch, and a jump over the code for an empty sum.
         ends = [s for s in report.sass[last:] if s.base in ("BRA", "CALL")]
         turns = [s.opcode for s in ends if s.predicate or s.base == "CALL"]
         bar(len(turns) <= 1 and "CALL" not in f["features"], f"{turns} after the last HMMA")
@@ -187,15 +187,15 @@ def bars(built: Any, config: PointwiseConfig, dtype: torch.dtype, tf32: bool = F
 
 
 def odd_channels_bars(built: Any) -> Bars:
-    """The static bars of a build with channels that no more than one can be moved of at once."""
+    """The static bars of a build with odd channels, which are moved one at a time."""
     found = Bars()
     found.bar(built.report.spills == 0, f"{built.report.spills} spills")
     return found
 
 
-#: GPUs of `ptxsim.model` by the architecture that a kernel for them is compiled for.
+#: GPU of `ptxsim.model` -> architecture that its kernels are compiled for.
 GPUS = {"A100": 80, "RTX 3090": 86, "RTX 4090": 89, "H100": 90}
-#: Shares of the peak rates that kernels like these reach: matrix products, memory, the rest.
+#: Shares of the peak rates that kernels like these reach; 1 for other resources.
 REACHED = {"tensor": 0.75, "dram": 0.85}
 
 

@@ -12,26 +12,26 @@ from convmixer_fast.kernels.configs import arithmetic_of, family, lookup_stem
 from .build import TRITON_TYPES, Bars
 from .pointwise import GPUS, LEAST_MMA_PER_LOAD, REACHED, SHARED_LIMIT, facts
 
-#: The registers with which three programs of four warps share a multiprocessor.
+#: With that many registers three programs of four warps share a multiprocessor.
 MOST_REGISTERS = 170
-#: float32 takes two: the operands are twice as wide.
+#: float32, with two programs: the operands are twice as wide.
 MOST_REGISTERS_FLOAT32 = 255
-#: Spills that are allowed outside the loop, by family and arithmetic, and why.
+#: Spills allowed outside the loop, by family and arithmetic, and the reason.
 SPILLS_OUTSIDE_THE_LOOP = {(100, "half"): 2, (80, "tf32"): 3}
 WHY_SPILLS = "values that the end of a tile needs wait on the stack while its loop runs"
-#: Why a stem's loop has fewer mma a load from shared memory, and no asynchronous copy.
+#: Reason why a stem's loop has fewer mma a load from shared memory, and no asynchronous copy.
 WHY_GATHERED = (
     "pixels are gathered one by one through registers, for at most 2.6 % of the network's terms"
 )
-#: The least share of multiply-adds in the loop of exact float32 products, from float pixels and
-#: from uint8, which are converted and normalised on the way.
+#: The least share of multiply-adds in the loop of the exact float32 GEMM: from float pixels, and
+#: from uint8 pixels, which are converted and normalised in the loop.
 LEAST_SHARE = (0.8, 0.75)
 
 
 def source(
     dtype: torch.dtype, dim: int = 1536, patch: int = 7, uint8: bool = False, tf32: bool = False
 ) -> tuple[Any, dict[str, str], dict[str, Any]]:
-    """(kernel, signature, constants) of a stem on NCHW images of three channels."""
+    """Kernel, signature and constants of a stem on NCHW images of three channels."""
     from convmixer_fast.kernels import operands, stem
 
     config, kind = lookup_stem(dtype), TRITON_TYPES[dtype]
@@ -53,7 +53,7 @@ def source(
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "GROUP_M": config.group_m,
-        # As Triton itself does with an integer that is 1.
+        # Triton itself makes an integer 1 a constant.
         "stride_w": 1,
     }
     if uint8:
@@ -75,7 +75,7 @@ def build(architecture: int, dtype: torch.dtype, **of: Any) -> Any:
 
 
 def bars(built: Any, dtype: torch.dtype, tf32: bool = False, uint8: bool = False) -> Bars:
-    """The static bars of a build: those of a product, but for what gathering pixels rules out."""
+    """The static bars of a build: those of a GEMM, except where gathered pixels rule them out."""
     f, report, group = facts(built, lookup_stem(dtype)), built.report, family(built.arch)
     half, found = dtype != torch.float32, Bars()
     bar = found.bar
