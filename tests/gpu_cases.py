@@ -210,7 +210,7 @@ def check(
     tf32: bool = False,
     **kw: object,
 ) -> None:
-    """Run a kernel on a case ``draws`` times, `guarded`, and check the outputs by the numerics rule.
+    """Run a kernel on a case ``draws`` times, `guarded`; check the outputs by the numerics rule.
 
     Args:
         tf32: the kernel multiplies float32 as TF32, and so does the reference in the rule.
