@@ -53,13 +53,13 @@ def _what_is_reached(result: dict[str, Any]) -> list[str]:
     least, most = cuda_pointwise.LEAST_MMA_PER_LOAD, cuda_pointwise.MOST_PER_MMA
     out = [
         f"Bars: no spills; {least:g} mma a fragment load; {most:g} instructions of the loop for an",
-        f"mma; {cuda_pointwise.MOST_TRAFFIC:g} times the ideal bytes asked of global memory. Where",
+        f"mma; {cuda_pointwise.MOST_TRAFFIC:g} times the ideal bytes of global memory. Where",
         "one is not met, brackets have the bar and what the kernels are held to instead. The ideal",
         "loop has mma, fragment loads, copies and the preparation of TF32 alone; the ideal of a",
         "fragment load is 4 mma, by 64 x 64 outputs a warp. Half: bfloat16 and float16.",
         "",
         "| kernels | mma a load | instructions an mma: ideal | sm_80 to sm_90 | sm_120 "
-        "| bytes over ideal | what is left |",
+        "| bytes over ideal | reason |",
         "|---|---|---|---|---|---|---|",
     ]
     shared = (
@@ -132,7 +132,7 @@ def markdown(result: dict[str, Any]) -> str:
             f"| {r['special_per_output']:.0f} | {'/'.join(map(str, r['store_bits']))} "
             f"| {'; '.join(r['broken_bars']) or 'met'} |"
         )
-    out += ["", "## Bytes asked of global memory in the simulator, one tile, 256 channels in", ""]
+    out += ["", "## Bytes of global memory in the simulator, one tile, 256 input channels", ""]
     out += [
         "The ideal: the tile's rows of both operands, bias, scale, shift and the outputs, once.",
         "",

@@ -235,7 +235,7 @@ def _bars(result: dict[str, Any]) -> list[tuple[str, str, str]]:
 
     def bar(
         text: str,
-        asked: str,
+        limit: str,
         value: Callable[[dict[str, Any]], float],
         op: str,
         when: Callable[[dict[str, Any]], bool] = lambda r: True,
@@ -247,7 +247,7 @@ def _bars(result: dict[str, Any]) -> list[tuple[str, str, str]]:
             return
         r = (min if least else max)(here, key=value)
         where = f"sm_{r['architecture']}, {r['dtype']}, {r['kernel']}"
-        found.append((f"{op}: {text}", asked, f"{value(r):.{digits}f} ({where})"))
+        found.append((f"{op}: {text}", limit, f"{value(r):.{digits}f} ({where})"))
 
     def narrowest(key: str) -> Callable[[dict[str, Any]], float]:
         return lambda r: min(map(int, r[key]))
@@ -320,15 +320,15 @@ def _bars(result: dict[str, Any]) -> list[tuple[str, str, str]]:
             least=True,
         )
         bar("special functions an output", "<= 2", lambda r: r["special_per_output"], op, digits=2)
-        bar("calls in the tile's end", "0", lambda r: r["calls"], op)
-    asked = "HMMA.16816.F32 (HGMMA on sm_90, UTCHMMA on sm_100), LDSM.x4, LDGSTS.128, no branch in "
-    asked += "the tile's end"
-    products = [r["broken_bars"] for r in rows if r["op"] == pw]
+        bar("calls in the epilogue", "0", lambda r: r["calls"], op)
+    limit = "HMMA.16816.F32 (HGMMA on sm_90, UTCHMMA on sm_100), LDSM.x4, LDGSTS.128, no branch in "
+    limit += "the epilogue"
+    broken = [r["broken_bars"] for r in rows if r["op"] == pw]
     found.append(
         (
             "pointwise_mix: instructions",
-            asked,
-            f"{products.count([])} of {len(products)} builds",
+            limit,
+            f"{broken.count([])} of {len(broken)} builds",
         )
     )
     slowest = max(result["seconds_to_compile"], key=result["seconds_to_compile"].__getitem__)
@@ -378,7 +378,7 @@ def markdown(result: dict[str, Any]) -> str:
     out += ["**Predicted. Nothing here was timed: no GPU has run these kernels.**", ""]
     out += ["## Static bars", ""]
     out += [f"Of {len(result['static'])} builds by Triton {result['triton']}, the worst:", ""]
-    out += ["| bar | asked | found |", "|---|---|---|"]
+    out += ["| bar | limit | worst |", "|---|---|---|"]
     out += [f"| {' | '.join(row)} |" for row in _bars(result)]
     broken = sum(bool(r["broken_bars"]) for r in result["static"])
     out += ["", f"Not met and not excused: {broken} builds. Exceptions, and why:", ""]
@@ -410,7 +410,9 @@ def markdown(result: dict[str, Any]) -> str:
         "",
     ]
     gpus = list(GPUS)
-    out += ["| variant | k | grid | instructions | FMA | bytes asked | once | / ideal | binding |"]
+    out += [
+        "| variant | k | grid | instructions | FMA | bytes requested | once | / ideal | binding |"
+    ]
     out[-1] += f" L2 / binding: {', '.join(gpus)} |"
     out += ["|---|---|---|---|---|---|---|---|---|---|"]
     for name, r in result["simulated"].items():

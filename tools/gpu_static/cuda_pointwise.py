@@ -33,7 +33,7 @@ THREADS = 128
 STEP_BYTES, SETS_BYTES = {128: 64, 64: 128}, {128: 64, 64: 256}
 #: Shared memory of one block, bytes, by family.
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
-#: mma a fragment load, instructions of the loop an mma, and bytes asked of global memory over the
+#: mma a fragment load, instructions of the loop an mma, and bytes of global memory over the
 #: tiling's ideal. Kernels with more are listed in `EXCEPTIONS`.
 LEAST_MMA_PER_LOAD, MOST_PER_MMA, MOST_TRAFFIC = 3.0, 3.0, 1.1
 
@@ -47,12 +47,12 @@ class Excepted:
     #: Instructions an mma, at most: on sm_80 to sm_90, and on sm_120.
     per_mma: tuple[float, float]
     reason: str
-    #: Bytes asked of global memory over the ideal, at most.
+    #: Bytes of global memory over the ideal, at most.
     traffic: float = MOST_TRAFFIC
 
 
 _NARROW_STORES = (
-    "Bytes: results are stored an element at a time, so that a sector of 32 bytes is asked for "
+    "Bytes: results are stored an element at a time, so that a sector of 32 bytes is requested "
     "four times (float32: twice); the L2 cache writes it once."
 )
 EXCEPTIONS = (
@@ -232,7 +232,7 @@ def build(architecture: int, kernels: Sequence[Kernel] | None = None) -> dict[Ke
         reports = ptxsim.sass.analyse(cubin)
     of = {kernel: [r for r in reports if kernel.symbol in r.name] for kernel in kernels or KERNELS}
     if len(reports) != len(of) or any(len(found) != 1 for found in of.values()):
-        raise CompileError(f"not the kernels that were asked for: {[r.name for r in reports]}")
+        raise CompileError(f"not the requested kernels: {[r.name for r in reports]}")
     return {kernel: found[0] for kernel, found in of.items()}
 
 
@@ -362,6 +362,6 @@ def traffic(module: Any, kernel: Kernel, k: int = 256) -> dict[str, float]:
     vectors = [torch.randn(t) for _ in range(3)]
     out = torch.empty(1, t, 1, t, dtype=dtype).permute(0, 3, 1, 2)
     stats = launch(module, kernel, x, weight, *vectors, kernel.act, out=out, race=False, init=False)
-    asked = 32 * (stats.counters["global_ld_sectors"] + stats.counters["global_st_sectors"])
+    requested = 32 * (stats.counters["global_ld_sectors"] + stats.counters["global_st_sectors"])
     ideal = 2 * t * k * kernel.size + 3 * t * 4 + t * t * kernel.size
-    return {"bytes": asked, "ideal_bytes": ideal, "bytes_over_ideal": asked / ideal}
+    return {"bytes": requested, "ideal_bytes": ideal, "bytes_over_ideal": requested / ideal}

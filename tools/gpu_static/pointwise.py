@@ -126,24 +126,24 @@ def facts(built: Any, config: PointwiseConfig) -> dict[str, Any]:
         "load_bits": dict(report.widths("LDG")),
         "store_bits": dict(report.widths("STG")),
         # Four of a thread's divide integers, for the tile's position.
-        "calls": _calls_at_the_end(report),
+        "calls": _epilogue_calls(report),
         "special_per_output": max(0, report.histogram["MUFU"] - 4) / outputs,
         "instructions": len(report.sass),
     }
 
 
-def _calls_at_the_end(report: Any) -> int:
+def _epilogue_calls(report: Any) -> int:
     """Calls of subroutines between the last matrix instruction and the last store.
 
     Subroutines are behind the last store: a "call" of an address before it is the loop's exit. The
     calls outside of this range divide integers, for the tile's position, and trap at the end.
     """
-    product = max((n for n, s in enumerate(report.sass) if s.base in MATRIX), default=-1)
+    last_matrix = max((n for n, s in enumerate(report.sass) if s.base in MATRIX), default=-1)
     stores = [n for n, s in enumerate(report.sass) if s.base in ("STG", "UTMASTG")]
-    if product < 0 or not stores:
+    if last_matrix < 0 or not stores:
         return 0
     behind = report.sass[stores[-1]].address
-    calls = [s for s in report.sass[product : stores[-1]] if s.base == "CALL"]
+    calls = [s for s in report.sass[last_matrix : stores[-1]] if s.base == "CALL"]
     return sum(int(s.operands.split()[0], 16) > behind for s in calls)
 
 
@@ -160,7 +160,7 @@ def bars(built: Any, config: PointwiseConfig, dtype: torch.dtype, tf32: bool = F
         bar(set(f["store_bits"]) == {128}, f"stores of {f['store_bits']} bits")
         bar(set(f["copy_bits"]) == {128}, f"copies of {f['copy_bits']} bits")
     bar(f["spills"] == 0 and f["stack"] == 0, f"{f['spills']} spills, {f['stack']} bytes of stack")
-    bar(f["calls"] == 0, f"{f['calls']} calls in the tile's end")
+    bar(f["calls"] == 0, f"{f['calls']} calls in the epilogue")
     if dtype == torch.float32 and not tf32:
         bar(f["fma_share"] >= 0.8, f"FFMA is {f['fma_share']:.0%} of the loop")
         return found

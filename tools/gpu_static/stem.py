@@ -92,7 +92,7 @@ def bars(built: Any, dtype: torch.dtype, tf32: bool = False, uint8: bool = False
     bar(f["shared"] <= SHARED_LIMIT[group], f"{f['shared']} bytes of shared memory")
     bar(set(f["store_bits"]) == {128}, f"stores of {f['store_bits']} bits")
     bar(f["special_per_output"] <= 2, f"{f['special_per_output']:.2f} special functions an output")
-    bar(f["calls"] == 0, f"{f['calls']} calls in the tile's end")
+    bar(f["calls"] == 0, f"{f['calls']} calls in the epilogue")
     copies = " and ".join(map(str, sorted(f["copy_bits"])))
     bar(copies == "128", f"copies of {copies} bits" if copies else "no copies", WHY_GATHERED)
     if half or tf32:

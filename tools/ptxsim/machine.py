@@ -394,7 +394,7 @@ class Batch:
             )
             raise PTXError(
                 f"{self.kernel.name}: deadlock, some threads wait at {where} and the others "
-                "never come"
+                "never arrive"
             )
         if any((s.exited | ~s.alive).sum() != s.lanes for s in self.strands):
             raise PTXError("internal error: lanes lost by the scheduler")

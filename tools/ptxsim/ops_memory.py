@@ -299,9 +299,9 @@ def _complete(t, active, keep):
             done = done & (group < t.async_group[chosen] - keep)
         if done.any():
             everything = bool(done.all())
-            xx, dd, who = (x, data, chosen) if everything else (x[done], data[done], chosen[done])
+            xx, dd, lane = (x, data, chosen) if everything else (x[done], data[done], chosen[done])
             if t.batch.checker is not None:
-                t.batch.checker.async_done(xx, size, t.warps(who), t.epochs(who))
+                t.batch.checker.async_done(xx, size, t.warps(lane), t.epochs(lane))
             t.batch.shared.reshape(-1, size)[xx // size] = dd
             t.batch.shared_init.reshape(-1, size)[xx // size] = True
             if everything:
