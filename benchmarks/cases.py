@@ -1,4 +1,4 @@
-"""Which models and images are measured, and what is the right answer to them?"""
+"""The measured models and images, and their float64 results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from convmixer_fast.testing import trained_like_
 
 @dataclass(frozen=True)
 class Case:
-    """A published model with trained-like numbers: the plain one, and ours with its weights."""
+    """A published model with trained-like weights: the plain one, and ours with equal weights."""
 
     arch: Arch
     side: int
@@ -27,14 +27,14 @@ class Case:
     def images(self, batch: int, side: int | None = None) -> Tensor:
         """(batch, in_chans, side, side), float32; the first images of a greater batch."""
         side = side or self.side
-        # One by one: a batch of 4 is the beginning of a batch of 16.
+        # One seed an image: a batch of 4 is the beginning of a batch of 16.
         shape = (self.arch.in_chans, side, side)
         return torch.stack(
             [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in range(batch)]
         )
 
     def oracle(self, x: Tensor) -> Tensor:
-        """The plain model's answer in float64."""
+        """The plain model's output in float64."""
         with torch.no_grad():
             exact: Tensor = copy.deepcopy(self.plain).double()(x.double())
         return exact
@@ -54,6 +54,6 @@ def case(variant: str) -> Case:
 
 @functools.lru_cache(maxsize=1)
 def oracle(variant: str, batch: int) -> Tensor:
-    """The float64 answer to the variant's first ``batch`` images."""
+    """The float64 output for the variant's first ``batch`` images."""
     it = case(variant)
     return it.oracle(it.images(batch))

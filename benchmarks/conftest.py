@@ -1,4 +1,4 @@
-"""What the suites share: their options, where rows go, and the tables at the end."""
+"""Options of the suites, recording of their rows, and the tables at the end."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import places
+import devices
 import pytest
 import report
 import torch
+from competitors import SYSTEMS
 from presets import DEVICES, PRESETS, THREADS, Preset, preset_of
 from recording import BenchmarkRecorder, Recorder
 from settings import SETTINGS
-from systems import SYSTEMS
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -54,7 +54,7 @@ def _devices(text: str) -> tuple[str, ...]:
     return names
 
 
-#: Options that take the place of one of the preset's values: how their text is read.
+#: Options that replace a value of the preset: how their text is read.
 _OVERRIDES = {
     "variants": (_names, "models, separated by commas"),
     "batches": (_numbers, "batch sizes of whole models"),
@@ -99,20 +99,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def _preset(config: pytest.Config, device: str = "cpu") -> Preset:
+def _preset(config: pytest.Config, kind: str = "cpu") -> Preset:
     given = {name.replace("-", "_"): config.getoption(f"--{name}") for name in _OVERRIDES}
     given = {name: value for name, value in given.items() if value is not None}
-    if device == "cpu":
+    if kind == "cpu":
         given.pop("dtypes", None)
     if "systems" in given:
-        given["systems"] = tuple(name for name in given["systems"] if name in SYSTEMS[device])
-    return dataclasses.replace(preset_of(config.getoption("--preset"), device), **given)
+        given["systems"] = tuple(name for name in given["systems"] if name in SYSTEMS[kind])
+    return dataclasses.replace(preset_of(config.getoption("--preset"), kind), **given)
 
 
 def _used_devices(config: pytest.Config) -> tuple[str, ...]:
-    """Those that were asked for, else all that are there."""
+    """The requested devices, else all that torch sees."""
     asked: tuple[str, ...] | None = config.getoption("--devices")
-    missing = places.why_no_gpu()
+    missing = devices.unavailable_reason()
     if asked and "cuda" in asked and missing:
         raise pytest.UsageError(f"--devices cuda: {missing}")
     return asked or tuple(d for d in DEVICES if d == "cpu" or not missing)
@@ -141,22 +141,22 @@ _LISTS = {
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     names = [name for name in _LISTS if name in metafunc.fixturenames]
-    where = "device" in metafunc.fixturenames
+    where = "kind" in metafunc.fixturenames
     cases = []
-    for device in _used_devices(metafunc.config) if where else ("cpu",):
-        preset = _preset(metafunc.config, device)
-        # Threads are a CPU's.
+    for kind in _used_devices(metafunc.config) if where else ("cpu",):
+        preset = _preset(metafunc.config, kind)
+        # Only a CPU has thread counts.
         lists = [
-            (0,) if name == "threads" and device != "cpu" else getattr(preset, _LISTS[name])
+            (0,) if name == "threads" and kind != "cpu" else getattr(preset, _LISTS[name])
             for name in names
         ]
-        cases += [(device,) * where + values for values in itertools.product(*lists)]
+        cases += [(kind,) * where + values for values in itertools.product(*lists)]
     if names or where:
-        metafunc.parametrize(("device",) * where + tuple(names), cases)
+        metafunc.parametrize(("kind",) * where + tuple(names), cases)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # The kernels want the allocator set up in a way that whole models should not be measured in.
+    # Last, because it changes settings of the allocator that whole models must not have.
     items.sort(key=lambda item: item.path.name == "test_kernels.py")
 
 
@@ -167,15 +167,15 @@ def _parameter(request: pytest.FixtureRequest, name: str, default: Any) -> Any:
 
 @pytest.fixture
 def preset(request: pytest.FixtureRequest) -> Preset:
-    return _preset(request.config, _parameter(request, "device", "cpu"))
+    return _preset(request.config, _parameter(request, "kind", "cpu"))
 
 
 @pytest.fixture
-def place(request: pytest.FixtureRequest, device: str, dtype: str) -> places.Place:
-    """Where the test runs: on the threads of its own parameter, or on the GPU."""
-    if device == "cpu":
-        return places.Cpu(_parameter(request, "threads", THREADS))
-    return places.gpu(dtype)
+def device(request: pytest.FixtureRequest, kind: str, dtype: str) -> devices.Device:
+    """The CPU with the threads of the test's parameter, or the GPU."""
+    if kind == "cpu":
+        return devices.Cpu(_parameter(request, "threads", THREADS))
+    return devices.gpu(dtype)
 
 
 @pytest.fixture(autouse=True)
@@ -189,7 +189,7 @@ _RECORDER = pytest.StashKey[Recorder]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    gpu = places.gpu("float32").name() if "cuda" in _used_devices(config) else ""
+    gpu = devices.gpu("float32").name() if "cuda" in _used_devices(config) else ""
     config.stash[_RECORDER] = Recorder(
         config.getoption("--rows"), config.getoption("--resume"), gpu
     )

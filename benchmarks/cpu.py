@@ -1,15 +1,15 @@
-"""The whole CPU suite in one command: measures, and writes tables and charts.
+"""Run the whole CPU suite: measure, and write tables and charts.
 
-    python benchmarks/cpu.py                                # a look, in minutes
+    python benchmarks/cpu.py                                # minutes
     python benchmarks/cpu.py --preset full                  # everything: hours
     python benchmarks/cpu.py --preset full --suites models --variants 768/32   # one piece of it
     python benchmarks/cpu.py --preset full --resume         # what is still missing
 
 Writes cpu.json, cpu.md and the charts into benchmarks/results/MACHINE, where MACHINE is derived
 from the processor (see `machine.machine_name`). Rows are merged into the file group by group as
-soon as they are measured. Every suite, and in it every model, gets a process of
-its own, so that none inherits memory or an allocator's habits. Options that are not named here go
-to pytest: `pytest benchmarks --help` lists them under "convmixer_fast".
+soon as they are measured. Every model of every suite runs in a process of its own, so that none
+inherits memory or the allocator's state. Other options go to pytest: `pytest benchmarks --help`
+lists them under "convmixer_fast".
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import tempfile
 import time
 from pathlib import Path
 
-import places
+import devices
 import report
 import results
 from machine import this_machine
 from presets import PRESETS, preset_of
 
 HERE = Path(__file__).resolve().parent
-#: The short ones first. True: a process for each model. `gpu.py` runs those of `ON_GPU`.
+#: Suites, shortest first. True: one process a model. `gpu.py` runs those of `ON_GPU`.
 SUITES = {
     "overheads": False,
     "kernels": False,
@@ -41,7 +41,7 @@ SUITES = {
     "never_slower": True,
     "models": True,
 }
-#: Suites whose tables end the run, "" that of the promises; the file has all of them.
+#: Suites whose tables are printed at the end, "" for the summary; the file has all of them.
 CLOSING = ("", "never_slower", "models")
 ON_GPU = ("kernels", "steps", "training", "resolution", "models")
 
@@ -65,9 +65,9 @@ def main(device: str = "cpu", about: str = __doc__ or "") -> int:
         parser.error(f"unknown suite {', '.join(sorted(unknown))}: use {', '.join(known)}")
     gpu = ""
     if device != "cpu":
-        if why := places.why_no_gpu():
+        if why := devices.unavailable_reason():
             parser.error(f"{why}: python benchmarks/cpu.py measures the processor")
-        gpu = places.gpu("float32").name()
+        gpu = devices.gpu("float32").name()
     preset = preset_of(args.preset, device)
     variants = args.variants.split(",") if args.variants else []
     folder = args.out or HERE / "results" / this_machine(gpu)["name"]
@@ -88,8 +88,8 @@ def main(device: str = "cpu", about: str = __doc__ or "") -> int:
                     continue
             pieces.append((f"{suite} {variant}".strip(), suite, chosen))
     failed = []
-    # `python -m pytest` looks for modules where it stands: in an empty folder it finds the package
-    # that this process would import, and not a source tree that was never built.
+    # `python -m pytest` imports from the current folder first: in an empty one it finds the package
+    # that this process imports, and not an unbuilt source tree.
     with tempfile.TemporaryDirectory() as nowhere:
         for i, (name, suite, chosen) in enumerate(pieces, 1):
             print(f"== {i}/{len(pieces)}: {name}", flush=True)
@@ -105,7 +105,7 @@ def main(device: str = "cpu", about: str = __doc__ or "") -> int:
             start = time.monotonic()
             code = subprocess.run(command, cwd=nowhere, check=False).returncode
             print(f"== {name}: {time.monotonic() - start:.0f} s", flush=True)
-            # 5: pytest found nothing to do, as where a preset has no large image.
+            # 5: no test was collected, as where a preset has no large image.
             if code not in (0, 5):
                 failed.append(name)
     measured = results.load(rows)

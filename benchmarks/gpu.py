@@ -1,10 +1,11 @@
-"""The whole GPU suite in one command: measures, and writes tables and charts.
+"""Run the whole GPU suite: measure, and write tables and charts.
 
-    python benchmarks/gpu.py                  # a look
+    python benchmarks/gpu.py                  # minutes
     python benchmarks/gpu.py --preset full    # every peer and dtype, up to 4096 pixels
 
-Writes gpu.json, gpu.md and the charts into benchmarks/results/GPU, named after the card. All else
-is as in `cpu.py`: groups are merged as soon as they are measured, `--resume` goes on.
+Writes gpu.json, gpu.md and the charts into benchmarks/results/GPU, named after the card.
+Everything else is as in `cpu.py`: groups are merged as soon as they are measured, and `--resume`
+continues.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""What does it cost to get from files to results, and does every image arrive? In one command.
+"""Measure the way from files to results, and check that every image arrives.
 
     python benchmarks/inference.py                    # 10,000 photographs: ten minutes on 2 cores
-    python benchmarks/inference.py --images 500       # a look
+    python benchmarks/inference.py --images 500       # short
     python benchmarks/inference.py --suites pipeline  # of pipeline, kills, ray
 
-Photographs of mixed sizes are generated, one in a hundred broken in all sorts of ways. `pipeline`
-times a model alone, decoding alone, and the whole; `kills` ends a run by kill -9 at random moments
-and goes on with it, five times, and counts what came out; `ray` compares actors. Rows are merged
-into inference.json in benchmarks/results/MACHINE, and inference.md is written beside it.
+Photographs of mixed sizes are generated, one in a hundred broken in one of several ways. `pipeline`
+times a model alone, decoding alone, and both together; `kills` ends a run by kill -9 at random
+moments and continues it, five times, and counts the results; `ray` compares actors. Rows are merged
+into inference.json in benchmarks/results/MACHINE, and inference.md is written next to it.
 """
 
 from __future__ import annotations
@@ -30,35 +30,30 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import fresh_python
+import photographs
+import report
+import results
+import torch
+from machine import this_machine
+from recording import Recorder
+
+from convmixer_fast import ConvMixer, Predictor, save_checkpoint
+from convmixer_fast.doctor import usable_cores
+from convmixer_fast.inference import ImageError, ResultFile, load_image
+from convmixer_fast.testing import trained_like_
+
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent / "tests" / "support"))
-
-import fresh_python  # noqa: E402
-import photographs  # noqa: E402
-import report  # noqa: E402
-import results  # noqa: E402
-import torch  # noqa: E402
-from machine import this_machine  # noqa: E402
-from recording import Recorder  # noqa: E402
-
-from convmixer_fast import ConvMixer, Predictor, save_checkpoint  # noqa: E402
-from convmixer_fast.doctor import usable_cores  # noqa: E402
-from convmixer_fast.inference import (  # noqa: E402
-    ImageError,
-    ResultFile,
-    load_image,
-)
-from convmixer_fast.testing import trained_like_  # noqa: E402
 
 SUITES = ("pipeline", "kills", "ray")
 SIZES = (150, 500)
 BATCH = 32
 KILLS = 5
-#: Name -> dim, depth, kernel size, patch size; at 224 pixels. Beside the small one the rest of the
-#: work weighs most, and decoding decides; the light one takes little longer than decoding does, so
-#: that every delay between the two shows; the medium one hides it.
+#: Name -> dim, depth, kernel size, patch size; at 224 pixels. With the small model decoding is the
+#: bottleneck. The light one takes little longer than decoding, so that every delay between the two
+#: shows. The medium one hides decoding.
 MODELS = {"small": (64, 2, 5, 16), "light": (192, 4, 7, 14), "medium": (384, 12, 5, 14)}
-#: Of the photographs, one in so many is enough for the slower ones.
+#: The slower models get one photograph in so many.
 SHARES = {"small": 1, "light": 4, "medium": 10}
 
 
@@ -77,7 +72,7 @@ def cpu_seconds() -> float:
 
 
 def timed(run: Any) -> tuple[float, float]:
-    """Seconds on the wall and of CPU time, all threads."""
+    """Wall seconds and CPU seconds of all threads."""
     wall, cpu = time.perf_counter(), cpu_seconds()
     run()
     return time.perf_counter() - wall, cpu_seconds() - cpu
@@ -94,7 +89,7 @@ def decoding(paths: list[Path], predictor: Predictor) -> tuple[float, float]:
 
 
 def computing(predictor: Predictor, rounds: int = 5) -> tuple[float, float]:
-    """A batch of the model alone, a round's median; per image."""
+    """Seconds an image of the model alone: the median round of a batch."""
     batch = torch.randn(BATCH, 3, 224, 224)
 
     def run() -> None:
@@ -106,10 +101,12 @@ def computing(predictor: Predictor, rounds: int = 5) -> tuple[float, float]:
     return tuple(statistics.median(f[i] for f in found) / BATCH for i in (0, 1))  # type: ignore[return-value]
 
 
-def computing_beside(predictor: Predictor, paths: list[Path], decoders: int) -> tuple[float, float]:
-    """`computing`, while other threads decode images that nobody waits for.
+def computing_while_decoding(
+    predictor: Predictor, paths: list[Path], decoders: int
+) -> tuple[float, float]:
+    """`computing`, while other threads decode images that are not used.
 
-    Cores share caches, memory and a budget of power: this is what they leave the model.
+    Cores share caches, memory and a power budget: this is the speed left to the model.
     """
     stop = threading.Event()
 
@@ -147,10 +144,12 @@ def pipeline(paths: list[Path], record: Recorder, scratch: Path) -> float:
             sample: list[Path] = sample,
             decoders: int = decoders,
         ) -> tuple[tuple[float, float], ...]:
-            beside = computing_beside(predictor, sample, decoders) if cores > 1 else (0.0, 0.0)
+            beside = (
+                computing_while_decoding(predictor, sample, decoders) if cores > 1 else (0.0, 0.0)
+            )
             return computing(predictor), decoding(sample, predictor), beside
 
-        # Before and after the run, because a machine's speed drifts.
+        # Before and after the run: the speed of a machine drifts.
         alone = [parts()]
         count = 0
         waited = 0.0
@@ -185,7 +184,7 @@ def pipeline(paths: list[Path], record: Recorder, scratch: Path) -> float:
             "decode ms": 1e3 * decode_wall,
             "whole ms": 1e3 * wall / count,
             "img/s": count / wall,
-            # On one core all of it is done in turn; on more, decoding and the model side by side.
+            # One core does everything in turn; more cores overlap decoding and the model.
             "of the limit": max(
                 model_wall, decode_wall / decoders, (model_wall + decode_wall) / cores
             )
@@ -222,7 +221,7 @@ def kills(
             process = fresh_python.start(
                 *command, env={"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
             )
-            # It is to be killed at work, not while Python starts; after a sixth, on average.
+            # Killed at work, not while Python starts; after a sixth on average.
             before = len(list(parts.glob("part-*")))
             while process.poll() is None and len(list(parts.glob("part-*"))) <= before:
                 time.sleep(0.02)

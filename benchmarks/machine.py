@@ -1,4 +1,4 @@
-"""Which machine, and which software on it, did a figure come from?"""
+"""Names of the machine and of the software that a figure was measured with."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import convmixer_fast
 from convmixer_fast import _native
 from convmixer_fast.doctor import cpu_name, usable_cores, version_of
 
-# Cloud machines often call themselves "AMD EPYC" and no more; family and model still tell the
-# generation. The table is that of Linux, arch/x86/kernel/cpu/amd.c (bsp_init_amd).
+# Cloud machines often report only "AMD EPYC"; family and model identify the generation. The table
+# is that of Linux, arch/x86/kernel/cpu/amd.c (bsp_init_amd).
 _ZEN: dict[int, list[tuple[range, int]]] = {
     0x17: [
         (range(0x00, 0x30), 1),
@@ -52,7 +52,7 @@ _NOISE = re.compile(
 
 
 def zen_generation(family: int, model: int) -> int | None:
-    """The generation of an AMD Zen core, None where family and model tell none."""
+    """The generation of an AMD Zen core, None for an unknown family and model."""
     return next((zen for models, zen in _ZEN.get(family, []) if model in models), None)
 
 
@@ -60,8 +60,8 @@ def machine_name(cpu: str, cores: int, family: int | None = None, model: int | N
     """A folder's name for a machine, like ``epyc-zen1-2c`` or ``xeon-platinum-8375c-8c``.
 
     Args:
-        cpu: what the system calls the processor.
-        cores: those that may be used.
+        cpu: the system's name of the processor.
+        cores: number of usable cores.
         family, model: of an x86 processor; they make a name without a model number ("AMD
             EPYC", "Intel Xeon Processor") exact.
     """
@@ -82,12 +82,13 @@ def _cpuinfo(text: str) -> dict[str, str]:
 
 
 def this_machine(gpu: str = "") -> dict[str, Any]:
-    """name, cpu, cores, isa, system, and gpu where one is measured: what makes figures comparable.
+    """name, cpu, cores, isa, system, and gpu where one is measured.
 
-    Where ``CONVMIXER_FAST_ISA`` asks for less than the machine's best, the name says so.
+    Only figures of equal machines are compared. The name includes the instruction set where
+    ``CONVMIXER_FAST_ISA`` requests less than the machine's best.
 
     Args:
-        gpu: what the driver calls the GPU; the machine is named after it then.
+        gpu: the driver's name of the GPU; the machine is named after it.
     """
     try:
         fields = _cpuinfo(Path("/proc/cpuinfo").read_text(errors="replace"))
@@ -116,21 +117,22 @@ def this_machine(gpu: str = "") -> dict[str, Any]:
 _FIELDS = ("cpu family", "model")
 _PREFIX = "CONVMIXER_FAST_"
 _FOR_BUILDS_AND_TESTS = frozenset(
-    ("BUILD_CACHE", "CI_CACHE", "CI_TORCH", "CPU", "CUDA", "CUTLASS", "PTXSIM", "WERROR")
+    ("BUILD_CACHE", "CI_CACHE", "CI_TORCH", "CPU", "CUDA", "CUTLASS", "WERROR")
 )
 _CPU_PEERS = ("onnxruntime", "openvino")
 
 
 def this_software(gpu: str = "") -> dict[str, Any]:
-    """Date, versions, that of the system's kernel too, a digest of the compiled engine that tells
-    its builds apart, and what the package's environment variables ask for; beside a GPU also what
-    its kernels are made with."""
+    """Date, versions, a digest of the compiled engine, and the package's environment variables.
+
+    The versions include the system's kernel, and with a GPU the compilers of its kernels.
+    """
     engine = _native.load()
     digest = ""
     if engine is not None:
         digest = hashlib.blake2b(Path(engine.__file__).read_bytes(), digest_size=4).hexdigest()
     asked = sorted(
-        # A path is the machine's own business.
+        # Values with a path are private to the machine.
         k if os.sep in v else f"{k}={v}"
         for k, v in os.environ.items()
         if k.startswith(_PREFIX) and k.removeprefix(_PREFIX) not in _FOR_BUILDS_AND_TESTS

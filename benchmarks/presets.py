@@ -1,6 +1,6 @@
-"""What is measured, where, and for how long? Every shape and every limit of the suites stands here.
+"""Shapes, systems and time limits of the suites.
 
-`PRESETS` is what a CPU is given, `GPU_PRESETS` what a GPU is given where torch sees one.
+`PRESETS` are for CPUs, `GPU_PRESETS` for a GPU that torch sees.
 """
 
 from __future__ import annotations
@@ -8,12 +8,12 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-#: Batch size and thread count at which a model is held against its bars.
+#: Batch size and thread count of the summary's figures.
 BATCH, THREADS = 4, 2
 #: Batch size that keeps a GPU busy.
 GPU_BATCH = 64
 
-#: Where the suites run, as far as it is there.
+#: Devices of the suites; those that torch does not see are left out.
 DEVICES = ("cpu", "cuda")
 
 #: Every model, from the quickest to the longest; 256/8 at its 32 pixels, the others at 224.
@@ -34,8 +34,8 @@ class BlockShape:
         return f"{c} x {side} x {side}, k={self.kernel_size}, {self.act}"
 
 
-#: The blocks of the published models at 224 pixels. 768/32 is trained with ReLU; with GELU beside
-#: it the cost of the activation shows.
+#: The blocks of the published models at 224 pixels. 768/32 is trained with ReLU; GELU shows
+#: the cost of the activation.
 BLOCK_SHAPES = (
     BlockShape(1536, 9, 32, "gelu"),
     BlockShape(1024, 9, 16, "gelu"),
@@ -49,10 +49,10 @@ LARGE_SIDE = 2048
 
 @dataclass(frozen=True)
 class Preset:
-    """How much of everything.
+    """Extent of the measurements.
 
-    ``systems`` are names in `systems.SYSTEMS`; ``threads`` are a CPU's, ``dtypes`` a GPU's (a CPU's
-    models are float32); ``large`` are the variants that get an image of `LARGE_SIDE`;
+    ``systems`` are names in `competitors.SYSTEMS`; ``threads`` are a CPU's, ``dtypes`` a GPU's (a
+    CPU's models are float32); ``large`` are the variants that get an image of `LARGE_SIDE`;
     ``resolution`` those that get one image of each of ``sides`` pixels, and ``resolution_batches``
     images of the usual size; ``photographs`` go through the batch pipeline. A group of systems that
     take turns is given as many rounds as fit into ``budget`` seconds, but at least ``least_rounds``
@@ -91,7 +91,7 @@ class Preset:
 
 
 PRESETS = {
-    # A look in a few minutes: no compiling, no model that takes seconds an image.
+    # Some minutes: no torch.compile, no model that takes seconds an image.
     "quick": Preset(
         variants=("256/8", "1024/20"),
         batches=(1, 4),
@@ -115,7 +115,7 @@ PRESETS = {
         cell_sides=(32, 64, 128),
         cell_budget=1.0,
     ),
-    # Everything that the results in this repository show.
+    # All that the results in this repository contain.
     "full": Preset(
         variants=VARIANTS,
         batches=(1, 4, 16),
@@ -149,7 +149,7 @@ PRESETS = {
     ),
 }
 
-#: Everything that stock PyTorch offers on a GPU: which of these is best differs by model and card.
+#: All that stock PyTorch has on a GPU: the best of these depends on model and card.
 _GPU_SYSTEMS = (
     "ours + CUDA graph",
     "eager NCHW",

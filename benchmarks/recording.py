@@ -1,4 +1,4 @@
-"""Where do rows go while the suites run? Into the session's report, a file, and `extra_info`."""
+"""Recording of measured rows: into the session's report, a file, and `extra_info`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from machine import this_machine, this_software
 
 
 class Recorder:
-    """Takes the rows of each group that was measured.
+    """Collects the rows of each measured group.
 
-    ``path`` is the file they are merged into, or None; with ``resume`` a group that the file has
-    from this build of the engine is not measured again. ``gpu`` is the name of the one that is
-    measured too, if any.
+    Args:
+        path: file that the rows are merged into, or None.
+        resume: do not measure groups again that the file has from this build of the engine.
+        gpu: name of the measured GPU, if any.
     """
 
     def __init__(self, path: Path | None, resume: bool, gpu: str = "") -> None:
@@ -25,7 +26,7 @@ class Recorder:
         self.session: results.Report | None = None
 
     def wanted(self, suite: str, group: str) -> None:
-        """Skip the test that asks, if its group is there already."""
+        """Skip the calling test if its group is measured already."""
         if self.resume and self.path is not None:
             there = results.groups(results.load(self.path), self.software["engine"])
             if (suite, group) in there:
@@ -42,27 +43,27 @@ class Recorder:
         ]
 
     def __call__(self, suite: str, group: str, rows: list[results.Row]) -> None:
-        """Add a group's rows, in the place of what was there of it."""
+        """Add a group's rows; they replace earlier ones of the group."""
         rows = [{"suite": suite, "group": group, **row} for row in rows]
         new = results.new_report(self.machine, self.software, rows)
         self.session = results.merge(self.session, new)
         if self.path is not None:
-            # Not at the end: a long run that is cut off has lost one group.
+            # After every group: an interrupted run has lost one group.
             results.save(results.merge(results.load(self.path), new), self.path)
 
 
-#: What tells the rows of a group apart, as far as they differ in it.
+#: Columns that identify a row within its group, as far as their values differ.
 _KEYS = ("part", "what", "model", "side", "batch", "threads", "system")
 
 
 def extra_info(machine: results.Row, software: results.Row, rows: list[results.Row]) -> results.Row:
-    """What pytest-benchmark keeps of a group beside its own numbers.
+    """The `extra_info` that pytest-benchmark stores with a group.
 
     Returns:
-        ``device``, ``machine``, ``versions``, ``threads`` where all rows have the same, and
-        ``systems``: every row's own columns under what tells it from the others, like "ours".
+        ``device``, ``machine``, ``versions``, ``threads`` if all rows have the same, and
+        ``systems``: every row's own columns under the name that identifies it, like "ours".
     """
-    told = [
+    keys = [
         key
         for key in _KEYS
         if any(key in row for row in rows)
@@ -70,11 +71,11 @@ def extra_info(machine: results.Row, software: results.Row, rows: list[results.R
     ]
     systems = {}
     for row in rows:
-        name = ", ".join(str(row[key]) for key in told if key in row)
+        name = ", ".join(str(row[key]) for key in keys if key in row)
         systems[name or str(row["group"])] = {
             key: value
             for key, value in row.items()
-            if key not in (*told, "suite", "group", "device", "dtype")
+            if key not in (*keys, "suite", "group", "device", "dtype")
         }
     devices = {row.get("device", machine["cpu"]) for row in rows}
     info: dict[str, Any] = {
@@ -106,6 +107,6 @@ class BenchmarkRecorder:
         self.recorder(suite, group, rows)
         rows = [{"suite": suite, "group": group, **row} for row in rows]
         info = extra_info(self.recorder.machine, self.recorder.software, rows)
-        # Where a test measures several groups, it keeps the systems of all.
+        # A test of several groups stores the systems of all.
         info["systems"] = {**self.benchmark.extra_info.get("systems", {}), **info["systems"]}
         self.benchmark.extra_info.update(info)

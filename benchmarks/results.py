@@ -1,10 +1,10 @@
-"""How are measured rows kept? One JSON file for a machine, filled piece by piece.
+"""Files of measured rows: one JSON file a machine, filled group by group.
 
     {"machine": {...}, "runs": [{date, versions, ...}, ...], "rows": [{...}, ...]}
 
-A row's ``suite`` says which suite it is of, its ``group`` which rows were measured with it, in one
-process and taking turns; ``run`` is its place in ``runs``. Groups are added and replaced as a
-whole, so that whatever is compared within one was measured together.
+Rows with the same ``suite`` and ``group`` were measured in one process in interleaved rounds;
+``run`` is an index into ``runs``. Groups are added and replaced as a whole, so that all rows of a
+group were measured together.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def new_report(machine: Row, run: Row, rows: Iterable[Row]) -> Report:
 
 
 def merge(old: Report | None, new: Report) -> Report:
-    """``old`` with the groups of ``new`` in the place of its own; no other row is lost.
+    """``old`` with its groups replaced by those of ``new``; no other row is lost.
 
     Raises:
         ValueError: they are of different machines.
@@ -52,7 +52,7 @@ def merge(old: Report | None, new: Report) -> Report:
 
 
 def groups(report: Report | None, engine: str | None = None) -> set[tuple[str, str]]:
-    """(suite, group) of every row; of the rows of that build of the engine, where it is given."""
+    """(suite, group) of every row, or of the rows of one build of the engine."""
     if report is None:
         return set()
     return {
@@ -85,7 +85,7 @@ def save(report: Report, path: Path) -> None:
     """Write a report; an interrupted write leaves the file as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
-    # A line a row: a file of results is read by people, and compared.
+    # One line a row, for readers and for diffs.
     rows = ",\n".join("  " + json.dumps(row) for row in report["rows"])
     head = {key: value for key, value in report.items() if key != "rows"}
     text = json.dumps(head, indent=1)[:-2]

@@ -15,17 +15,22 @@ import torch
 
 @dataclass(frozen=True)
 class Setting:
-    """``dtype``: of parameters and images; ``context``: what calls run in; ``why_not``: empty where
-    stock PyTorch has the setting on this machine, else the reason why there is nothing to compare.
+    """One dtype setting.
+
+    Attributes:
+        about: the description in tables.
+        dtype: of parameters and images.
+        context: context manager that calls run in.
+        unavailable_reason: empty where stock PyTorch has the setting on this machine.
     """
 
     about: str
     dtype: torch.dtype = torch.float32
     context: Callable[[], AbstractContextManager[object]] = nullcontext
-    why_not: Callable[[], str] = str
+    unavailable_reason: Callable[[], str] = str
 
 
-def _why_no_float16() -> str:
+def _no_float16_reason() -> str:
     x = torch.zeros(1, 1, 1, 1, dtype=torch.float16, device="cpu")
     try:
         torch.nn.functional.conv2d(x, x)
@@ -34,8 +39,8 @@ def _why_no_float16() -> str:
     return ""
 
 
-def _why_no_reduced() -> str:
-    # The switch changes nothing where oneDNN has no bfloat16 instructions.
+def _no_reduced_reason() -> str:
+    # Without bfloat16 instructions oneDNN ignores the switch.
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     if any(getattr(torch.cpu, name, bool)() for name in names):
         return ""
@@ -44,11 +49,11 @@ def _why_no_reduced() -> str:
 
 @contextmanager
 def reduced_float32() -> Iterator[None]:
-    """oneDNN may compute float32 convolutions and matrix products in bfloat16."""
+    """Allow oneDNN to compute float32 convolutions and GEMMs in bfloat16."""
     onednn = torch.backends.mkldnn
     switches = [getattr(onednn, name, None) for name in ("conv", "matmul")]
     switches = [switch for switch in switches if hasattr(switch, "fp32_precision")]
-    if not switches:  # before torch 2.9 only matrix products had one
+    if not switches:  # before torch 2.9 only GEMMs had one
         legacy = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("medium")
         try:
@@ -66,7 +71,7 @@ def reduced_float32() -> Iterator[None]:
             switch.fp32_precision = value
 
 
-#: Name, as in rows and in ``--cell-settings`` -> what it is.
+#: Name in rows and in ``--cell-settings`` -> setting.
 SETTINGS = {
     "float32": Setting("a float32 model"),
     "bfloat16": Setting("a model and images in bfloat16", torch.bfloat16),
@@ -74,10 +79,12 @@ SETTINGS = {
         "a float32 model under torch.autocast('cpu', torch.bfloat16)",
         context=lambda: torch.autocast("cpu", torch.bfloat16),
     ),
-    "float16": Setting("a model and images in float16", torch.float16, why_not=_why_no_float16),
+    "float16": Setting(
+        "a model and images in float16", torch.float16, unavailable_reason=_no_float16_reason
+    ),
     "reduced": Setting(
         "a float32 model where torch.backends.mkldnn's fp32_precision is 'bf16'",
         context=reduced_float32,
-        why_not=_why_no_reduced,
+        unavailable_reason=_no_reduced_reason,
     ),
 }

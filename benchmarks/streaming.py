@@ -1,14 +1,14 @@
 """Measure streaming: memory by height, and time against the whole image and against tiles.
 
     python benchmarks/streaming.py                        # a quarter of an hour on a core
-    python benchmarks/streaming.py --heights 2048 16384 --tiles --rounds 1          # a look
+    python benchmarks/streaming.py --heights 2048 16384 --tiles --rounds 1          # short
     python benchmarks/streaming.py --time 1024/20@2048x2048 --tiles 1024/20 768/32  # an hour
     python benchmarks/streaming.py --resume               # what is still missing
 
 Writes streaming.json and streaming.md into benchmarks/results/MACHINE, as cpu.py does. Every peak
 is of a process of its own, which reads a memory map of generated pixels. Times by height are of one
-process, in which the heights take turns of as many rows each: a short image is streamed again and
-again for as long as the tallest takes.
+process, in which the heights take turns of equally many rows: a short image is streamed repeatedly
+until it has as many rows as the tallest.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import fresh_python
 import numpy as np
 import report
 import results
@@ -30,8 +31,6 @@ from recording import Recorder
 from results import Row
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "tests" / "support"))
-import fresh_python  # noqa: E402
 
 #: Side of a tile in pixels, without its halo.
 TILE = 2048
@@ -173,7 +172,7 @@ def child(script: str, *arguments: str, timeout: float) -> Any:
 
 
 def is_there(record: Recorder, suite: str, group: str) -> bool:
-    """Whether ``--resume`` finds the group measured by this build of the engine."""
+    """True if ``--resume`` is given and this build of the engine has measured the group."""
     assert record.path is not None
     there = results.groups(results.load(record.path), record.software["engine"])
     return record.resume and (suite, group) in there
@@ -241,7 +240,7 @@ def measure_heights(options: argparse.Namespace, record: Recorder) -> None:
                 rows[-1] |= {"system": system, **row}
                 print(f"{height} rows, {system}: {row}", flush=True)
             if len(answers) == 2:
-                # The numerics rule is the tests'; here a wrong answer must not be timed.
+                # The tests hold the numerics rule; here a wrong output must not be timed.
                 off = abs(answers["stream"] - answers["eager"]).max() / abs(answers["eager"]).max()
                 assert off < 1e-4, f"the stream's logits are {off:.1e} off"
     record("heights", group, rows)
@@ -286,7 +285,7 @@ def main() -> int:
         nargs="*",
         metavar="MODEL",
         default=["1024/20"],
-        help="of --time, beside which a tile with its halo is measured (default: %(default)s)",
+        help="of --time, measured in turn with a tile and its halo (default: %(default)s)",
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)

@@ -1,9 +1,9 @@
-"""The channel half of a block on a GPU: our kernels beside cuBLAS alone and separate operators.
+"""The pointwise half of a block on a GPU: our kernels, cuBLAS alone, and separate operators.
 
 For each published width, batch and dtype, milliseconds and TFLOP/s of: Triton's kernel, the CUDA
-extension's, PyTorch's product with one kernel after it, PyTorch's operators one by one in both
-layouts, and cuBLAS's product with nothing after it, which no fused kernel can expect to beat by
-much. Every one of ours is checked against float64 first; L2 is cold, as in a network.
+extension's, PyTorch's GEMM with one kernel after it, PyTorch's operators one by one in both
+layouts, and cuBLAS's GEMM alone, which no fused kernel can be expected to beat by much. Every one
+of ours is checked against float64 first; L2 is cold, as in a network.
 """
 
 from __future__ import annotations

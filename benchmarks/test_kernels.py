@@ -1,17 +1,17 @@
-"""One block and its two halves alone: ours beside PyTorch's, in both layouts.
+"""One block and its two halves alone: ours and PyTorch's, in both layouts.
 
     depthwise half: x + BN(act(depthwise_conv(x)))
     channel half:   BN(act(pointwise_conv(x)))
     block:          one after the other
 
-Calls are repeated within a turn, so that each finds the caches as its own last call left them, and
-the C library keeps freed memory: no side's fresh output is made of new pages (`faults` is the
-number of page faults a call; see `measuring.keep_freed_memory`). PyTorch's operators get a tensor
-of the layout they are measured in, ours NCHW.
+Calls are repeated within a turn, so that each finds the caches as its own last call left them. The
+C library keeps freed memory, so that no output consists of new pages (`faults` is the number of
+page faults a call; see `measuring.keep_freed_memory`). PyTorch's operators get a tensor of the
+layout they are measured in, ours NCHW.
 
-On a GPU the input is another one at each call, so that none is found in the L2 cache, ours and
-eager channels-last get it channels-last, and torch.compile is there too, with and without the
-layout that it prefers.
+On a GPU each call gets another copy of the input, so that none is found in the L2 cache. Ours and
+eager channels-last get it channels-last. torch.compile runs too, with and without its preferred
+layout.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import places
+import devices
 import pytest
 import torch
+from competitors import EAGER, build, check_peer, eager
+from devices import Device
 from measuring import keep_freed_memory, measure
-from places import Place
 from presets import BLOCK_SHAPES, BlockShape, Preset
 from recording import BenchmarkRecorder
-from systems import EAGER, build, check_peer, eager
 from torch import Tensor, nn
-from work import channel_half, depthwise_half, of_blocks
+from work import depthwise_half, of_blocks, pointwise_half
 
 from convmixer_fast import _native, optimize
 from convmixer_fast.arch import ACTIVATIONS
@@ -48,7 +48,7 @@ def _warm_memory() -> Iterator[None]:
 
 
 def _ours(block: nn.Sequential, x: Tensor, shape: BlockShape) -> dict[str, Run | str]:
-    """Our run of each half, or why there is none."""
+    """Our run of each half, or the reason why it has none."""
     residual, pointwise, _, second = block
     depthwise, _, first = residual.fn
     spatial = (depthwise.weight, depthwise.bias, *batch_norm_affine(first, x.dtype))
@@ -63,7 +63,7 @@ def _ours(block: nn.Sequential, x: Tensor, shape: BlockShape) -> dict[str, Run |
     }
 
 
-#: Beside ours, on each device, as far as the preset's systems have them.
+#: Peers on each device, as far as the preset's systems have them.
 PEERS = {
     "cpu": (EAGER, "eager channels-last"),
     "cuda": (
@@ -82,27 +82,27 @@ def test_block_and_its_halves(
     shape: BlockShape,
     block_batch: int,
     threads: int,
-    place: Place,
+    device: Device,
     benchmark: Any,
     preset: Preset,
     record: BenchmarkRecorder,
 ) -> None:
-    on_cpu = place.kind == "cpu"
+    on_cpu = device.kind == "cpu"
     if on_cpu and _native.load() is None:
         pytest.skip(_native.why_unavailable())
-    group = f"{shape}, batch {block_batch}, {place.label}"
+    group = f"{shape}, batch {block_batch}, {device.label}"
     record.wanted("kernels", group)
-    place.enter()
+    device.enter()
     torch._dynamo.reset()
     c, k, side = shape.channels, shape.kernel_size, shape.side
     block = reference_block(c, k, ACTIVATIONS[shape.act])
     trained_like_(block, (1, c, side, side))
-    block = place.model(block)
+    block = device.model(block)
     x = torch.randn(block_batch, c, side, side, generator=torch.Generator().manual_seed(1))
-    inputs, checked = place.inputs(x), place.checked(block_batch)
+    inputs, checked = device.inputs(x), device.checked(block_batch)
     some = inputs.first[:checked]
     plain = {"depthwise half": block[:1], "channel half": block[1:], "block": block}
-    # The name of a run -> its half, its system.
+    # Name of a run -> its half and its system.
     systems: dict[str, tuple[str, str]] = {}
     runs: dict[str, Run] = {}
     notes: dict[tuple[str, str], str] = {}
@@ -114,7 +114,7 @@ def test_block_and_its_halves(
             ours = {half: eager(optimize(plain[half], inplace=False), last) for half in HALVES}
         for half in HALVES:
             same = plain[half](inputs.first)[:checked]
-            exact = places.oracle(plain[half], some)
+            exact = devices.oracle(plain[half], some)
             run = ours[half]
             if isinstance(run, str):
                 notes[half, "ours"] = run
@@ -123,8 +123,8 @@ def test_block_and_its_halves(
                 assert_numerics(run()[:checked], same, exact)
                 others = {"ours": run}
             found, _, missing = build(
-                [name for name in PEERS[place.kind] if name in preset.systems],
-                place.kind,
+                [name for name in PEERS[device.kind] if name in preset.systems],
+                device.kind,
                 plain[half],
                 inputs,
                 lambda y, same=same, exact=exact: check_peer(y[:checked], same, exact),
@@ -133,11 +133,11 @@ def test_block_and_its_halves(
             for name, one in {**others, **found}.items():
                 systems[f"{half}, {name}"] = (half, name)
                 runs[f"{half}, {name}"] = one
-        measured = measure(runs, place, preset, benchmark)
-    pixels, size = side * side, place.dtype.itemsize
+        measured = measure(runs, device, preset, benchmark)
+    pixels, size = side * side, device.dtype.itemsize
     halves = {
         "depthwise half": (depthwise_half(block_batch, c, k, pixels, size),),
-        "channel half": (channel_half(block_batch, c, pixels, size),),
+        "channel half": (pointwise_half(block_batch, c, pixels, size),),
     }
     halves["block"] = halves["depthwise half"] + halves["channel half"]
     at = {"model": str(shape), "batch": block_batch}
@@ -146,7 +146,7 @@ def test_block_and_its_halves(
         row = measured.row(name, of_blocks(block_batch, halves[half]))
         rows.append({**at, "part": half, **row, "system": system})
     rows += [
-        {**at, "part": half, **place.columns, "system": name, "note": note}
+        {**at, "part": half, **device.columns, "system": name, "note": note}
         for (half, name), note in notes.items()
     ]
     rows += [{**at, **row} for row in measured.limit_rows()]

@@ -12,7 +12,7 @@ from presets import THREADS
 from recording import BenchmarkRecorder
 
 # Both systems import the same modules: the difference is the model's. The peak is that of the whole
-# process, so what building and the first forward need for a moment counts.
+# process, temporary memory of building and of the first forward included.
 SCRIPT = """
 import json, sys
 from pathlib import Path

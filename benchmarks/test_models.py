@@ -1,4 +1,4 @@
-"""Whole models: ours beside everything else that runs them, on the CPU and on a GPU.
+"""Whole models: ours and every other system that runs them, on the CPU and on a GPU.
 
     pytest benchmarks/test_models.py
     pytest benchmarks/test_models.py --preset full --variants 768/32
@@ -6,26 +6,26 @@
 A group is a model, a batch size and a thread count (on a GPU, a dtype). Its systems take turns in
 one process, on the same images. Each output is checked first, on a CPU every image of the batch:
 ours by the numerics rule (`convmixer_fast.testing.assert_numerics`), a peer's by
-`systems.check_peer`; one that fails is not timed. The limit is the machine's own, measured in the
-same rounds. On a CPU it is multiply-adds of a loop on registers alone; "of peak" counts all
-multiply-adds of the model, the depthwise ones included. On a GPU it is three loops (`places.Gpu`);
-"of limit" is the time that `work.Work` needs at those rates, by the time that was measured.
+`competitors.check_peer`; one that fails is not timed. The limit is the machine's own, measured in
+the same rounds. On a CPU it is multiply-adds of a loop on registers alone; "of peak" counts all
+multiply-adds of the model, the depthwise ones included. On a GPU it is three loops
+(`devices.Gpu`); "of limit" is the time of `work.Work` at those rates over the measured time.
 
-The allocator is left as it is: that large outputs are fresh pages is part of what a model costs.
+The allocator has its default settings: new pages for large outputs are part of a model's cost.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import places
+import devices
 import torch
 from cases import case, oracle
+from competitors import build, check_peer, eager
+from devices import Device
 from measuring import measure
-from places import Place
 from presets import Preset
 from recording import BenchmarkRecorder
-from systems import build, check_peer, eager
 from work import of_model
 
 from convmixer_fast.testing import assert_numerics
@@ -35,37 +35,37 @@ def test_model(
     variant: str,
     batch: int,
     threads: int,
-    place: Place,
+    device: Device,
     benchmark: Any,
     preset: Preset,
     record: BenchmarkRecorder,
 ) -> None:
-    group = f"{variant}, batch {batch}, {place.label}"
+    group = f"{variant}, batch {batch}, {device.label}"
     record.wanted("models", group)
     model = case(variant)
-    place.enter()
+    device.enter()
     torch._dynamo.reset()
-    plain, ours = place.model(model.plain), place.model(model.ours)
-    inputs = place.inputs(model.images(batch))
-    checked = place.checked(batch)
-    if place.kind == "cpu":
+    plain, ours = device.model(model.plain), device.model(model.ours)
+    inputs = device.inputs(model.images(batch))
+    checked = device.checked(batch)
+    if device.kind == "cpu":
         exact = oracle(variant, max(preset.batches))[:batch]
     else:
-        exact = places.oracle(plain, inputs.first[:checked])
+        exact = devices.oracle(plain, inputs.first[:checked])
     with torch.no_grad():
         same = plain(inputs.first)[:checked]
         mine = eager(ours, inputs)
         errors = {"ours": assert_numerics(mine()[:checked], same, exact)}
         others, found, notes = build(
             preset.systems,
-            place.kind,
+            device.kind,
             plain,
             inputs,
             lambda out: check_peer(out[:checked], same, exact),
         )
         errors |= found
-        measured = measure({"ours": mine, **others}, place, preset, benchmark)
-    work = of_model(model.arch, model.side, batch, place.dtype.itemsize)
+        measured = measure({"ours": mine, **others}, device, preset, benchmark)
+    work = of_model(model.arch, model.side, batch, device.dtype.itemsize)
     at = {"model": variant, "batch": batch}
     rows = [
         {
@@ -77,5 +77,5 @@ def test_model(
         for name in ("ours", *others)
     ]
     rows += [{**at, **row} for row in measured.limit_rows()]
-    rows += [{**at, **place.columns, "system": name, "note": note} for name, note in notes.items()]
+    rows += [{**at, **device.columns, "system": name, "note": note} for name, note in notes.items()]
     record("models", group, rows)

@@ -4,13 +4,13 @@
     python benchmarks/cpu.py --preset full --suites never_slower --variants 256/8,1024/20
 
 A cell is a model, a setting (`settings.SETTINGS`), a batch, a side and a thread count; its systems
-take turns in one process. The first image's output of each is held against float64 first: ours by
-the numerics rule, the others' by `systems.check_peer`. A cell below `report.NEVER_SLOWER` is
-measured once more with more rounds, and the second measurement stands.
+take turns in one process. The output for the first image is compared with float64 first: ours by
+the numerics rule, the others' by `competitors.check_peer`. A cell below `report.NEVER_SLOWER` is
+measured once more with more rounds, and the second measurement counts.
 
-What keeps the time bounded: a system of which one call takes a second, and half as long again as
-the fastest, is not called again; a call that is expected to take more than
-``Preset.cell_call_seconds``, at the rate of the largest cell before it, is not made and noted.
+The time is bounded: a system with a call of more than a second, and 1.5 times the fastest, is not
+called again. A call that is expected to take more than ``Preset.cell_call_seconds``, at the rate of
+the largest cell before it, is skipped and noted.
 """
 
 from __future__ import annotations
@@ -21,33 +21,35 @@ from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
-import places
+import devices
 import pytest
 import torch
 from cases import case
+from competitors import build, check_peer, eager
+from devices import Cpu
 from measuring import Measured, measure
-from places import Cpu
 from presets import Preset
 from recording import BenchmarkRecorder
 from report import NEVER_SLOWER, computed_by, stock_ratio
 from results import Row, select
 from settings import SETTINGS
-from systems import build, check_peer, eager
 from work import Work, of_model
 
 from convmixer_fast import explain
 from convmixer_fast.testing import assert_numerics
 from convmixer_fast.timing import wall_seconds
 
-#: A system is not called again whose call takes so many seconds and so many times the fastest's.
+#: A system is not called again if a call takes so many seconds and so many times the fastest's.
 LONG, FAR = 1.0, 1.5
-#: Rounds and seconds of a second measurement, in those of the first.
+#: Rounds and seconds of a second measurement, as multiples of the first.
 MORE = 3
 
 
 def expected_seconds(before: Iterable[Row], work: Work) -> dict[str, float]:
-    """Seconds of a call of every system, at the rate of its largest cell of ``before`` with no more
-    work than ``work``."""
+    """Expected seconds of a call, by system.
+
+    The rate is that of the system's largest cell in ``before`` with no more work than ``work``.
+    """
     rates: dict[str, tuple[float, float]] = {}
     for row in before:
         if "ms" not in row:
@@ -59,8 +61,10 @@ def expected_seconds(before: Iterable[Row], work: Work) -> dict[str, float]:
 
 
 def too_long(systems: Iterable[str], seconds: Mapping[str, float], most: float) -> dict[str, str]:
-    """The systems that are not called, with the reason. One of stock PyTorch is where it is also
-    expected to take twice as long as ours."""
+    """The systems that are not called, with the reason.
+
+    Stock PyTorch is left out only if it is also expected to take twice as long as ours.
+    """
     ours = seconds.get("ours", 0.0)
     return {
         system: f"not run: a call would take about {seconds[system]:.0f} s"
@@ -70,15 +74,15 @@ def too_long(systems: Iterable[str], seconds: Mapping[str, float], most: float) 
 
 
 def _measure(
-    runs: Mapping[str, Callable[[], Any]], place: Cpu, preset: Preset, benchmark: Any
+    runs: Mapping[str, Callable[[], Any]], device: Cpu, preset: Preset, benchmark: Any
 ) -> Measured:
-    """`measure` of the systems that one call does not decide; the others' columns are that call."""
+    """`measure` the systems that one call does not decide; the others keep that call's columns."""
     once = {name: wall_seconds(run, 1) for name, run in runs.items()}
     fastest = min(once.values())
     decided = {name: s for name, s in once.items() if s > max(LONG, FAR * fastest)}
     measured = measure(
         {name: run for name, run in runs.items() if name not in decided},
-        place,
+        device,
         preset,
         benchmark,
         threads=(),
@@ -103,7 +107,7 @@ def test_cell(
     group = f"{cell_variant}, {setting}, batch {cell_batch}, {cell_side} px, threads {threads}"
     record.wanted("never_slower", group)
     how = SETTINGS[setting]
-    if why := how.why_not():
+    if why := how.unavailable_reason():
         pytest.skip(why)
     model = case(cell_variant)
     work = of_model(model.arch, cell_side, cell_batch, how.dtype.itemsize)
@@ -117,12 +121,12 @@ def test_cell(
         record("never_slower", group, rows[:1])
         return
 
-    place = Cpu(threads)
-    place.enter()
+    device = Cpu(threads)
+    device.enter()
     torch._dynamo.reset()
     plain, ours = (copy.deepcopy(m).to(how.dtype) for m in (model.plain, model.ours))
-    inputs = place.inputs(model.images(cell_batch, cell_side).to(how.dtype))
-    exact = places.oracle(plain, inputs.first[:1])
+    inputs = device.inputs(model.images(cell_batch, cell_side).to(how.dtype))
+    exact = devices.oracle(plain, inputs.first[:1])
     preset = dataclasses.replace(preset, budget=preset.cell_budget)
     more = dataclasses.replace(
         preset, budget=MORE * preset.budget, least_rounds=MORE * preset.least_rounds
@@ -133,7 +137,7 @@ def test_cell(
         assert_numerics(mine()[:1], same, exact)
         stock, _, missing = build(
             [name for name in preset.stock if name not in notes],
-            place.kind,
+            device.kind,
             plain,
             inputs,
             lambda out: check_peer(out[:1], same, exact),
@@ -141,7 +145,7 @@ def test_cell(
         runs = {"ours": mine, **stock}
         by = computed_by(explain(ours, inputs.first))
         for attempt, how_long in (benchmark, preset), (SimpleNamespace(pedantic=_call), more):
-            measured = _measure(runs, place, how_long, attempt)
+            measured = _measure(runs, device, how_long, attempt)
             found = [{**at, **measured.row(name, work)} for name in runs]
             ratio = stock_ratio(found)
             if ratio is None or ratio >= NEVER_SLOWER:
@@ -152,5 +156,5 @@ def test_cell(
 
 
 def _call(run: Callable[..., Any], args: Any, kwargs: Any, rounds: int) -> Any:
-    """What pytest-benchmark's `pedantic` does, which a test may use once."""
+    """Replacement of pytest-benchmark's `pedantic`, which a test may call only once."""
     return run(*args, **kwargs)

@@ -1,11 +1,12 @@
-"""How far from float64 are our whole models, with and without Strassen's algorithm?
+"""Errors of whole models against float64, with and without Strassen's algorithm.
 
-Each in a process of its own, as a user would set ``CONVMIXER_FAST_STRASSEN``.
+Each runs in a process of its own, with ``CONVMIXER_FAST_STRASSEN`` set as a user would set it.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,16 @@ from presets import BATCH
 from recording import BenchmarkRecorder
 from report import PRODUCTS
 
+#: Where the script finds the benchmarks' modules.
+PATH = os.pathsep.join(
+    filter(None, (str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH")))
+)
 SCRIPT = """
 import dataclasses, hashlib, json, os, sys
-folder, strassen, variant, batch = *sys.argv[1:4], int(sys.argv[4])
+strassen, variant, batch = sys.argv[1], sys.argv[2], int(sys.argv[3])
 os.environ.pop("CONVMIXER_FAST_STRASSEN", None)
 if strassen:
     os.environ["CONVMIXER_FAST_STRASSEN"] = strassen
-sys.path.append(folder)
 import torch
 from cases import case, oracle
 from convmixer_fast.testing import error_report
@@ -39,8 +43,8 @@ def test_error_of_whole_models(variant: str, benchmark: Any, record: BenchmarkRe
     record.wanted("numerics", variant)
 
     def errors(strassen: str) -> dict[str, Any]:
-        arguments = ("-c", SCRIPT, str(Path(__file__).parent), strassen, variant, str(BATCH))
-        result = fresh_python.run(*arguments, timeout=1800)
+        arguments = ("-c", SCRIPT, strassen, variant, str(BATCH))
+        result = fresh_python.run(*arguments, env={"PYTHONPATH": PATH}, timeout=1800)
         assert result.returncode == 0, result.stderr
         return json.loads(result.stdout)
 

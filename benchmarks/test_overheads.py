@@ -1,4 +1,4 @@
-"""What the package costs besides computing: its import, its look at packed copies, its launches."""
+"""Overheads of the package: its import, its checks of packed copies, its launches."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import fresh_python
 import pytest
 import torch
-from gpu_double import installed
+from fakes.triton import installed
 from recording import BenchmarkRecorder
 
 from convmixer_fast import MixerBlock, MixerStack, create_model
@@ -76,7 +76,7 @@ def _does_nothing(*args: Any, out: Any = None, **kwargs: Any) -> Any:
 def test_host_time_of_fused_halves(
     benchmark: Any, record: BenchmarkRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of everything but the kernels, which do nothing: what a GPU waits for at small batches."""
+    """Host time without the kernels, which do nothing: a GPU waits for it at small batches."""
     group = "host time per fused half"
     record.wanted("overheads", group)
     blocks = 20

@@ -26,6 +26,6 @@ def test_files_to_results(
     paths = sorted(folder.rglob("*.jpg"))
     assert len(paths) == preset.photographs
     with warnings.catch_warnings():
-        # Some of them are broken, and Pillow says so.
+        # Pillow warns of the broken ones.
         warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
         benchmark.pedantic(inference.pipeline, args=(paths, record, tmp_path), rounds=1)

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from cases import Case, case
+from devices import Cpu
 from measuring import measure
-from places import Cpu
 from presets import BATCH, LARGE_SIDE, THREADS, Preset
 from recording import BenchmarkRecorder
 from torch import Tensor
@@ -15,12 +15,12 @@ from work import of_model
 
 from convmixer_fast.testing import assert_numerics
 
-#: (batch, threads): the first is what the others are held against.
+#: (batch, threads); the others are compared with the first.
 POINTS = ((BATCH, THREADS), (1, THREADS), (BATCH, 1), (1, 1))
 
 
 def _check(model: Case, x: Tensor, images: int) -> None:
-    """The first images of the batch keep the numerics rule."""
+    """Check the first images of the batch by the numerics rule."""
     some = x[:images]
     with torch.no_grad():
         assert_numerics(model.ours(x)[:images], model.plain(some), model.oracle(some))
@@ -59,11 +59,11 @@ def test_batches_and_threads(
 def test_large_image(
     large_variant: str, benchmark: Any, preset: Preset, record: BenchmarkRecorder
 ) -> None:
-    """One large image beside as many of the usual size as hold about the same work.
+    """One large image against a batch of the usual size with about the same work.
 
-    Work is counted on the grid of patches that the model computes: of 2048 pixels and patches of
-    14, a grid of 146 x 146, against 83 grids of 16 x 16. What the numbers of patches still differ
-    by (0.3 %) is divided away: the measure is nanoseconds for a patch.
+    Work is counted in patches: 2048 pixels and patches of 14 are a grid of 146 x 146, compared with
+    83 grids of 16 x 16. The measure is nanoseconds for a patch, which removes the remaining
+    difference of 0.3 %.
     """
     group = f"{large_variant}, {LARGE_SIDE} pixels"
     record.wanted("scaling", group)

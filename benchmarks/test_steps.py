@@ -1,8 +1,7 @@
-"""What does each step of fusion buy? One model, from PyTorch's operators to ours, step by step.
+"""Gain of each step of fusion: one model, from PyTorch's operators to ours, step by step.
 
-Each system is the one before it with one thing changed, in the same rounds, and each keeps the
-numerics rule. The last is the model as it is used; on a GPU a CUDA graph comes after it, where the
-batch is small enough for one.
+Each system is the one before it with one change, in the same rounds, and each meets the numerics
+rule. The last one is the model as users have it; on a GPU a CUDA graph follows for small batches.
 """
 
 from __future__ import annotations
@@ -13,15 +12,15 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import places
+import devices
 import pytest
 import torch
 from cases import Case, case, oracle
+from competitors import Unavailable, eager, eager_channels_last, ours_as_graph
+from devices import Device, Inputs
 from measuring import measure
-from places import Inputs, Place
 from presets import Preset
 from recording import BenchmarkRecorder
-from systems import Unavailable, eager, eager_channels_last, ours_as_graph
 from torch import Tensor, nn
 from work import of_model
 
@@ -105,35 +104,35 @@ def _gpu_steps(plain: nn.Module, ours: nn.Module, inputs: Inputs) -> dict[str, R
 def test_steps(
     variant: str,
     step_batch: int,
-    place: Place,
+    device: Device,
     benchmark: Any,
     preset: Preset,
     record: BenchmarkRecorder,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    on_cpu = place.kind == "cpu"
+    on_cpu = device.kind == "cpu"
     if on_cpu and _native.load() is None:
         pytest.skip(_native.why_unavailable())
-    group = f"{variant}, batch {step_batch}, {place.label}"
+    group = f"{variant}, batch {step_batch}, {device.label}"
     record.wanted("steps", group)
-    # The steps set it; the fixture puts back what was there.
+    # The steps set it; the fixture restores it.
     monkeypatch.setenv(STRASSEN, "1")
     model = case(variant)
-    place.enter()
-    inputs, checked = place.inputs(model.images(step_batch)), place.checked(step_batch)
-    plain = place.model(model.plain)
+    device.enter()
+    inputs, checked = device.inputs(model.images(step_batch)), device.checked(step_batch)
+    plain = device.model(model.plain)
     some = inputs.first[:checked]
-    exact = oracle(variant, step_batch) if on_cpu else places.oracle(plain, some)
+    exact = oracle(variant, step_batch) if on_cpu else devices.oracle(plain, some)
     with torch.no_grad():
         if on_cpu:
             runs = _steps(model, inputs.first)
         else:
-            runs = _gpu_steps(plain, place.model(model.ours), inputs)
+            runs = _gpu_steps(plain, device.model(model.ours), inputs)
         same = plain(inputs.first)[:checked]
         for run in runs.values():
             assert_numerics(run()[:checked], same, exact)
-        measured = measure(runs, place, preset, benchmark)
-    work = of_model(model.arch, model.side, step_batch, place.dtype.itemsize)
+        measured = measure(runs, device, preset, benchmark)
+    work = of_model(model.arch, model.side, step_batch, device.dtype.itemsize)
     at = {"model": variant, "batch": step_batch}
     rows = [{**at, **measured.row(name, work)} for name in runs]
     record("steps", group, [*rows, *({**at, **row} for row in measured.limit_rows())])

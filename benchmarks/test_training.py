@@ -1,8 +1,8 @@
-"""A training step, forward, backward and SGD: our modules beside the plain ones.
+"""A training step, forward, backward and SGD: our modules and the plain ones.
 
-While BatchNorm gathers batch statistics the children of our modules run one by one: PyTorch's own
-speed is what to expect. On a GPU weights are float32, and a lower dtype is that of autocast. Logits
-and the gradient that comes last, that of the stem, are held against float64 first.
+While BatchNorm gathers batch statistics the children of our modules run one by one, at PyTorch's
+own speed. On a GPU weights are float32, and a lower dtype is that of autocast. Logits and the last
+gradient, that of the stem, are compared with float64 first.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from typing import Any
 import pytest
 import torch
 from cases import case
+from competitors import EAGER, check_peer
+from devices import Device
 from measuring import measure
-from places import Place
 from presets import Preset
 from recording import BenchmarkRecorder
-from systems import EAGER, check_peer
 from torch import Tensor, nn
 from work import of_training_step
 
 from convmixer_fast.testing import assert_numerics
 
-#: Small enough that the steps of a measurement leave the weights what they are.
+#: Small enough that the steps of a measurement hardly change the weights.
 LEARNING_RATE = 1e-9
 
 
@@ -45,28 +45,28 @@ def _forward_and_backward(
 def test_step(
     variant: str,
     training_batch: int,
-    place: Place,
+    device: Device,
     benchmark: Any,
     preset: Preset,
     record: BenchmarkRecorder,
 ) -> None:
-    if place.dtype == torch.float16:
+    if device.dtype == torch.float16:
         pytest.skip("float16 trains with a loss scaler, which is not what is measured here")
-    group = f"{variant}, batch {training_batch}, {place.label}"
+    group = f"{variant}, batch {training_batch}, {device.label}"
     record.wanted("training", group)
     it = case(variant)
-    place.enter()
-    # Weights and images stay float32: autocast makes of them what it wants.
-    dtype, wide = place.dtype, torch.float32
-    inputs = place.inputs(it.images(training_batch), wide)
+    device.enter()
+    # Weights and images stay float32; autocast converts them.
+    dtype, wide = device.dtype, torch.float32
+    inputs = device.inputs(it.images(training_batch), wide)
     x = inputs.first
     target = torch.arange(training_batch, device=x.device) % it.arch.num_classes
     models = {
-        "ours": copy.deepcopy(place.model(it.ours, wide)).train(),
-        EAGER: copy.deepcopy(place.model(it.plain, wide)).train(),
+        "ours": copy.deepcopy(device.model(it.ours, wide)).train(),
+        EAGER: copy.deepcopy(device.model(it.plain, wide)).train(),
     }
     given = dict.fromkeys(models, inputs)
-    if place.kind != "cpu":
+    if device.kind != "cpu":
         twin = copy.deepcopy(models[EAGER]).to(memory_format=torch.channels_last)
         models["eager channels-last"] = twin
         given["eager channels-last"] = inputs.channels_last()
@@ -90,7 +90,7 @@ def test_step(
 
         return run
 
-    measured = measure({name: step(name) for name in models}, place, preset, benchmark)
+    measured = measure({name: step(name) for name in models}, device, preset, benchmark)
     work = of_training_step(it.arch, it.side, training_batch)
     at = {"model": variant, "batch": training_batch}
     rows = [{**at, **measured.row(name, work)} for name in models]

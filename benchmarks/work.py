@@ -1,4 +1,4 @@
-"""How much work is it, and how fast could a machine be done with it? Multiply-adds and bytes."""
+"""Multiply-adds and bytes of a call, and the least time that a machine's limits allow for them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from convmixer_fast.arch import Arch
 
 @dataclass(frozen=True)
 class Limits:
-    """What a machine was measured to do at most; None where nobody measured it.
+    """Measured peak rates of a machine; None where a rate was not measured.
 
     Attributes:
         multiply_add: float32 multiply-adds a second.
-        matrix: multiply-adds a second of matrix products in the dtype that is measured.
+        matrix: multiply-adds a second of GEMMs in the measured dtype.
         bandwidth: bytes a second to and from memory, both counted.
     """
 
@@ -25,14 +25,14 @@ class Limits:
 
 @dataclass(frozen=True)
 class Part:
-    """What one fused kernel does: multiply-adds, and bytes that it must move, each once."""
+    """Work of one fused kernel: multiply-adds, and the bytes it must move, each once."""
 
     macs: int
     bytes: int
     matrix: bool
 
     def least_seconds(self, limits: Limits) -> float:
-        """The longer of computing and moving, at the machine's limits."""
+        """The longer of the computing time and the transfer time at the machine's limits."""
         rate = limits.matrix if self.matrix else limits.multiply_add
         return max(
             self.macs / rate if rate else 0.0,
@@ -42,7 +42,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Work:
-    """A call's images and its parts, one after the other."""
+    """The images of a call and its parts, executed in order."""
 
     images: int
     parts: tuple[Part, ...]
@@ -56,19 +56,19 @@ class Work:
         return sum(part.bytes for part in self.parts)
 
     def least_seconds(self, limits: Limits) -> float:
-        """No run of one kernel a part is shorter than that."""
+        """Lower bound of the time with one kernel a part."""
         return sum(part.least_seconds(limits) for part in self.parts)
 
 
 def depthwise_half(images: int, channels: int, kernel_size: int, pixels: int, size: int) -> Part:
-    """Reads its map and writes one; ``pixels`` of an image's map, ``size`` bytes a value."""
+    """Reads one map and writes one; ``pixels`` of an image's map, ``size`` bytes a value."""
     values = images * channels * pixels
     taps = channels * kernel_size**2
     return Part(values * kernel_size**2, size * (2 * values + taps), matrix=False)
 
 
-def channel_half(images: int, channels: int, pixels: int, size: int) -> Part:
-    """Reads its map and writes one, and reads channels x channels weights."""
+def pointwise_half(images: int, channels: int, pixels: int, size: int) -> Part:
+    """Reads one map and channels x channels weights, and writes one map."""
     values = images * channels * pixels
     return Part(values * channels, size * (2 * values + channels**2), matrix=True)
 
@@ -78,8 +78,11 @@ def of_blocks(images: int, halves: Iterable[Part]) -> Work:
 
 
 def of_model(arch: Arch, side: int, images: int, size: int = 4) -> Work:
-    """A forward pass; ``size`` bytes a value. Every half of a block is one kernel, and so are the
-    stem and the head, whose mean reads the last map."""
+    """Work of a forward pass; ``size`` bytes a value.
+
+    Every half of a block is one kernel. Stem and head are one kernel each; the head's mean reads
+    the last map.
+    """
     rows, columns = arch.grid(side)
     pixels, c, macs = rows * columns, arch.dim, arch.macs(side)
     values = images * c * pixels
@@ -88,7 +91,7 @@ def of_model(arch: Arch, side: int, images: int, size: int = 4) -> Work:
     head = size * (values + c * arch.num_classes + images * arch.num_classes)
     block = (
         depthwise_half(images, c, arch.kernel_size, pixels, size),
-        channel_half(images, c, pixels, size),
+        pointwise_half(images, c, pixels, size),
     )
     return Work(
         images,
@@ -101,8 +104,11 @@ def of_model(arch: Arch, side: int, images: int, size: int = 4) -> Work:
 
 
 def of_training_step(arch: Arch, side: int, images: int) -> Work:
-    """Multiply-adds of forward and backward: one pass more for the gradients of the weights, and
-    one for those of the activations, of which the image needs none. No bytes: what is kept for the
-    way back differs from system to system."""
+    """Multiply-adds of forward and backward.
+
+    Backward takes one more pass for the gradients of the weights and one for those of the
+    activations, which the image does not need. Bytes are 0: what is stored for backward differs
+    from system to system.
+    """
     macs = arch.macs(side)
     return Work(images, (Part(images * (3 * macs.total - macs.stem), 0, matrix=True),))

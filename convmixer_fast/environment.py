@@ -45,7 +45,7 @@ VARIABLES = {
     )
 }
 #: Variables of ``setup.py`` and of the tests.
-BUILD_VARIABLES = ("CPU", "CUDA", "CUTLASS", "BUILD_CACHE", "WERROR", "PTXSIM", "CI_OLDEST")
+BUILD_VARIABLES = ("CPU", "CUDA", "CUTLASS", "BUILD_CACHE", "WERROR", "CI_OLDEST")
 #: Variables that decide which kernels run.
 _OF_KERNELS = ("ISA", "STRASSEN", "DISABLE_NATIVE", "DISABLE_TRITON", "DISABLE_CUDA", "VERIFY")
 

@@ -41,7 +41,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         config.option.dist = "loadfile"
 
 
-#: What tests put stand-ins in the place of: one that is left there changes whatever runs later.
+#: What tests replace by fakes; a fake that is not removed changes every later test.
 _REPLACEABLE = (
     (_native_cuda, "_find"),
     (_native_cuda, "is_emulated"),
@@ -59,7 +59,7 @@ def _nothing_left_behind() -> Iterator[None]:
     yield
     after = [getattr(module, name) for module, name in _REPLACEABLE]
     left = [name for (_, name), b, a in zip(_REPLACEABLE, before, after, strict=True) if a is not b]
-    assert not left, f"stand-ins are left behind: {', '.join(left)}"
+    assert not left, f"fakes are left behind: {', '.join(left)}"
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""On which shapes are the GPU kernels tried? One list for interpreter, simulator and hardware."""
+"""Cases of the GPU kernels: one list for the interpreter, the simulator and hardware."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class MatrixCase:
     p: int = 1
     act: str = "gelu"
     bias: bool = True
-    #: How x lies in memory: nhwc, nchw, or a slice of a larger tensor by channel, image or column.
+    #: Memory layout of x: nhwc, nchw, or a slice of a larger tensor by channel, image or column.
     layout: str = "nhwc"
     pixels: str = "float"
     #: Large enough for hardware only.
@@ -62,8 +62,8 @@ POINTWISE_CASES = (
     MatrixCase("ragged_large", 5, 771, 31, 33, 1029, large=True),
 )
 
-#: For the CUDA kernels, beside those above: more steps along the sum than are on their way at once,
-#: and enough tiles for the large ones.
+#: Cases of the CUDA kernels: those above, more steps along the sum than there are buffers, and
+#: enough tiles for the large kernels.
 CUDA_CASES = (
     *POINTWISE_CASES,
     MatrixCase("many_steps", 1, 360, 10, 13, 136),
@@ -101,7 +101,7 @@ class MatrixOperands:
     std: tuple[float, ...] | None = None
 
     def pixels(self, dtype: torch.dtype) -> Tensor:
-        """x as the product sees it: normalised in ``dtype`` where it is uint8."""
+        """x as an operand of the GEMM: in ``dtype``, and normalised if it is uint8."""
         if self.mean is None or self.std is None:
             return self.x.to(dtype)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -113,11 +113,11 @@ class MatrixOperands:
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:
-    """A tensor equal to x (N, C, H, W) that lies in memory as ``layout`` says."""
+    """A tensor equal to x (N, C, H, W) with the memory layout ``layout``."""
     n, c, h, w = x.shape
     if layout == "nchw":
         return x.contiguous()
-    # Around a slice there is NaN (or 255): whoever reads there shows it.
+    # A slice is surrounded by NaN (or 255), which a read outside of it spreads to the result.
     fill = 255 if x.dtype == torch.uint8 else float("nan")
     extra = {"channel_slice": (0, 16, 0), "odd_channel_slice": (0, 3, 0)}
     dn, dc, dw = {"image_slice": (2, 0, 0), "column_slice": (0, 0, 3)}.get(
@@ -157,7 +157,7 @@ def draw(
 
 
 def plain(o: MatrixOperands, act: str, dtype: torch.dtype) -> Tensor:
-    """The same by PyTorch's operators in ``dtype``."""
+    """The reference: PyTorch's operators in ``dtype``."""
     weight = o.weight.to(dtype)
     bias = None if o.bias is None else o.bias.to(dtype)
     h = F.conv2d(o.pixels(dtype), weight, bias, stride=weight.shape[2])
@@ -171,9 +171,9 @@ def round_to_tf32(x: Tensor) -> Tensor:
 
 
 def enough_draws(*shape: int) -> int:
-    """How often to draw operands of a shape that was drawn itself: until there are 256 outputs.
+    """Number of draws of operands that gives 256 outputs, for a randomly drawn shape.
 
-    The rule compares errors, and of a few outputs PyTorch's can be small by luck.
+    The rule compares errors, and PyTorch's error can be small by chance if there are few outputs.
     """
     return min(16, -(-256 // max(1, math.prod(shape))))
 
@@ -184,10 +184,10 @@ def guarded(
     device: str,
     run: Callable[..., Tensor],
 ) -> Tensor:
-    """What ``run`` writes into a result of ``shape`` (N, D, H, W), every output and nothing beside.
+    """Run into a result of ``shape`` (N, D, H, W) and check that nothing around it is written.
 
-    The result starts as NaN and lies between two guards, inside one tensor: a simulator that knows
-    tensors does not see a write next to it.
+    The result starts as NaN and lies between two guards inside one tensor: the simulator checks the
+    bounds of tensors and does not see a write next to the result.
     """
     n, d, h, w = shape
     count, guard = n * d * h * w, 256
@@ -210,9 +210,10 @@ def check(
     tf32: bool = False,
     **kw: object,
 ) -> None:
-    """Run a kernel on a case, ``draws`` times: `guarded`, and the numerics rule on all outputs.
+    """Run a kernel on a case ``draws`` times, `guarded`; check the outputs by the numerics rule.
 
-    ``tf32``: the kernel multiplies float32 as TF32, and so does what it is measured by.
+    Args:
+        tf32: the kernel multiplies float32 as TF32, and so does the reference in the rule.
     """
     shape = (case.n, case.d, case.h // case.p, case.w // case.p)
     ours, same, exact = [], [], []
@@ -241,7 +242,7 @@ class DepthwiseCase:
     k: int
     act: str = "gelu"
     bias: bool = True
-    #: As for `lay_out`, and row_slice: the rows between those of a larger tensor.
+    #: As for `lay_out`, or row_slice: every second row of a larger tensor.
     layout: str = "nhwc"
     #: Large enough for hardware only.
     large: bool = False
@@ -251,7 +252,7 @@ class DepthwiseCase:
 
 
 DEPTHWISE_CASES = (
-    # By what a row of tiles, eight columns wide, consists of: one, a first and a last, more, masks.
+    # Rows of tiles, eight columns wide: one tile, a first and a last, more, masks.
     DepthwiseCase("one_tile", 2, 64, 8, 8, 3),
     DepthwiseCase("two_tiles", 1, 64, 9, 16, 5, act="relu"),
     DepthwiseCase("two_tiles_that_overlap", 1, 64, 8, 13, 4),
@@ -265,7 +266,7 @@ DEPTHWISE_CASES = (
     DepthwiseCase("one_column", 1, 64, 20, 1, 3),
     DepthwiseCase("one_tap", 1, 64, 8, 8, 1, act="identity"),
     DepthwiseCase("taps_in_parts", 1, 64, 8, 8, 13),
-    # By channels: blocks that overlap, odd, few, and a block of 32.
+    # Channels: overlapping blocks, odd counts, few, and a block of 32.
     DepthwiseCase("channels_beyond_a_block", 1, 100, 8, 8, 3),
     DepthwiseCase("even_channels", 1, 70, 8, 9, 3, act="relu"),
     DepthwiseCase("odd_channels", 1, 67, 8, 9, 3),
@@ -303,7 +304,7 @@ def draw_depthwise(
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(case.n, case.c, case.h, case.w, generator=g).to(dtype).to(device)
     if case.layout == "row_slice":
-        # Rows of another tensor between ours: NaN shows who reads them.
+        # The rows between are NaN, which a read of them spreads to the result.
         base = torch.full((case.n, 2 * case.h, case.w, case.c), float("nan"), dtype=dtype)
         x = base.to(device)[:, ::2].permute(0, 3, 1, 2).copy_(x)
     else:
@@ -318,7 +319,7 @@ def draw_depthwise(
 
 
 def plain_depthwise(o: DepthwiseOperands, act: str, dtype: torch.dtype) -> Tensor:
-    """The same by PyTorch's operators in ``dtype``."""
+    """The reference: PyTorch's operators in ``dtype``."""
     k, x = o.weight.shape[-1], o.x.to(dtype)
     before, after = (k - 1) // 2, k // 2
     bias = None if o.bias is None else o.bias.to(dtype)
@@ -337,7 +338,7 @@ def check_depthwise(
     draws: int = 1,
     **kw: object,
 ) -> None:
-    """As `check`."""
+    """Run a depthwise kernel on a case, as `check` does."""
     shape = (case.n, case.c, case.h, case.w)
     ours, same, exact = [], [], []
     for seed in range(draws):

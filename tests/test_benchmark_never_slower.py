@@ -5,13 +5,19 @@ Nothing is timed.
 
 from __future__ import annotations
 
-import sys
+import importlib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import figures
+import presets
 import pytest
+import report
+import results
+import settings
 import torch
+import work
 
 from convmixer_fast import create_model, explain
 
@@ -21,17 +27,6 @@ MACHINE = {"name": "epyc-zen1-2c", "cpu": "AMD EPYC", "cores": 2, "isa": "avx2",
 RUN = {"date": "2025-01-31", "torch": "2.9.0", "engine": "aa"}
 BY = "mixer_stack: cpu (whole blocks in one C++ call)"
 STOCK = "mixer_stack: reference (stock PyTorch is faster here)"
-
-
-def _load(name: str) -> ModuleType:
-    # At the end of the path: the benchmarks' names must not hide those of the tests.
-    if str(BENCHMARKS) not in sys.path:
-        sys.path.append(str(BENCHMARKS))
-    return __import__(name)
-
-
-results, report, figures = _load("results"), _load("report"), _load("figures")
-presets, settings, work = _load("presets"), _load("settings"), _load("work")
 
 
 def cell(
@@ -155,7 +150,7 @@ def test_the_documentation_names_every_stored_cell_that_is_slower(path):
 @pytest.fixture
 def suite() -> ModuleType:
     pytest.importorskip("pytest_benchmark", reason='pip install ".[bench]"')
-    return _load("test_never_slower")
+    return importlib.import_module("test_never_slower")
 
 
 def test_a_call_is_expected_to_run_at_the_rate_of_the_largest_cell_before_it(suite):

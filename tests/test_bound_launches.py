@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from eyes import triton_simulator
+from triton_modes import triton_simulator
 
 from convmixer_fast import MixerBlock, MixerStack, use_backend
 from convmixer_fast.testing import trained_like_

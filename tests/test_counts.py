@@ -1,28 +1,19 @@
 """The kernels execute as many instructions as the stored counts say, within 3 %.
 
-Under a compiler of which no counts are stored, and without valgrind or the simulator, the
-comparison is skipped with that reason. `python benchmarks/counts.py --update` stores new ones.
+The comparison is skipped without valgrind, without Triton, and under a compiler without stored
+counts. `python tools/counts.py --update` stores new ones.
 """
 
 from __future__ import annotations
 
 import json
 import platform
-import sys
-from pathlib import Path
-from types import ModuleType
 
+import counts
 import pytest
-from eyes import compiler
-from simulator import ptxsim
+from triton_modes import compiler, triton_simulator
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-if str(BENCHMARKS) not in sys.path:
-    # At the end: the benchmarks' names must not hide those of the tests.
-    sys.path.append(str(BENCHMARKS))
-counts: ModuleType = __import__("counts")
-
-UPDATE = "\n".join(["", "where that is meant: python benchmarks/counts.py --update"])
+UPDATE = "\n".join(["", "if the change is intended: python tools/counts.py --update"])
 
 
 @pytest.mark.slow
@@ -41,18 +32,18 @@ def test_the_cpu_engine_executes_what_is_stored():
 @compiler
 @pytest.mark.slow
 def test_the_gpu_kernels_execute_what_is_stored():
-    simulator = ptxsim()
+    triton_simulator()
     try:
         key = counts.gpu_key()
         if key not in counts.load("gpu"):
             counts.compared("gpu", key, {})
-        lines = counts.compared("gpu", key, counts.count_gpu(simulator))
+        lines = counts.compared("gpu", key, counts.count_gpu())
     except counts.Unavailable as why:
         pytest.skip(str(why))
     assert not lines, "\n".join(lines) + UPDATE
 
 
-def test_a_change_past_three_percent_either_way_is_told_with_its_numbers():
+def test_a_change_past_three_percent_is_reported_with_its_numbers():
     stored = {"same": 1000, "near": 1000, "more": 1000, "fewer": 1000, "gone": 5}
     now = {"same": 1000, "near": 1030, "more": 1031, "fewer": 969, "new": 7}
     assert counts.differences(stored, now) == [
@@ -80,7 +71,7 @@ def test_counts_of_another_compiler_are_not_compared_with(stored):
     assert counts.compared("cpu", "gcc 12", {"a": 2}) == ["a: 1 -> 2 (+100.0 %)"]
 
 
-def test_an_update_says_what_changed_and_leaves_other_compilers_alone(stored):
+def test_an_update_reports_changes_and_keeps_other_compilers(stored):
     assert counts.update("cpu", "gcc 12", {"a": 100, "b": 3}) == [
         "a: stored as 100",
         "b: stored as 3",

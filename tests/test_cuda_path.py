@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from cuda_double import cuda_installed, without_triton
+from fakes.cuda import cuda_installed, without_triton
 from test_ops import make_operands
 
 import convmixer_fast as cf

@@ -8,7 +8,7 @@ import os
 import fresh_python
 import pytest
 import torch
-from gpu_double import installed
+from fakes.triton import installed
 
 from convmixer_fast import BackendError, _native, cli, doctor
 from convmixer_fast.arch import ACTIVATIONS

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from gpu_double import installed
+from fakes.triton import installed
 from test_ops import OPS, make_operands
 
 from convmixer_fast import BackendError, ConvMixer, doctor, explain
@@ -102,7 +102,7 @@ def gpu_reference(op: str):
 
 @pytest.fixture
 def copy_engine(double):
-    """Tells which tiles are right: `Double.pointwise_mix`, as on a GPU with a copy engine."""
+    """Tells which tiles are right: `FakeTriton.pointwise_mix`, as on a GPU with a copy engine."""
     operands = pytest.importorskip("convmixer_fast.kernels.operands", reason="needs Triton")
     good, allowed = double.pointwise_mix, []
 

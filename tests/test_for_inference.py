@@ -8,7 +8,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from gpu_double import installed
+from fakes.triton import installed
 from torch import nn
 
 from convmixer_fast import (

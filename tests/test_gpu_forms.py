@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from eyes import compiler
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from triton_modes import compiler
 
 pytest.importorskip("triton", reason="Triton is not installed")
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import os
 
 import pytest
 import torch
-from eyes import compiler, interpreter, run_in_interpreter, triton_simulator
 from torch import nn
+from triton_modes import compiler, interpreter, run_in_interpreter, triton_simulator
 
 from convmixer_fast import ConvMixer, explain, use_backend
 from convmixer_fast.kernels import support
@@ -22,8 +21,6 @@ IMAGES = (1, 3, 27, 45)
 NORMAL = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 #: Width, kernel size and activation of the published variants.
 WIDTHS = [(768, 7, "relu"), (1024, 9, "gelu"), (1536, 9, "gelu")]
-#: Asks for the tests of all of them in the simulator.
-ALL = "CONVMIXER_FAST_ALL_WIDTHS"
 
 
 def make(
@@ -108,15 +105,16 @@ def test_simulator_uint8_images(dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
 @compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("dim", "k", "act"), WIDTHS)
+@pytest.mark.parametrize(
+    ("dim", "k", "act"),
+    [WIDTHS[0], *(pytest.param(*width, marks=pytest.mark.gpu_static_full) for width in WIDTHS[1:])],
+)
 def test_simulator_at_published_widths(
     dim: int, k: int, act: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if dim != WIDTHS[0][0] and not os.environ.get(ALL):
-        pytest.skip(f"half a minute: set {ALL}=1")
     sim = triton_simulator()
     monkeypatch.setenv(first_use.ENVIRONMENT, "0")
-    # Without counters of memory accesses, which are not looked at.
+    # The counters of memory accesses are not needed.
     with support.emulated(), sim.triton_on_cpu(cc=80, strict=True, counters=False) as log:
         check(dim, k, act, dtype)
     assert not any(stats.races for stats in log)

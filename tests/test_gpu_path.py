@@ -1,6 +1,6 @@
 """What the operators and modules do around a GPU kernel: layouts, packed taps, gradients, fakes.
 
-The kernels are PyTorch's own operators in disguise (`gpu_double`), so that this runs anywhere.
+The kernels are fakes that call PyTorch (`fakes.triton`), so that the tests run anywhere.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import copy
 
 import pytest
 import torch
-from cuda_double import CudaDouble
-from gpu_double import installed
+from fakes.cuda import FakeCuda
+from fakes.triton import installed
 from test_ops import LAYOUTS, OPS, check, make_input, make_operands
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -334,7 +334,7 @@ def test_without_triton_auto_takes_the_cuda_extension_on_a_gpu(monkeypatch):
     needs_fake_convolutions()
     on_a_fake_gpu(monkeypatch)
     monkeypatch.setattr(support, "_why_no_triton", lambda: "Triton is not installed")
-    module = CudaDouble(89, ("mma.sync",)).module()
+    module = FakeCuda(89, ("mma.sync",)).module()
     monkeypatch.setattr(_native_cuda, "_find", lambda: (module, ""))
     _native_cuda.refusal.cache_clear()
     _native_cuda._numbers.cache_clear()

@@ -9,7 +9,7 @@ import signal
 
 import pytest
 import torch
-from gpu_double import installed
+from fakes.triton import installed
 
 from convmixer_fast import BackendError, cli, gpu_report
 from convmixer_fast.arch import VARIANTS

@@ -1,4 +1,4 @@
-"""Does every image of a run get its class activation map, once, and whole?"""
+"""Every image of a run gets its class activation map, once, and whole."""
 
 from __future__ import annotations
 

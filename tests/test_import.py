@@ -53,20 +53,21 @@ def test_a_fresh_python_imports_the_package_under_test(monkeypatch, tmp_path):
 
 
 def test_every_fresh_python_is_fresh_pythons():
-    # Builds run in copies of the project, which is what they are about; benchmarks/cpu.py starts
-    # its suites in an empty folder of its own, and counts.py a script that imports no package.
-    # versions.py starts the Pythons of other environments, and test_outputs.py a shell in an empty
-    # folder.
+    # Builds run in copies of the project on purpose; benchmarks/cpu.py starts its suites, and
+    # test_outputs.py a shell, in an empty folder. counts.py and the simulator's tests start scripts
+    # that do not import the package; versions.py starts the Pythons of other environments.
     own = {
-        "tests/support/fresh_python.py",
         "tests/packaging/test_build.py",
         f"tests/{Path(__file__).name}",
         "tests/versions.py",
         "tests/test_outputs.py",
-        "benchmarks/counts.py",
         "benchmarks/cpu.py",
+        "benchmarks/fresh_python.py",
+        "tools/counts.py",
+        "tools/ptxsim/tests/test_static.py",
     }
-    files = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
+    folders = ("tests", "benchmarks", "tools")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     mine = {ROOT / name for name in own}
     assert [f for f in files if f not in mine and "sys.executable" in f.read_text()] == []
 

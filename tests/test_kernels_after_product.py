@@ -7,9 +7,9 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
-from eyes import compiler, interpreter, run_in_interpreter, triton_simulator
 from gpu_cases import POINTWISE_CASES, MatrixCase, check, draw
 from torch import Tensor
+from triton_modes import compiler, interpreter, run_in_interpreter, triton_simulator
 
 pytest.importorskip("triton", reason="Triton is not installed")
 

@@ -7,7 +7,6 @@ from types import ModuleType
 
 import pytest
 import torch
-from eyes import compiler, interpreter, run_in_interpreter, triton_simulator
 from gpu_cases import (
     DEPTHWISE_CASES,
     DepthwiseCase,
@@ -18,6 +17,7 @@ from gpu_cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from triton_modes import compiler, interpreter, run_in_interpreter, triton_simulator
 
 pytest.importorskip("triton", reason="Triton is not installed")
 

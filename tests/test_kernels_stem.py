@@ -6,10 +6,10 @@ from types import ModuleType
 
 import pytest
 import torch
-from eyes import compiler, interpreter, run_in_interpreter, triton_simulator
 from gpu_cases import STEM_CASES, MatrixCase, check, draw, enough_draws
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from triton_modes import compiler, interpreter, run_in_interpreter, triton_simulator
 
 pytest.importorskip("triton", reason="Triton is not installed")
 

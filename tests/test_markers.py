@@ -13,7 +13,7 @@ from pathlib import Path
 import fresh_python
 import pytest
 import torch
-from gpu_double import installed
+from fakes.triton import installed
 
 from convmixer_fast import ConvMixer, doctor, explain
 from convmixer_fast.kernels import support

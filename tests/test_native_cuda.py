@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import fresh_python
 import pytest
 import torch
-from cuda_double import cuda_installed
+from fakes.cuda import cuda_installed
 
 from convmixer_fast import BackendError, _native, _native_cuda, available_backends, doctor
 from convmixer_fast.arch import ACTIVATIONS

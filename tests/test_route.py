@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from gpu_double import installed
+from fakes.triton import installed
 from torch import nn
 from torch.nn.utils import parametrize
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import fresh_python
-import gpu_double
 import numpy as np
 import pytest
 import torch
+from fakes import triton as fake_triton
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -225,7 +225,7 @@ def test_gpu_kernels_are_given_bands(k: int, cut: dict[str, int]) -> None:
     with cf.use_backend("reference"):
         features, _ = whole(model, x)
     stats = StreamStats()
-    with gpu_double.installed() as kernels:
+    with fake_triton.installed() as kernels:
         got = stream(model, x, "features", stats=stats, **cut)
     assert stats.backend == "modules"
     for name in ("patch_embed", "depthwise_mix", "pointwise_mix"):

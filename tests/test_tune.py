@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu_double import Double, installed
+from fakes.triton import FakeTriton, installed
 
 import convmixer_fast as cf
 from convmixer_fast import BackendError, ConvMixer, explain, use_backend
@@ -41,7 +41,7 @@ def model() -> ConvMixer:
 class Stopwatch:
     """Seconds by script: of the reference's calls, and of each kernel and tile."""
 
-    def __init__(self, double: Double, pytorch: tuple[float, float], ours: dict) -> None:
+    def __init__(self, double: FakeTriton, pytorch: tuple[float, float], ours: dict) -> None:
         self.double, self.pytorch, self.ours, self.layouts = double, pytorch, ours, 0
 
     def __call__(self, run) -> float:

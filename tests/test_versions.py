@@ -8,12 +8,10 @@ import sys
 import time
 from pathlib import Path
 
+import figures
 import pytest
 import versions
 from versions import NotRun, Pair
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import figures
 
 REPORT = """<testsuites><testsuite>
 <testcase classname="tests.test_ops" name="test_a[1]"/>

@@ -37,11 +37,12 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "tests" / "versions.json"
 
 #: Run on every version: drop-in modules, foreign models, operators, checkpoints, the engine and,
-#: with a double in place of a GPU, the GPU path. "name" is tests/test_name.py, "name/" a folder.
+#: with a fake GPU, the GPU path. "name" is tests/test_name.py, "name/" a folder.
 FILES = (
     *("import", "model", "blocks", "optimize", "compat/", "checkpoint/"),
     *("ops", "backends", "mixer", "stem", "packing", "route", "for_inference", "native"),
-    *("torchscript", "names", "gpu_path", "cuda_path", "first_use", "graphs", "kernels_after_product"),
+    *("torchscript", "names", "gpu_path", "cuda_path", "first_use", "graphs"),
+    *("kernels_after_product", "bound_launches"),
 )
 
 #: torch x Python of the table in docs/reference/support.md.
@@ -139,8 +140,9 @@ def path_of(name: str) -> Path:
 def sources() -> list[Path]:
     """Every tracked file that the tests' results depend on."""
     wanted = ("convmixer_fast", "csrc", "tests", "setup.py", "pyproject.toml", "README.md")
+    shared = ("tools/ptxsim", "benchmarks/fresh_python.py", "benchmarks/photographs.py")
     listed = subprocess.run(
-        ["git", "ls-files", "-z", "--", *wanted, "LICENSE", "MANIFEST.in"],
+        ["git", "ls-files", "-z", "--", *wanted, *shared, "LICENSE", "MANIFEST.in"],
         **{"cwd": ROOT, "capture_output": True, "text": True, "check": True},
     ).stdout
     found = {ROOT / name for name in listed.split("\0") if name} - {RECORDS}

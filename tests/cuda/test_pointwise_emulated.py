@@ -1,6 +1,6 @@
-"""Is the CUDA 1x1 convolution right on every shape, and clean? Host and device code on a CPU.
+"""The CUDA 1x1 convolution on every shape: host and device code on a CPU, under sanitizers.
 
-g++ compiles csrc/cuda/pointwise_mma.cu with sanitizers; warps run in random order.
+g++ compiles csrc/cuda/pointwise_mma.cu; warps run in random order.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ ACTIVATE = {
 
 
 @pytest.mark.parametrize("act", ACTIVATE)
-def test_nan_and_infinity_are_pytorchs(program: Path, act: str) -> None:
+def test_nan_and_infinity_match_pytorch(program: Path, act: str) -> None:
     values = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e30, -1e30])
     # In float64: oneDNN's float32 GELU of infinity is NaN on CPUs with AVX-512, and nowhere else.
     expected = ACTIVATE[act](values.double()).float()
@@ -144,22 +144,22 @@ def test_activations_are_right_relative_to_their_argument(
         (37, "bf16", "pointwise_mma 64x64, copies of 2 bytes"),
     ],
 )
-def test_every_call_of_the_runtime_that_fails_is_told(
+def test_every_call_of_the_runtime_that_fails_is_reported(
     program: Path, fails: str, what: str, channels: int, type_: str, kernel: str
 ) -> None:
     o = draw(MatrixCase("block", 2, channels, 5, 3, channels), TYPES[type_])
     out = torch.empty(2, 5, 3, channels, dtype=TYPES[type_]).permute(0, 3, 1, 2)
     rest = (o.x, o.weight, o.bias, o.scale, o.shift, "silu")
-    with pytest.raises(cuda_emulation.EmulationError) as told:
+    with pytest.raises(cuda_emulation.EmulationError) as raised:
         cuda_emulation.run(program, *rest, out=out, fails=fails)
     name = {"bf16": "bfloat16", "fp16": "float16"}.get(type_, type_)
     assert (
         f"{kernel} (30 x {channels} -> {channels} {name} silu, sm_80): {what} failed with "
         "cudaErrorNotPermitted (operation not permitted)"
-    ) in str(told.value)
+    ) in str(raised.value)
 
 
-def test_nothing_is_queued_for_nothing(program: Path) -> None:
+def test_empty_problems_launch_nothing(program: Path) -> None:
     for pixels, channels in ((0, 8), (8, 0)):
         x, weight = torch.empty(1, 8, 1, pixels), torch.empty(channels, 8, 1, 1)
         out = torch.empty(1, channels, 1, pixels)

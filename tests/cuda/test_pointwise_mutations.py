@@ -1,6 +1,6 @@
-"""Would the tests see a barrier, a wait or a bound that is missing from the CUDA 1x1 convolution?
+"""Mutation tests of the CUDA 1x1 convolution: every barrier, wait and bound is needed.
 
-Each is taken out in turn, and the simulator, or the numerics rule on what it computes, must object.
+Each is removed in turn; the simulator must report it, or its result must break the numerics rule.
 """
 
 from __future__ import annotations
@@ -9,16 +9,15 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
+import ptxsim
 import pytest
-from eyes import compiler
-from simulator import ptxsim
 from test_pointwise_simulated import cuda_pointwise, named, simulate
+from triton_modes import compiler
 
 SOURCES = cuda_pointwise.SOURCES
 FILES = ("ptx.cuh", "epilogue.cuh", "pointwise_mma.cuh")
-#: What a line with a barrier, a wait, the end of a group of copies, or a bound holds.
+#: Matches a line with a barrier, a wait, the end of a group of copies, or a bound.
 GUARDS = re.compile(
     r"__syncthreads\(|copy_wait<|copy_commit\(\);|\bmin\(|< left\b|< p\.[mnk]\b|nullptr"
     r"|inside \?|@q (ld|st)|< kGroupM|== kStages"
@@ -29,7 +28,7 @@ pytestmark = compiler
 
 @dataclass(frozen=True)
 class Mutant:
-    """A guard's line with ``old`` replaced by ``new``, and the kernel and case that show it."""
+    """A guard's line with ``old`` replaced by ``new``, and the kernel and case that detect it."""
 
     name: str
     old: str
@@ -86,16 +85,16 @@ def guarded_lines() -> list[tuple[str, int, str]]:
     return found
 
 
-@pytest.fixture(scope="module", name="simulator")
-def _simulator() -> ModuleType:
-    found = ptxsim()
-    if found.cuda.nvcc() is None:
+@pytest.fixture(scope="module")
+def nvcc() -> str:
+    found = ptxsim.cuda.nvcc()
+    if found is None:
         pytest.skip("nvcc is not on PATH")
     return found
 
 
 def copy_of_the_sources(folder: Path) -> Path:
-    """Beside the header that they include from the folder above theirs."""
+    """A copy of the sources and of the header that they include from the parent folder."""
     shutil.copytree(SOURCES, folder / "cuda")
     shutil.copy(SOURCES.parent / "activation_id.h", folder)
     return folder / "cuda"
@@ -108,22 +107,22 @@ def test_every_guard_of_the_source_has_a_mutant() -> None:
         assert line.count(mutant.old) == 1, (mutant.name, file, number + 1, line)
 
 
-def test_the_sources_as_they_are_pass(simulator: ModuleType, tmp_path: Path) -> None:
+def test_the_sources_as_they_are_pass(nvcc: str, tmp_path: Path) -> None:
     runs = list(dict.fromkeys((m.kernel, m.case, m.order) for m in MUTANTS))
     kernels = [cuda_pointwise.named(name) for name in dict.fromkeys(run[0] for run in runs)]
-    module = cuda_pointwise.ptx(simulator, kernels, sources=copy_of_the_sources(tmp_path))
+    module = cuda_pointwise.ptx(kernels, sources=copy_of_the_sources(tmp_path))
     for kernel, case, order in runs:
         simulate(module, kernel, named(case), order=order)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)
-def test_a_mutant_is_caught(simulator: ModuleType, tmp_path: Path, mutant: Mutant) -> None:
+def test_a_mutant_is_caught(nvcc: str, tmp_path: Path, mutant: Mutant) -> None:
     file, number, line = guarded_lines()[MUTANTS.index(mutant)]
     sources = copy_of_the_sources(tmp_path)
     lines = (sources / file).read_text().splitlines()
     lines[number] = line.replace(mutant.old, mutant.new)
     (sources / file).write_text("\n".join([*lines, ""]))
-    module = cuda_pointwise.ptx(simulator, [cuda_pointwise.named(mutant.kernel)], sources=sources)
-    errors = (AssertionError, simulator.RaceError, simulator.PTXError)
+    module = cuda_pointwise.ptx([cuda_pointwise.named(mutant.kernel)], sources=sources)
+    errors = (AssertionError, ptxsim.RaceError, ptxsim.PTXError)
     with pytest.raises(errors):
         simulate(module, mutant.kernel, named(mutant.case), order=mutant.order, max_steps=10**6)

@@ -1,29 +1,25 @@
-"""Is what nvcc makes of the CUDA 1x1 convolution right, free of races, and as thrifty as meant?
+"""The CUDA 1x1 convolution's PTX in the simulator: results, races and memory traffic.
 
-The PTX of the kernels runs in the simulator. By default some of them; -m gpu_static_full takes all.
+The default run has some of the kernels; ``-m gpu_static_full`` has all.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import sys
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import ptxsim
 import pytest
 import torch
 import torch.nn.functional as F
-from eyes import compiler
 from gpu_cases import CUDA_CASES, MatrixCase, check
-from simulator import ptxsim
+from triton_modes import compiler
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-cuda_pointwise = __import__("cuda_pointwise")
+from gpu_static import cuda_pointwise
 
-#: By what rows of a kernel must be multiples of: a case.
+#: Way of a kernel (the alignment of its rows) -> a case for it.
 CASES_OF_WAY = {
     "large": "many_steps",
     "small": "channels_by_8",
@@ -46,18 +42,18 @@ SOME = (
 pytestmark = compiler
 
 
-@pytest.fixture(scope="module", name="simulator")
-def _simulator() -> ModuleType:
-    found = ptxsim()
-    if found.cuda.nvcc() is None:
+@pytest.fixture(scope="module")
+def nvcc() -> str:
+    found = ptxsim.cuda.nvcc()
+    if found is None:
         pytest.skip("nvcc is not on PATH")
     return found
 
 
 @pytest.fixture(scope="module", name="module")
-def _module(simulator: ModuleType) -> Any:
+def _module(nvcc: str) -> Any:
     names = dict.fromkeys(name for name, _ in SOME)
-    return cuda_pointwise.ptx(simulator, [cuda_pointwise.named(name) for name in names])
+    return cuda_pointwise.ptx([cuda_pointwise.named(name) for name in names])
 
 
 def named(name: str) -> MatrixCase:
@@ -109,9 +105,9 @@ def test_large_tiles_with_warps_out_of_step(module: Any) -> None:
     simulate(module, "bf16-gelu-large", case, order="random", seed=3)
 
 
-def test_three_stages(simulator: ModuleType) -> None:
+def test_three_stages(nvcc: str) -> None:
     kernel = cuda_pointwise.named("bf16-relu-small")
-    module = cuda_pointwise.ptx(simulator, [kernel], architecture=86)
+    module = cuda_pointwise.ptx([kernel], architecture=86)
     simulate(module, str(kernel), named("many_steps"), order="random", architecture=86)
 
 
@@ -143,9 +139,9 @@ def test_gelu_is_right_to_the_error_stated_in_the_source(module: Any) -> None:
 
 
 @pytest.mark.parametrize("name", dict.fromkeys(name for name, _ in SOME))
-def test_memory_traffic_is_the_tilings(simulator: ModuleType, module: Any, name: str) -> None:
+def test_memory_traffic_is_the_tilings(nvcc: str, module: Any, name: str) -> None:
     kernel = cuda_pointwise.named(name)
-    asked = cuda_pointwise.traffic(simulator, module, kernel)
+    asked = cuda_pointwise.traffic(module, kernel)
     assert asked["bytes_over_ideal"] <= cuda_pointwise.most_traffic(kernel), asked
 
 
@@ -190,8 +186,8 @@ def test_tf32_numbers_stay_as_they_are(module: Any) -> None:
 
 
 @pytest.fixture(scope="module", name="all_kernels")
-def _all_kernels(simulator: ModuleType) -> Any:
-    return cuda_pointwise.ptx(simulator, cuda_pointwise.KERNELS)
+def _all_kernels(nvcc: str) -> Any:
+    return cuda_pointwise.ptx(cuda_pointwise.KERNELS)
 
 
 @pytest.mark.gpu_static_full

@@ -1,12 +1,12 @@
-"""Does what ends PyTorch's product compile to what is said of it? Needs no GPU."""
+"""Static bars of the epilogue behind PyTorch's GEMM, compiled without a GPU."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import ptxsim
 import pytest
-from eyes import assert_bars, compiler
-from simulator import ptxsim
+from triton_modes import assert_bars, compiler
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -14,8 +14,9 @@ from convmixer_fast.arch import ACTIVATIONS
 from convmixer_fast.kernels.after_product import TILE, TILE_FLOAT64, after_product_kernel
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-#: By Triton's names: bytes, and the registers with which two blocks of 16 warps fit.
+#: Triton's name of a type -> bytes.
 TYPES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
+#: With that many registers two blocks of 16 warps share a multiprocessor.
 MOST_REGISTERS = 128
 
 pytestmark = compiler
@@ -29,11 +30,11 @@ def build(architecture: int, kind: str, act: str) -> Any:
         **{"M": "i64", "n_vectors": "i32"},
     }
     constants = {"ACT": act, "VECTOR_N": 16, "BLOCK_M": tile[0], "BLOCK_N": tile[1]}
-    return ptxsim().sass.aot(after_product_kernel, signature, constants, architecture, num_warps=4)
+    return ptxsim.sass.aot(after_product_kernel, signature, constants, architecture, num_warps=4)
 
 
 def broken(architecture: int, kind: str, act: str) -> list[str]:
-    """The bars that are not met: nothing spilled, 16 bytes at a time, float64 in float64."""
+    """The missed bars: no spills, accesses of 16 bytes, float64 arithmetic for float64 only."""
     report = build(architecture, kind, act).report
     elements = 32 if kind != "fp64" else 8
     moves = elements * TYPES[kind] // 16

@@ -1,23 +1,20 @@
-"""Does every CUDA kernel of the 1x1 convolution compile to what it promises? Needs no GPU."""
+"""Static bars of the CUDA 1x1 convolution: every kernel, compiled without a GPU."""
 
 from __future__ import annotations
 
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import ptxsim
 import pytest
-from eyes import compiler, skip_code_without_loops
-from simulator import ptxsim
+from triton_modes import compiler, skip_code_without_loops
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-cuda_pointwise = __import__("cuda_pointwise")
+from gpu_static import cuda_pointwise
 
 SOME = {
     80: ("bf16-gelu-large", "tf32-gelu-large", "fp16-relu-small", "bf16-silu-by_4"),
@@ -28,12 +25,12 @@ SOME = {
 pytestmark = compiler
 
 
-@pytest.fixture(scope="module", name="simulator")
-def _simulator() -> ModuleType:
-    found = ptxsim()
-    if found.cuda.nvcc() is None:
+@pytest.fixture(scope="module")
+def nvcc() -> str:
+    found = ptxsim.cuda.nvcc()
+    if found is None:
         pytest.skip("nvcc is not on PATH")
-    if found.sass.tool("cuobjdump") is None:
+    if ptxsim.sass.tool("cuobjdump") is None:
         pytest.skip("cuobjdump is neither in Triton nor on PATH")
     return found
 
@@ -46,13 +43,12 @@ def broken(reports: dict[Any, Any]) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("architecture", SOME)
-def test_some_kernels_meet_the_bars(simulator: ModuleType, architecture: int) -> None:
+def test_some_kernels_meet_the_bars(nvcc: str, architecture: int) -> None:
     kernels = [cuda_pointwise.named(name) for name in SOME[architecture]]
-    assert broken(cuda_pointwise.build(simulator, architecture, kernels)) == {}
+    assert broken(cuda_pointwise.build(architecture, kernels)) == {}
 
 
-def test_no_exception_is_idle() -> None:
-    # What meets a bar is no exception to it.
+def test_every_exception_is_needed() -> None:
     bar, traffic = cuda_pointwise.MOST_PER_MMA, cuda_pointwise.MOST_TRAFFIC
     table = cuda_pointwise.EXCEPTIONS
     assert all(max(e.per_mma) > bar or e.traffic > traffic for e in table), table
@@ -69,7 +65,7 @@ def test_stages_are_those_of_the_source(architecture: int) -> None:
 
 
 def test_a_kernel_that_spills_is_an_error(
-    simulator: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    nvcc: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     sources = tmp_path / "cuda"
     shutil.copytree(cuda_pointwise.SOURCES, sources)
@@ -80,7 +76,7 @@ def test_a_kernel_that_spills_is_an_error(
     file.write_text(file.read_text().replace(bounds.format(2), bounds.format(8)))
     monkeypatch.setattr(cuda_pointwise, "SOURCES", sources)
     with pytest.raises(cuda_pointwise.CompileError, match="spilled"):
-        cuda_pointwise.build(simulator, 80, [cuda_pointwise.named("bf16-identity-small")])
+        cuda_pointwise.build(80, [cuda_pointwise.named("bf16-identity-small")])
 
 
 ROUNDED = """
@@ -101,17 +97,17 @@ __global__ void multiplied(float* to, const float* x) {
 
 
 @pytest.mark.parametrize("architecture", cuda_pointwise.ARCHITECTURES)
-def test_nvcc_relies_on_it_that_the_machine_cuts_tf32_off(
-    simulator: ModuleType, tmp_path: Path, architecture: int
+def test_nvcc_relies_on_the_machine_to_truncate_tf32(
+    nvcc: str, tmp_path: Path, architecture: int
 ) -> None:
-    # As prepared_for_tf32 does. Its own rounding clears the bits cut off, but not before an mma.
+    # As prepared_for_tf32 does: the rounding clears the truncated bits, but not before an mma.
     source, cubin = tmp_path / "rounded.cu", tmp_path / "rounded.cubin"
     source.write_text(ROUNDED)
-    command = [simulator.cuda.nvcc(), "-O3", f"-arch=sm_{architecture}", "-cubin"]
+    command = [nvcc, "-O3", f"-arch=sm_{architecture}", "-cubin"]
     subprocess.run([*command, str(source), "-o", str(cubin)], check=True)
     cleared = {
         name: any(s.base == "LOP3" for s in report.sass)
-        for report in simulator.sass.analyse(cubin)
+        for report in ptxsim.sass.analyse(cubin)
         for name in ("kept", "multiplied")
         if name in report.name
     }
@@ -120,5 +116,5 @@ def test_nvcc_relies_on_it_that_the_machine_cuts_tf32_off(
 
 @pytest.mark.gpu_static_full
 @pytest.mark.parametrize("architecture", cuda_pointwise.ARCHITECTURES)
-def test_every_kernel_meets_the_bars(simulator: ModuleType, architecture: int) -> None:
-    assert broken(cuda_pointwise.build(simulator, architecture)) == {}
+def test_every_kernel_meets_the_bars(nvcc: str, architecture: int) -> None:
+    assert broken(cuda_pointwise.build(architecture)) == {}

@@ -1,21 +1,16 @@
-"""Does every shipped depthwise tile compile to what its row promises? Needs no GPU."""
+"""Static bars of the shipped depthwise tiles, compiled without a GPU."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from eyes import assert_bars, compiler, rocm_compiler, skip_code_without_loops
-from simulator import ptxsim
+from triton_modes import assert_bars, compiler, rocm_compiler, skip_code_without_loops
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from convmixer_fast.kernels.configs import DEPTHWISE, DepthwiseConfig, lookup_depthwise
+from gpu_static import depthwise
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-gpu_depthwise = __import__("gpu_depthwise")
+from convmixer_fast.kernels.configs import DEPTHWISE, DepthwiseConfig, lookup_depthwise
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -28,9 +23,9 @@ pytestmark = compiler
 def meets_the_bars(
     config: DepthwiseConfig, architecture: int, dtype: torch.dtype, k: int, **of: object
 ) -> None:
-    built = gpu_depthwise.build(ptxsim(), config, architecture, dtype, k, **of)
+    built = depthwise.build(config, architecture, dtype, k, **of)
     skip_code_without_loops(built.report)
-    assert_bars(gpu_depthwise.bars(built, config, dtype, k).broken)
+    assert_bars(depthwise.bars(built, config, dtype, k).broken)
 
 
 @pytest.mark.parametrize(
@@ -54,23 +49,23 @@ def test_the_published_variants_meet_the_bars(
 @pytest.mark.parametrize("edges", ["one", "two", "any"])
 def test_rows_of_few_tiles_do_not_spill(edges: str) -> None:
     config = lookup_depthwise(BF16, 9, 1536)
-    built = gpu_depthwise.build(ptxsim(), config, 90, BF16, 9, edges=edges)
-    found = gpu_depthwise.rows_of_tiles_bars(built, config, BF16, 9, edges)
+    built = depthwise.build(config, 90, BF16, 9, edges=edges)
+    found = depthwise.rows_of_tiles_bars(built, config, BF16, 9, edges)
     assert_bars(found.broken)
     assert found.excused == []
 
 
 def test_odd_channels_compile_without_spilling() -> None:
     config = lookup_depthwise(BF16, 5, 1537)
-    built = gpu_depthwise.build(ptxsim(), config, 80, BF16, 5, channels=1537, pair=False)
-    f = gpu_depthwise.facts(built, config, 5)
+    built = depthwise.build(config, 80, BF16, 5, channels=1537, pair=False)
+    f = depthwise.facts(built, config, 5)
     assert (f["spills"], f["stack"]) == (0, 0)
 
 
 def test_kernels_of_31_taps_fit_the_registers() -> None:
     config = lookup_depthwise(BF16, 31, 256)
-    built = gpu_depthwise.build(ptxsim(), config, 80, BF16, 31, channels=256, edges="one")
-    found = gpu_depthwise.rows_of_tiles_bars(built, config, BF16, 31)
+    built = depthwise.build(config, 80, BF16, 31, channels=256, edges="one")
+    found = depthwise.rows_of_tiles_bars(built, config, BF16, 31)
     assert_bars(found.broken)
     assert found.excused == []
 
@@ -78,12 +73,12 @@ def test_kernels_of_31_taps_fit_the_registers() -> None:
 def test_the_tile_compiles_for_gfx942() -> None:
     config = lookup_depthwise(BF16, 9, 1536)
     with rocm_compiler():
-        built = gpu_depthwise.build_hip(config, "gfx942", BF16, 9)
+        built = depthwise.build_hip(config, "gfx942", BF16, 9)
     assert "v_fma" in built.asm["amdgcn"] or "v_pk_fma_f32" in built.asm["amdgcn"]
     assert built.metadata.shared == 0
 
 
-# The first parameter varies fastest: a run that is cut short has seen every architecture and dtype.
+# The first parameter varies fastest: an interrupted run has covered every architecture and dtype.
 @pytest.mark.gpu_static_full
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -101,9 +96,9 @@ def test_every_shipped_tile(architecture: int, dtype: torch.dtype, k: int, chann
 @pytest.mark.parametrize("k", SIZES[::-1])
 def test_every_row_of_tiles(architecture: int, dtype: torch.dtype, k: int, edges: str) -> None:
     config = lookup_depthwise(dtype, k, 1536)
-    built = gpu_depthwise.build(ptxsim(), config, architecture, dtype, k, edges=edges)
+    built = depthwise.build(config, architecture, dtype, k, edges=edges)
     skip_code_without_loops(built.report)
-    assert_bars(gpu_depthwise.rows_of_tiles_bars(built, config, dtype, k, edges).broken)
+    assert_bars(depthwise.rows_of_tiles_bars(built, config, dtype, k, edges).broken)
 
 
 @pytest.mark.gpu_static_full
@@ -114,7 +109,7 @@ def test_every_tile_compiles_for_gfx942(dtype: torch.dtype, k: int) -> None:
         if k in row.kernel_sizes:
             channels = 1536 if 1536 in row.channels else 32
             with rocm_compiler():
-                gpu_depthwise.build_hip(row.config, "gfx942", dtype, k, channels=channels)
+                depthwise.build_hip(row.config, "gfx942", dtype, k, channels=channels)
 
 
 def test_every_row_has_a_reason_and_can_be_reached() -> None:
@@ -123,7 +118,7 @@ def test_every_row_has_a_reason_and_can_be_reached() -> None:
     assert {row.config for row in DEPTHWISE} == reached
 
 
-def test_no_tile_is_wider_than_the_zeros_behind_the_taps() -> None:
+def test_no_tile_is_wider_than_the_padding_of_the_taps() -> None:
     from convmixer_fast.kernels.depthwise import MAX_COLUMNS
 
     assert all(row.config.columns <= MAX_COLUMNS for row in DEPTHWISE)

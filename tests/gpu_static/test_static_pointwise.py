@@ -1,16 +1,14 @@
-"""Does every shipped tile of the 1x1 convolution compile to what its row promises? Needs no GPU."""
+"""Static bars of the shipped 1x1 convolution tiles, compiled without a GPU."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from eyes import assert_bars, compiler, rocm_compiler
-from simulator import ptxsim
+from triton_modes import assert_bars, compiler, rocm_compiler
 
 pytest.importorskip("triton", reason="Triton is not installed")
+
+from gpu_static import pointwise
 
 from convmixer_fast.kernels.configs import (
     POINTWISE,
@@ -19,9 +17,6 @@ from convmixer_fast.kernels.configs import (
     lookup_pointwise,
     pointwise_candidates,
 )
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-gpu_pointwise = __import__("gpu_pointwise")
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -44,10 +39,10 @@ def meets_the_bars(
     config: PointwiseConfig, architecture: int, dtype: torch.dtype, tf32: bool, act: str = "gelu"
 ) -> None:
     if config == NARROW:
-        # Aligned as it never is in use: its bars are in test_odd_channels.
+        # It is never used with aligned channels; test_odd_channels holds its bars.
         pytest.skip("the tile for odd channel counts")
-    built = gpu_pointwise.build(ptxsim(), config, architecture, dtype, act=act, tf32=tf32)
-    assert_bars(gpu_pointwise.bars(built, config, dtype, tf32).broken)
+    built = pointwise.build(config, architecture, dtype, act=act, tf32=tf32)
+    assert_bars(pointwise.bars(built, config, dtype, tf32).broken)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -69,30 +64,30 @@ def test_the_large_float32_tiles_meet_the_bars_on_89(tf32: bool) -> None:
 
 @pytest.mark.parametrize("channels", [1537, 1538])
 def test_odd_channels_compile_without_spilling(channels: int) -> None:
-    built = gpu_pointwise.build(ptxsim(), NARROW, 80, BF16, channels=channels)
-    assert_bars(gpu_pointwise.odd_channels_bars(built).broken)
+    built = pointwise.build(NARROW, 80, BF16, channels=channels)
+    assert_bars(pointwise.odd_channels_bars(built).broken)
     assert built.report.has("HMMA.16816.F32")
 
 
 def test_channels_by_8_are_copied_16_bytes_at_a_time() -> None:
     # 1544 = 8 * 193: Triton itself only sees multiples of 16.
     config = lookup_pointwise(80, BF16, rows=2**16, columns=1544)
-    built = gpu_pointwise.build(ptxsim(), config, 80, BF16, channels=1544)
-    facts = gpu_pointwise.facts(built, config)
+    built = pointwise.build(config, 80, BF16, channels=1544)
+    facts = pointwise.facts(built, config)
     assert set(facts["copy_bits"]) == set(facts["store_bits"]) == {128}
     assert facts["spills"] == 0
 
 
 def test_more_rows_than_int32_counts_compile_to_the_same_loop() -> None:
     config = lookup_pointwise(80, BF16, **LARGE)
-    built = gpu_pointwise.build(ptxsim(), config, 80, BF16, long_rows=True)
-    assert_bars(gpu_pointwise.bars(built, config, BF16).broken)
+    built = pointwise.build(config, 80, BF16, long_rows=True)
+    assert_bars(pointwise.bars(built, config, BF16).broken)
 
 
 def test_the_rocm_tile_compiles_for_gfx942() -> None:
     config = lookup_pointwise(0, BF16, **LARGE)
     with rocm_compiler():
-        built = gpu_pointwise.build_hip(config, "gfx942", BF16)
+        built = pointwise.build_hip(config, "gfx942", BF16)
     assert "mfma" in built.asm["amdgcn"]
     assert built.metadata.shared <= 64 * 1024
 
@@ -127,8 +122,8 @@ def test_every_shipped_tile(
 def test_odd_channels_everywhere(
     architecture: int, dtype: torch.dtype, tf32: bool, channels: int
 ) -> None:
-    built = gpu_pointwise.build(ptxsim(), NARROW, architecture, dtype, channels=channels, tf32=tf32)
-    assert_bars(gpu_pointwise.odd_channels_bars(built).broken)
+    built = pointwise.build(NARROW, architecture, dtype, channels=channels, tf32=tf32)
+    assert_bars(pointwise.odd_channels_bars(built).broken)
 
 
 @pytest.mark.gpu_static_full
@@ -136,7 +131,7 @@ def test_odd_channels_everywhere(
 def test_every_rocm_tile(dtype: torch.dtype, tf32: bool) -> None:
     for config in pointwise_candidates(0, dtype, tf32):
         with rocm_compiler():
-            built = gpu_pointwise.build_hip(config, "gfx942", dtype, tf32=tf32)
+            built = pointwise.build_hip(config, "gfx942", dtype, tf32=tf32)
         assert built.metadata.shared <= 64 * 1024
 
 

@@ -1,19 +1,14 @@
-"""Does the shipped tile of the patch embedding compile to what is said of it? Needs no GPU."""
+"""Static bars of the shipped patch embedding tile, compiled without a GPU."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from eyes import assert_bars, compiler, skip_code_without_loops
-from simulator import ptxsim
+from triton_modes import assert_bars, compiler, skip_code_without_loops
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-gpu_stem = __import__("gpu_stem")
+from gpu_static import stem
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -28,9 +23,9 @@ def meets_the_bars(
     uint8: bool = False,
     **of: object,
 ) -> None:
-    built = gpu_stem.build(ptxsim(), architecture, dtype, tf32=tf32, uint8=uint8, **of)
+    built = stem.build(architecture, dtype, tf32=tf32, uint8=uint8, **of)
     skip_code_without_loops(built.report)
-    assert_bars(gpu_stem.bars(built, dtype, tf32, uint8).broken)
+    assert_bars(stem.bars(built, dtype, tf32, uint8).broken)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

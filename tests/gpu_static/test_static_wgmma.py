@@ -1,4 +1,4 @@
-"""Does the wgmma kernel compile to what it promises? Needs nvcc and CUTLASS, no GPU; minutes."""
+"""Static facts of the wgmma kernel: needs nvcc and CUTLASS, no GPU; takes minutes."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import re
 import subprocess
 from pathlib import Path
 
+import ptxsim
 import pytest
 from setup_file import ROOT, setup_file
-from simulator import ptxsim
 
 pytestmark = pytest.mark.gpu_static_full
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The object, with the build's own flags, and what ptxas said."""
+    """The object file, compiled with the build's own flags, and the output of ptxas."""
     setup = setup_file()
     nvcc = setup.find_nvcc()
     if not nvcc:
@@ -29,25 +29,25 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     source = str(ROOT / setup.CUTLASS_KERNELS)
     command = [nvcc, *flags, "-Xptxas=-v", "-c", source, "-o", str(made)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    told = done.stdout + done.stderr
-    assert done.returncode == 0, told
-    return made, told
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    return made, output
 
 
 def test_nothing_spills_and_nothing_is_serialised(built: tuple[Path, str]) -> None:
-    _, told = built
-    assert not setup_file().SERIALISED.search(told)
-    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", told)
+    _, output = built
+    assert not setup_file().SERIALISED.search(output)
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", output)
     # Two types, two tiles.
     assert frames == [("0", "0", "0")] * 4
-    assert {int(n) for n in re.findall(r"Used (\d+) registers", told)} == {168}
+    assert {int(n) for n in re.findall(r"Used (\d+) registers", output)} == {168}
 
 
 def test_it_multiplies_by_hgmma_and_moves_tiles_by_the_copy_engine(
     built: tuple[Path, str],
 ) -> None:
     made, _ = built
-    tool = ptxsim().sass.tool("cuobjdump")
+    tool = ptxsim.sass.tool("cuobjdump")
     if tool is None:
         pytest.skip("no cuobjdump")
     sass = subprocess.run([tool, "-sass", str(made)], capture_output=True, text=True).stdout

@@ -176,7 +176,7 @@ def test_with_a_compiler_the_wheel_holds_the_extension(wheel: Path, tmp_path: Pa
     names, record = contents(wheel)
     assert "none-any" not in wheel.name
     assert sum(name.startswith("convmixer_fast/_cpu.") for name in names) == 1
-    assert not [name for name in names if name.startswith(("csrc", "tests", "benchmarks"))]
+    assert not [name for name in names if name.startswith(("csrc", "tests", "benchmarks", "tools"))]
     assert {"convmixer_fast/py.typed", "convmixer_fast/_native.py"} <= set(names)
     assert record["built"] is True
     assert record["reason"] == ""

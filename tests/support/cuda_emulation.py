@@ -1,8 +1,8 @@
-"""How does the CUDA code of csrc/cuda run where there is no GPU? On the CPU, compiled by g++.
+"""The CUDA code of csrc/cuda without a GPU: compiled by g++, run on the CPU.
 
-The simulator's folder holds the header that emulates threads; tests/cuda/emulated has the machine's
-instructions and as much of the CUDA runtime as the code calls. With sanitizers, a bad access is an
-error that names the line.
+tools/ptxsim/shim holds the header that emulates threads; tests/cuda/emulated has the GPU's
+instructions and the part of the CUDA runtime that the code calls. Under sanitizers a bad access is
+an error that names the line.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import ptxsim
 import pytest
-import simulator
 import torch
 from torch import Tensor
 
 from convmixer_fast.kernels.operands import pixel_rows
 
 _ROOT = Path(__file__).resolve().parents[2]
+SHIM = Path(ptxsim.__file__).parent / "shim"
 SOURCES, HERE = _ROOT / "csrc" / "cuda", _ROOT / "tests" / "cuda" / "emulated"
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
 ACTIVATIONS = ("gelu", "relu", "silu", "hardswish", "identity")
-# AddressSanitizer and the header find by themselves what the switched-off checks would.
+# AddressSanitizer and the header cover what the disabled checks would find.
 SANITIZERS = (
     "-fsanitize=address,undefined",
     "-fno-sanitize-recover=all",
@@ -33,20 +34,18 @@ SANITIZERS = (
 
 
 class EmulationError(AssertionError):
-    """The emulated kernel failed: a sanitizer's or the emulation's words."""
+    """The emulated kernel failed; the message is the sanitizer's or the emulation's."""
 
 
 def build(folder: Path, architecture: int = 80, sanitize: bool = True) -> Path:
-    """Compile all kernels as for sm_``architecture``; skips without g++ or the simulator."""
-    compiler, place = shutil.which("g++"), simulator.folder()
+    """Compile all kernels as for sm_``architecture``; skips without g++."""
+    compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("g++ is not on PATH")
-    if place is None:
-        pytest.skip(f"ptxsim is not here: name its folder in {simulator.ENVIRONMENT}")
     program = folder / "pointwise_emulated"
     command = [compiler, "-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Werror"]
     command += ["-Wno-unknown-pragmas", "-DCUDA_EMU", f"-D__CUDA_ARCH__={10 * architecture}"]
-    command += [f"-I{place / 'shim'}", f"-I{HERE}", f"-I{SOURCES}"]
+    command += [f"-I{SHIM}", f"-I{HERE}", f"-I{SOURCES}"]
     command += [*(SANITIZERS if sanitize else ()), "-o", str(program)]
     done = subprocess.run(
         [*command, str(HERE / "pointwise_emulated.cpp")], capture_output=True, text=True
@@ -76,8 +75,9 @@ def run(
 ) -> Tensor:
     """A 1x1 convolution of x (N, C, H, W) by the program, into ``out``; float32 as TF32.
 
-    ``rows_before``: so many rows are in front of x and out, and none of them is touched; ``fails``:
-    the call of the CUDA runtime that does not go well.
+    Args:
+        rows_before: rows in front of x and out, none of which may be accessed.
+        fails: the call of the CUDA runtime that fails.
 
     Raises:
         EmulationError: the program failed.
@@ -95,7 +95,7 @@ def run(
         [str(program), *arguments],
         input=b"".join(_bytes(t) for t in (a, weight, *vectors)),
         capture_output=True,
-        # What the operands hold when the program ends is nobody's leak.
+        # The operands are not freed before the program ends.
         env={**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "EMULATED_FAILURE": fails},
         timeout=600,
     )

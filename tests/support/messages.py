@@ -1,4 +1,4 @@
-"""Which messages can the package print? Every string of its source, with … where values go in."""
+"""Messages of the package: every string of its source, with … for values."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def of(path: Path) -> list[str]:
 
 
 def printed_by(message: str, sources: list[str]) -> bool:
-    """Whether a message with … for its values is made by one of the strings.
+    """True if one of the strings produces a message with … for its values.
 
-    Values may be words or nothing; the words between them must all be there, in order.
+    Values may be words or nothing; the words between them must occur in order.
     """
     pieces = [re.escape(" ".join(piece.split())) for piece in message.split("…")]
     pattern = re.compile(".*".join(pieces))

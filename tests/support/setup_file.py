@@ -1,4 +1,4 @@
-"""How is setup.py read by a test? As a module: it builds nothing unless it is run."""
+"""setup.py as a module for tests: an import builds nothing."""
 
 from __future__ import annotations
 
