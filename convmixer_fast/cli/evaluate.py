@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cli_common import (
+from .common import (
     add_image_arguments,
     add_model_arguments,
     add_running_arguments,
@@ -25,7 +25,7 @@ from .cli_common import (
 )
 
 if TYPE_CHECKING:
-    from .inference import Failure, Predictor
+    from ..inference import Failure, Predictor
 
 
 def add_evaluate(sub: argparse.ArgumentParser) -> None:
@@ -69,10 +69,10 @@ def add_evaluate(sub: argparse.ArgumentParser) -> None:
 def evaluate(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from .inference import ImageError, LeftOut, read_labels
-    from .inference.evaluate import evaluate as count
-    from .inference.evaluate import labelled_images
-    from .inference.labels import stored_labels
+    from ..inference import ImageError, LeftOut, read_labels
+    from ..inference.evaluate import evaluate as count
+    from ..inference.evaluate import labelled_images
+    from ..inference.labels import stored_labels
 
     check_running(args)
     folder = args.data or args.data_dir
@@ -134,7 +134,7 @@ def _about(
 
 
 def _write(path: Path, results: dict[str, Any]) -> None:
-    from .files import whole_or_absent
+    from ..files import whole_or_absent
 
     with whole_or_absent(path) as file:
         if path.suffix.lower() == ".json":

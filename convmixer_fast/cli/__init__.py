@@ -15,9 +15,9 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import environment
-from .cli_benchmark import add_benchmark, benchmark
-from .cli_common import (
+from .. import environment
+from .benchmark import add_benchmark, benchmark
+from .common import (
     ACTIVATIONS,
     FORMATS,
     PROG,
@@ -27,12 +27,12 @@ from .cli_common import (
     positive,
     printable,
 )
-from .cli_evaluate import add_evaluate, evaluate
-from .cli_predict import add_predict, predict
-from .cli_stream import add_stream, stream
+from .evaluate import add_evaluate, evaluate
+from .predict import add_predict, predict
+from .stream import add_stream, stream
 
 if TYPE_CHECKING:
-    from .arch import Variant
+    from ..arch import Variant
 
 
 # info
@@ -95,7 +95,7 @@ def _columns(rows: Sequence[tuple[str, Sequence[str]]]) -> str:
 
 
 def _info(args: argparse.Namespace) -> int:
-    from .arch import VARIANTS, find_variant
+    from ..arch import VARIANTS, find_variant
 
     variants = [find_variant(name) for name in args.models] or list(VARIANTS.values())
     found = [describe(v, args.img_size) for v in variants]
@@ -142,7 +142,7 @@ def _info(args: argparse.Namespace) -> int:
 def _doctor(args: argparse.Namespace) -> int:
     if args.gpu:
         return _doctor_gpu(args)
-    from . import doctor
+    from .. import doctor
 
     report = doctor.examine()
     print(json.dumps(report, indent=2) if args.format == "json" else doctor.render(report))
@@ -150,7 +150,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _doctor_gpu(args: argparse.Namespace) -> int:
-    from . import gpu_report
+    from .. import gpu_report
 
     as_json = args.format == "json"
     report = gpu_report.report(progress=note if as_json else lambda line: print(line, flush=True))
@@ -164,7 +164,7 @@ def _doctor_gpu(args: argparse.Namespace) -> int:
 def _convert(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
-    from .checkpoint import read_checkpoint, save_checkpoint
+    from ..checkpoint import read_checkpoint, save_checkpoint
 
     held = read_checkpoint(args.source)
     if args.act:
@@ -189,7 +189,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from . import demo
+    from .. import demo
 
     if args.rounds < 1:
         raise ValueError(f"--rounds must be at least 1, got {args.rounds}")
@@ -208,7 +208,7 @@ class _Version(argparse.Action):
         super().__init__(option_strings, dest, nargs=0, help="show the version and leave")
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from . import __version__
+        from .. import __version__
 
         print(f"{PROG} {__version__}")
         parser.exit()

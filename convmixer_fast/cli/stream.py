@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .cli_common import (
+from .common import (
     BACKENDS,
     add_model_arguments,
     add_target_argument,
@@ -93,11 +93,11 @@ def peak_memory() -> int:
 
 
 def stream(args: argparse.Namespace) -> int:
-    from . import inference
-    from .inference import StreamStats, top_predictions, write_overlay, write_scores
-    from .inference.labels import labels_for
-    from .inference.preprocessing import preprocessing_for
-    from .ops import use_backend
+    from .. import inference
+    from ..inference import StreamStats, top_predictions, write_overlay, write_scores
+    from ..inference.labels import labels_for
+    from ..inference.preprocessing import preprocessing_for
+    from ..ops import use_backend
 
     array = None
     if args.heatmap:

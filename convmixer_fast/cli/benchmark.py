@@ -21,8 +21,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from .cli_common import ACTIVATIONS, BACKENDS, DEFAULT_MODEL, device_of, note, output_file, positive
-from .files import write_whole
+from ..files import write_whole
+from .common import ACTIVATIONS, BACKENDS, DEFAULT_MODEL, device_of, note, output_file, positive
 
 if TYPE_CHECKING:
     import torch
@@ -102,9 +102,9 @@ def add_benchmark(sub: argparse.ArgumentParser) -> None:
 
 def benchmark(args: argparse.Namespace) -> int:
     """Run the command; prints the result and returns the exit code."""
-    from .arch import find_variant
-    from .model import create_model
-    from .ops import use_backend
+    from ..arch import find_variant
+    from ..model import create_model
+    from ..ops import use_backend
 
     device = device_of(args.device)
     variant = find_variant(args.model)
@@ -240,9 +240,9 @@ class _Bench:
         """Images a second in eval mode, and what one image costs."""
         import torch
 
-        from .explain import explain
-        from .optimize import to_reference
-        from .timing import interleaved_times
+        from ..explain import explain
+        from ..optimize import to_reference
+        from ..timing import interleaved_times
 
         model = self._model().eval()
         x = self._images(batch)
@@ -286,7 +286,7 @@ class _Bench:
         import torch
         from torch import nn
 
-        from .timing import timestamps
+        from ..timing import timestamps
 
         model = self._model().train()
         if self.args.grad_checkpointing:
@@ -336,7 +336,7 @@ class _Bench:
         """What the figures came from."""
         import torch
 
-        from .doctor import cpu_name
+        from ..doctor import cpu_name
 
         on_gpu = self.device.type == "cuda"
         name = torch.cuda.get_device_name(self.device) if on_gpu else cpu_name()
@@ -350,7 +350,7 @@ class _Bench:
         }
 
     def _model(self) -> Any:
-        from .testing import trained_like_
+        from ..testing import trained_like_
 
         model = self.fresh()
         # Weights of a fresh model let a deep network's values grow without bound: in float16 to
@@ -402,7 +402,7 @@ class _Bench:
         """
         import copy
 
-        from .testing import error_report
+        from ..testing import error_report
 
         one = x[:1]
         exact = copy.deepcopy(plain).double()(one.double())

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cli_common import (
+from .common import (
     add_image_arguments,
     add_model_arguments,
     add_running_arguments,
@@ -29,9 +29,9 @@ from .cli_common import (
 )
 
 if TYPE_CHECKING:
-    from .inference import HeatmapFolder, Outcome, Predictor, ResultFile
-    from .inference.remote import Location
-    from .inference.results import Row
+    from ..inference import HeatmapFolder, Outcome, Predictor, ResultFile
+    from ..inference.remote import Location
+    from ..inference.results import Row
 
 # As in `inference.files.FORMATS` and `inference.results.OUTPUT_TYPES`, which the tests compare:
 # help and errors of usage need no import of torch.
@@ -147,8 +147,8 @@ def add_label_argument(group: Any) -> None:
 def predict(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from .inference import ImageError
-    from .inference.labels import labels_for
+    from ..inference import ImageError
+    from ..inference.labels import labels_for
 
     if args.topk < 1:
         raise ValueError(f"--topk must be at least 1, got {args.topk}")
@@ -257,7 +257,7 @@ def _summary(
 
 
 def _results_path(args: argparse.Namespace) -> Path | None:
-    from .inference.remote import is_url
+    from ..inference.remote import is_url
 
     for flag in ("results_file", "results_dir", "errors_file", "heatmap"):
         name = getattr(args, flag)
@@ -275,7 +275,7 @@ def _results_path(args: argparse.Namespace) -> Path | None:
 
 
 def _images(args: argparse.Namespace) -> list[Location]:
-    from .inference import LeftOut, find_images, read_image_list
+    from ..inference import LeftOut, find_images, read_image_list
 
     left_out = LeftOut()
     inputs = list(args.paths)
@@ -293,7 +293,7 @@ def _images(args: argparse.Namespace) -> list[Location]:
 
 
 def _heatmaps(args: argparse.Namespace, paths: list[Location]) -> HeatmapFolder | None:
-    from .inference import HeatmapFolder
+    from ..inference import HeatmapFolder
 
     if not args.heatmap:
         return None
@@ -315,8 +315,8 @@ def _heatmaps(args: argparse.Namespace, paths: list[Location]) -> HeatmapFolder 
 
 
 def _results(args: argparse.Namespace, target: Path, predictor: Predictor) -> ResultFile:
-    from .inference import ResultFile
-    from .inference.identity import model_digest
+    from ..inference import ResultFile
+    from ..inference.identity import model_digest
 
     return ResultFile(
         target,
@@ -343,7 +343,7 @@ def _outcomes(
 ) -> Iterator[Outcome]:
     if args.engine == "local":
         return predictor.predict_files(paths, args.workers, heatmaps)
-    from .inference.ray import predict_files
+    from ..inference.ray import predict_files
 
     return predict_files(
         predictor,

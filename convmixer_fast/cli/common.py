@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from .inference import LeftOut, NativeSize, Prediction, Predictor, Preprocessing
-    from .model import ConvMixer
+    from ..inference import LeftOut, NativeSize, Prediction, Predictor, Preprocessing
+    from ..model import ConvMixer
 
 PROG = "convmixer-fast"
 DEFAULT_MODEL = "convmixer_768_32"
@@ -104,9 +104,9 @@ def load_model(args: argparse.Namespace) -> ConvMixer:
     """The model with the weights that ``--checkpoint`` or ``--pretrained`` name, in eval mode."""
     from dataclasses import replace
 
-    from .arch import find_variant
-    from .checkpoint import build_model_kwargs, load_checkpoint, read_checkpoint
-    from .model import ConvMixer, create_model
+    from ..arch import find_variant
+    from ..checkpoint import build_model_kwargs, load_checkpoint, read_checkpoint
+    from ..model import ConvMixer, create_model
 
     variant = find_variant(args.model) if args.model else None
     if args.checkpoint:
@@ -157,7 +157,7 @@ def note_left_out(left_out: LeftOut) -> None:
 
 def preprocessing_of(args: argparse.Namespace, model: ConvMixer) -> Preprocessing | NativeSize:
     """What the model was trained on (else the published recipe), with the flags on top."""
-    from .inference import preprocessing_for
+    from ..inference import preprocessing_for
 
     return preprocessing_for(
         model,
@@ -190,7 +190,7 @@ def make_predictor(args: argparse.Namespace, model: ConvMixer, **options: Any) -
 
     ``options`` are its others.
     """
-    from .inference import Predictor
+    from ..inference import Predictor
 
     device = device_of(args.device)
     amp = args.amp_dtype or ("float16" if device.type == "cuda" else "bfloat16")
@@ -263,7 +263,7 @@ def check_outputs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     Raises:
         OSError: with the file's name.
     """
-    from .files import check_output
+    from ..files import check_output
 
     for action in parser._actions:
         name = getattr(args, action.dest, None)
