@@ -1,4 +1,4 @@
-"""What does ``convmixer-fast predict`` do?"""
+"""``convmixer-fast predict``: classify images."""
 
 from __future__ import annotations
 
@@ -6,20 +6,15 @@ import argparse
 import sys
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .common import (
-    add_image_arguments,
-    add_model_arguments,
-    add_running_arguments,
+    Command,
     add_target_argument,
-    check_running,
-    describe_predictor,
-    load_model,
-    make_predictor,
     note,
     note_left_out,
     output_file,
@@ -27,16 +22,56 @@ from .common import (
     positive,
     table,
 )
+from .groups import (
+    PredictorArguments,
+    add_image_arguments,
+    add_model_arguments,
+    add_running_arguments,
+    check_running,
+    describe_predictor,
+    load_model,
+    make_predictor,
+)
 
 if TYPE_CHECKING:
-    from ..inference import HeatmapFolder, Outcome, Predictor, ResultFile
+    from ..inference import Failure, HeatmapFolder, Outcome, Predictor, ResultFile
     from ..inference.remote import Location
     from ..inference.results import Row
 
 # As in `inference.files.FORMATS` and `inference.results.OUTPUT_TYPES`, which the tests compare:
-# help and errors of usage need no import of torch.
+# help and usage errors need no import of torch.
 RESULT_FORMATS = ("csv", "json", "jsonl", "parquet")
 OUTPUT_TYPES = ("prob", "logit", "embedding")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictArguments(PredictorArguments):
+    """The flags of `add_predict`."""
+
+    paths: list[str]
+    data_dir: str | None
+    image_list: str | None
+    image_column: str | None
+    topk: int
+    class_map: str | None
+    output_type: str
+    results_file: str | None
+    results_dir: str | None
+    results_format: str | None
+    errors_file: str | None
+    resume: bool
+    overwrite: bool
+    heatmap: str | None
+    target: int | None
+    part_seconds: float
+    include_index: bool
+    fullname: bool
+    no_console_results: bool
+    on_error: str
+    engine: str
+    ray_address: str | None
+    actors: int | None
+    gpus_per_actor: float | None
 
 
 def add_predict(sub: argparse.ArgumentParser) -> None:
@@ -64,11 +99,17 @@ def add_predict(sub: argparse.ArgumentParser) -> None:
     )
     add_model_arguments(sub)
     add_image_arguments(sub)
+    _add_results(sub)
+    add_running_arguments(sub)
+    _add_ray(sub)
+
+
+def _add_results(sub: argparse.ArgumentParser) -> None:
     output = sub.add_argument_group("results")
     output.add_argument(
         "--topk", type=int, default=5, metavar="N", help="classes shown (default: 5)"
     )
-    add_label_argument(output)
+    _add_label_argument(output)
     output.add_argument("--output-type", choices=OUTPUT_TYPES, default="prob")
     output.add_argument(
         "--results-file",
@@ -92,8 +133,8 @@ def add_predict(sub: argparse.ArgumentParser) -> None:
         "--errors-file",
         type=output_file,
         metavar="FILE",
-        help="CSV of the images that cannot be read: filename, error (default: beside the "
-        "results, NAME.errors.csv)",
+        help="CSV of the images that cannot be read: filename, error (default: next to "
+        "the results, NAME.errors.csv)",
     )
     output.add_argument(
         "--resume", action="store_true", help="go on with what an earlier run has written"
@@ -120,7 +161,9 @@ def add_predict(sub: argparse.ArgumentParser) -> None:
     output.add_argument(
         "--on-error", choices=("skip", "stop"), default="skip", help="for a bad image"
     )
-    add_running_arguments(sub)
+
+
+def _add_ray(sub: argparse.ArgumentParser) -> None:
     ray = sub.add_argument_group("past one machine (pip install 'convmixer_fast[ray]')")
     ray.add_argument("--engine", choices=("local", "ray"), default="local")
     ray.add_argument(
@@ -134,7 +177,7 @@ def add_predict(sub: argparse.ArgumentParser) -> None:
     )
 
 
-def add_label_argument(group: Any) -> None:
+def _add_label_argument(group: Any) -> None:
     group.add_argument(
         "--class-map",
         "--label-file",
@@ -144,12 +187,167 @@ def add_label_argument(group: Any) -> None:
     )
 
 
-def predict(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
+def predict(args: PredictArguments) -> int:
+    target = _checked_results_path(args)
+    paths = _images(args)
+    heatmaps = _heatmaps(args, paths)
+    predictor = _predictor(args)
+    note(describe_predictor(predictor))
+    if heatmaps:
+        predictor.check_heatmaps(heatmaps.target)
+    with (
+        warnings.catch_warnings(),
+        _results(args, target, predictor) if target else nullcontext() as results,
+    ):
+        # Pillow warns of odd files (a palette with transparency) that it reads correctly.
+        warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
+        run = _Run(args, predictor, paths, heatmaps, results)
+        run()
+    run.report()
+    return 0
 
-    from ..inference import ImageError
-    from ..inference.labels import labels_for
 
+COMMAND = Command("predict", "classify images", add_predict, PredictArguments, predict)
+
+
+class _Run:
+    """One run over all images: prints and writes each outcome, and counts images.
+
+    Args:
+        results: the file that results go to, open; None: the terminal only.
+    """
+
+    def __init__(
+        self,
+        args: PredictArguments,
+        predictor: Predictor,
+        paths: list[Location],
+        heatmaps: HeatmapFolder | None,
+        results: ResultFile | None,
+    ) -> None:
+        self.args, self.predictor = args, predictor
+        self.paths, self.heatmaps, self.results = paths, heatmaps, results
+        self.console = not (args.no_console_results or args.output_type == "embedding")
+        self.seen = self.skipped = 0
+        self.waited = self.seconds = 0.0
+        done = {str(path) for path in paths if results and results.is_done(str(path))}
+        # Images with a row and no heatmap, of a run without --heatmap or whose heatmaps were
+        # moved: drawn now, and their rows stay.
+        self.undrawn: set[str] = set()
+        if results and heatmaps:
+            self.undrawn = {f for f in done - results.unread if not heatmaps.holds(f)}
+        self.todo = [p for p in paths if str(p) not in done or str(p) in self.undrawn]
+        self.before = len(paths) - len(self.todo)
+
+    def __call__(self) -> None:
+        """Predict what is left to do.
+
+        Raises:
+            ImageError: an image cannot be read, with ``--on-error stop``.
+            BrokenPipeError: nothing reads stdout, and there is no file of results.
+        """
+        with self._progress_bar() as bar:
+            start = time.perf_counter()
+            try:
+                for outcome in self._outcomes():
+                    self._take(outcome, bar)
+                if self.results:
+                    self.results.flush()
+            except BaseException:
+                results = self.results
+                if results and results.parts and (results.kept or self.seen):
+                    bar.clear()
+                    note(f"what was done is kept in {results.parts}: --resume goes on with it")
+                raise
+            self.seconds = time.perf_counter() - start
+
+    def _progress_bar(self) -> Any:
+        from tqdm import tqdm
+
+        # Results that scroll by on the same terminal show the progress themselves.
+        quiet = not sys.stderr.isatty() or (self.console and sys.stdout.isatty())
+        return tqdm(total=len(self.paths), initial=self.before, unit="img", disable=quiet)
+
+    def _outcomes(self) -> Iterator[Outcome]:
+        args = self.args
+        if args.engine == "local":
+            return self.predictor.predict_files(self.todo, args.workers, self.heatmaps)
+        from ..inference.ray import predict_files
+
+        return predict_files(
+            self.predictor,
+            self.todo,
+            actors=args.actors,
+            workers=args.workers,
+            address=args.ray_address,
+            gpus_per_actor=args.gpus_per_actor,
+        )
+
+    def _take(self, outcome: Outcome, bar: Any) -> None:
+        """Write, print and count one outcome."""
+        self.waited += outcome.waited
+        self._write(outcome)
+        for failure in outcome.failures:
+            bar.clear()
+            note(f"skipped {failure.filename}: {failure.error}")
+        if self.console and not _show(outcome.rows, self.args.output_type):
+            if not self.results:
+                raise BrokenPipeError
+            # Nothing reads stdout any more; the file still gets every row.
+            self.console = False
+        self.seen += len(outcome.rows)
+        self.skipped += len(outcome.failures)
+        bar.update(len(outcome.rows) + len(outcome.failures))
+
+    def _write(self, outcome: Outcome) -> None:
+        from ..inference import ImageError
+
+        stop = self.args.on_error == "stop" and outcome.failures
+        if self.results:
+            rows = [row for row in outcome.rows if row.filename not in self.undrawn]
+            failures: Sequence[Failure] = ()
+            if not stop:
+                failures = [f for f in outcome.failures if f.filename not in self.undrawn]
+            self.results.write(rows, failures)
+        if stop:
+            raise ImageError.about(*outcome.failures[0])
+
+    def report(self) -> None:
+        """Print how much was done, how fast, and where it was written.
+
+        Raises:
+            ValueError: no image could be read.
+        """
+        results = self.results
+        if not (results.kept if results else self.seen):
+            why = f": see {results.errors_file}" if results and results.errors_file else ""
+            raise ValueError(f"no image could be read, of {len(self.paths)}{why}")
+        note(self._summary())
+        if results:
+            told = results.failed and results.errors_file
+            bad = f"; {results.errors_file} names what could not be read" if told else ""
+            note(f"wrote {results.path} ({_count(results.kept)}){bad}")
+        if self.heatmaps and self.seen:
+            note(f"wrote {self.heatmaps.folder}: a .png and a .npy for each of {_count(self.seen)}")
+
+    def _summary(self) -> str:
+        seconds = max(self.seconds, 1e-9)
+        figures = [f"{(self.seen + self.skipped) / seconds:.1f} img/s"]
+        if self.args.engine == "local":
+            figures.append(f"{self.waited / seconds:.0%} of the time waiting for images")
+        if self.predictor.kernels:
+            figures.append(f"{' and '.join(sorted(self.predictor.kernels))} kernels")
+        line = _count(self.seen) + (f", {self.skipped} skipped" if self.skipped else "")
+        line += f" in {self.seconds:.1f} s ({', '.join(figures)})"
+        return line + (f"; {self.before} were there already" if self.before else "")
+
+
+def _count(images: int) -> str:
+    return "1 image" if images == 1 else f"{images} images"
+
+
+def _checked_results_path(args: PredictArguments) -> Path | None:
+    """Where results go, after a check of the flags against each other; None: the terminal only."""
     if args.topk < 1:
         raise ValueError(f"--topk must be at least 1, got {args.topk}")
     if args.resume and args.overwrite:
@@ -162,101 +360,10 @@ def predict(args: argparse.Namespace) -> int:
         raise ValueError("embeddings are not for the screen: pass --results-file")
     if args.target is not None and not args.heatmap:
         raise ValueError("--target is for --heatmap")
-    paths = _images(args)
-    heatmaps = _heatmaps(args, paths)
-    model = load_model(args)
-    labels = labels_for(model, args.class_map) if model.num_classes else None
-    options = {"topk": args.topk, "output_type": args.output_type, "labels": labels}
-    predictor = make_predictor(args, model, **options)
-    note(describe_predictor(predictor))
-    if heatmaps:
-        predictor.check_heatmaps(heatmaps.target)
-
-    console = not (args.no_console_results or args.output_type == "embedding")
-    seen = skipped = 0
-    waited = 0.0
-    with ExitStack() as stack:
-        # Pillow's remarks about odd files (a palette with transparency) are no failure.
-        stack.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
-        results = stack.enter_context(_results(args, target, predictor)) if target else None
-        done = {str(path) for path in paths if results and results.is_done(str(path))}
-        # Rows of a run without heatmaps, or whose heatmaps were moved, are there and stay.
-        undrawn: set[str] = set()
-        if results and heatmaps:
-            undrawn = {f for f in done - results.unread if not heatmaps.holds(f)}
-        todo = [path for path in paths if str(path) not in done or str(path) in undrawn]
-        before = len(paths) - len(todo)
-        # Where results scroll by on the same screen, they are the progress.
-        quiet = not sys.stderr.isatty() or (console and sys.stdout.isatty())
-        bar = stack.enter_context(tqdm(total=len(paths), initial=before, unit="img", disable=quiet))
-        start = time.perf_counter()
-        try:
-            for outcome in _outcomes(args, predictor, todo, heatmaps):
-                waited += outcome.waited
-                stop = args.on_error == "stop" and outcome.failures
-                if results:
-                    rows = [row for row in outcome.rows if row.filename not in undrawn]
-                    failures = [f for f in outcome.failures if f.filename not in undrawn]
-                    results.write(rows, () if stop else failures)
-                if stop:
-                    raise ImageError.about(*outcome.failures[0])
-                for failure in outcome.failures:
-                    bar.clear()
-                    note(f"skipped {failure.filename}: {failure.error}")
-                if console and not _show(outcome.rows, args.output_type):
-                    if not results:
-                        raise BrokenPipeError
-                    console = False  # the reader has seen enough; the file has not
-                seen += len(outcome.rows)
-                skipped += len(outcome.failures)
-                bar.update(len(outcome.rows) + len(outcome.failures))
-            if results:
-                results.flush()
-        except BaseException:
-            if results and results.parts and (results.kept or seen):
-                bar.clear()
-                note(f"what was done is kept in {results.parts}: --resume goes on with it")
-            raise
-        seconds = time.perf_counter() - start
-        kept = results.kept if results else seen
-    if not kept:
-        why = f": see {results.errors_file}" if results and results.errors_file else ""
-        raise ValueError(f"no image could be read, of {len(paths)}{why}")
-    note(_summary(args, predictor, seen, skipped, before, seconds, waited))
-    if results:
-        told = results.failed and results.errors_file
-        bad = f"; {results.errors_file} names what could not be read" if told else ""
-        note(f"wrote {results.path} ({_count(results.kept)}){bad}")
-    if heatmaps and seen:
-        note(f"wrote {heatmaps.folder}: a .png and a .npy for each of {_count(seen)}")
-    return 0
+    return target
 
 
-def _count(images: int) -> str:
-    return "1 image" if images == 1 else f"{images} images"
-
-
-def _summary(
-    args: argparse.Namespace,
-    predictor: Predictor,
-    seen: int,
-    skipped: int,
-    before: int,
-    seconds: float,
-    waited: float,
-) -> str:
-    figures = [f"{(seen + skipped) / max(seconds, 1e-9):.1f} img/s"]
-    if args.engine == "local":
-        figures.append(f"{waited / max(seconds, 1e-9):.0%} of the time waiting for images")
-    if predictor.kernels:
-        figures.append(f"{' and '.join(sorted(predictor.kernels))} kernels")
-    line = _count(seen) + (f", {skipped} skipped" if skipped else "")
-    line += f" in {seconds:.1f} s ({', '.join(figures)})"
-    return line + (f"; {before} were there already" if before else "")
-
-
-def _results_path(args: argparse.Namespace) -> Path | None:
+def _results_path(args: PredictArguments) -> Path | None:
     from ..inference.remote import is_url
 
     for flag in ("results_file", "results_dir", "errors_file", "heatmap"):
@@ -274,7 +381,16 @@ def _results_path(args: argparse.Namespace) -> Path | None:
     return Path(args.results_dir or "", name)
 
 
-def _images(args: argparse.Namespace) -> list[Location]:
+def _predictor(args: PredictArguments) -> Predictor:
+    from ..inference.labels import labels_for
+
+    model = load_model(args, embedding=args.output_type == "embedding")
+    labels = labels_for(model, args.class_map) if model.num_classes else None
+    return make_predictor(args, model, topk=args.topk, output_type=args.output_type, labels=labels)
+
+
+def _images(args: PredictArguments) -> list[Location]:
+    """Every image that the flags name, once, in order."""
     from ..inference import LeftOut, find_images, read_image_list
 
     left_out = LeftOut()
@@ -292,7 +408,8 @@ def _images(args: argparse.Namespace) -> list[Location]:
     return list(found)
 
 
-def _heatmaps(args: argparse.Namespace, paths: list[Location]) -> HeatmapFolder | None:
+def _heatmaps(args: PredictArguments, paths: list[Location]) -> HeatmapFolder | None:
+    """The folder of ``--heatmap``, checked; None without the flag."""
     from ..inference import HeatmapFolder
 
     if not args.heatmap:
@@ -314,7 +431,7 @@ def _heatmaps(args: argparse.Namespace, paths: list[Location]) -> HeatmapFolder 
     return heatmaps
 
 
-def _results(args: argparse.Namespace, target: Path, predictor: Predictor) -> ResultFile:
+def _results(args: PredictArguments, target: Path, predictor: Predictor) -> ResultFile:
     from ..inference import ResultFile
     from ..inference.identity import model_digest
 
@@ -335,28 +452,8 @@ def _results(args: argparse.Namespace, target: Path, predictor: Predictor) -> Re
     )
 
 
-def _outcomes(
-    args: argparse.Namespace,
-    predictor: Predictor,
-    paths: list[Location],
-    heatmaps: HeatmapFolder | None,
-) -> Iterator[Outcome]:
-    if args.engine == "local":
-        return predictor.predict_files(paths, args.workers, heatmaps)
-    from ..inference.ray import predict_files
-
-    return predict_files(
-        predictor,
-        paths,
-        actors=args.actors,
-        workers=args.workers,
-        address=args.ray_address,
-        gpus_per_actor=args.gpus_per_actor,
-    )
-
-
 def _show(rows: list[Row], output_type: str) -> bool:
-    """Print rows; False when nobody reads them any more."""
+    """Print rows; False if nothing reads stdout any more."""
     try:
         for row in rows:
             print(table(row, output_type), flush=True)  # type: ignore[arg-type]
