@@ -342,7 +342,7 @@ class Memory:
         self._pieces.clear()
 
 
-def _bytes_of(dense: Tensor) -> memoryview:
+def bytes_of(dense: Tensor) -> memoryview:
     array: Any = dense.view(-1).view(torch.uint8).numpy()
     return memoryview(array)
 
@@ -362,7 +362,7 @@ class Spill(Memory):
             self._places[key] = self._end
             self._end += most * n * c * w * rows.element_size()
         self._file.seek(self._places[key])
-        self._file.write(_bytes_of(rows.permute(2, 0, 1, 3).contiguous().cpu()))
+        self._file.write(bytes_of(rows.permute(2, 0, 1, 3).contiguous().cpu()))
 
     def get(self, key: tuple[int, int], into: Tensor) -> None:
         if into.numel() == 0:
@@ -370,7 +370,7 @@ class Spill(Memory):
         n, c, r, w = into.shape
         dense = torch.empty((r, n, c, w), dtype=into.dtype, device="cpu")
         self._file.seek(self._places[key])
-        if self._file.readinto(_bytes_of(dense)) < dense.nbytes:
+        if self._file.readinto(bytes_of(dense)) < dense.nbytes:
             raise OSError("the file of kept rows was cut short: is its disk full?")
         into.copy_(dense.permute(1, 2, 0, 3))
 
