@@ -574,13 +574,13 @@ class MixerBlock(_FusedSequential):
             return patched(x)
         if len(self) != 4:
             return super().forward(x)
-        whole = self._whole(x) if _stacks_run_on(x) else None
+        whole = self._whole(x) if can_run_whole_blocks(x) else None
         if whole is not None:
             return _run_stack([self], [whole], x)
         return _by_stock(self, self._by_halves, x)
 
     def _by_halves(self, x: Tensor) -> Tensor:
-        x = _laid_out(self, x)
+        x = to_preferred_layout(self, x)
         spatial, conv, act, bn = self
         x = spatial(x)
         out = _fused_pointwise(self, self._halves, conv, act, bn, x)
@@ -597,7 +597,7 @@ class MixerBlock(_FusedSequential):
         out = _fused_pointwise(self, self._halves, conv, act, bn, x)
         return bn(act(conv(x))) if out is None else out
 
-    def _whole(self, x: Tensor) -> _Whole | None:
+    def _whole(self, x: Tensor) -> PackedBlock | None:
         """The block as `mixer_stack` takes it, or None where its halves must run one by one on x.
 
         They must for every reason for which a half is composed, and where the halves are not
@@ -626,7 +626,7 @@ class MixerBlock(_FusedSequential):
         sources = sources_of(depthwise, spatial_bn) + sources_of(conv, bn)
         if torch.is_grad_enabled() and (x.requires_grad or need_gradients(sources)):
             return None
-        whole = _Whole(x, x, conv.in_channels, depthwise.kernel_size[0], name)
+        whole = PackedBlock(x, x, conv.in_channels, depthwise.kernel_size[0], name)
         if backends.is_recording() and is_fake(x):
             return whole
         key = (spatial_bn.eps, bn.eps)
@@ -650,7 +650,7 @@ class MixerBlock(_FusedSequential):
         return whole._replace(weight=weight, packed=rest)
 
 
-class _Whole(NamedTuple):
+class PackedBlock(NamedTuple):
     """A block packed for `mixer_stack`, and what all blocks of a stack must share."""
 
     weight: Tensor
@@ -660,15 +660,25 @@ class _Whole(NamedTuple):
     act: str
 
 
-def _stacks_run_on(x: Tensor) -> bool:
-    """Whether whole blocks on ``x`` are the engine's; a compiler sees the halves instead."""
+def packed_blocks(blocks: Sequence[MixerBlock], x: Tensor) -> list[PackedBlock] | None:
+    """All blocks packed for one call of the engine on ``x``; None where their halves must run."""
+    if not blocks or not can_run_whole_blocks(x):
+        return None
+    packed = [block._whole(x) for block in blocks]
+    found = [block for block in packed if block is not None]
+    alike = len(found) == len(packed) and all(block[2:] == found[0][2:] for block in found)
+    return found if alike else None
+
+
+def can_run_whole_blocks(x: Tensor) -> bool:
+    """Whether the CPU engine runs whole blocks on ``x``; a compiler sees the halves instead."""
     if torch.compiler.is_compiling() or isinstance(x, torch.fx.Proxy):
         return False
     return backends.whole_blocks_run(x.device, x.dtype)
 
 
-def _laid_out(module: nn.Module, x: Tensor) -> Tensor:
-    """``x`` as blocks want it: channels-last where GPU kernels will serve them, else as it is.
+def to_preferred_layout(module: nn.Module, x: Tensor) -> Tensor:
+    """``x`` in the layout of the blocks: channels-last where GPU kernels run them, else unchanged.
 
     Converted once, not in each half: a block that gets channels-last gives channels-last.
     """
@@ -729,7 +739,7 @@ class MixerStack(_FusedSequential):
 
     @scripted_as(in_turn)
     def forward(self, x: Tensor) -> Tensor:
-        if not self._modules or not _stacks_run_on(x):
+        if not self._modules or not can_run_whole_blocks(x):
             if not self._modules or not self._may_be_steady(x):
                 return _by_stock(self, super().forward, x)
             if self._graphs is not None or self._depth_first:
@@ -740,7 +750,7 @@ class MixerStack(_FusedSequential):
             if tuple(self._modules.values()) == known.children and known.holds(x):
                 return known.run(x)
             self._packed.plan = None
-        wholes: list[_Whole] = []
+        wholes: list[PackedBlock] = []
         for block in self._modules.values():
             if not is_exactly(block, MixerBlock):
                 return super().forward(x)
@@ -752,7 +762,7 @@ class MixerStack(_FusedSequential):
         self._packed.plan = self._made_steady_whole(x, wholes)
         return out
 
-    def _made_steady_whole(self, x: Tensor, wholes: list[_Whole]) -> SteadyOnCpu | None:
+    def _made_steady_whole(self, x: Tensor, wholes: list[PackedBlock]) -> SteadyOnCpu | None:
         """The stack as a call with ``x`` found it, if the engine served all of it at once."""
         blocks: Any = tuple(self._modules.values())
         halves = []
@@ -833,7 +843,7 @@ class MixerStack(_FusedSequential):
         packed = self._packed_now(x) if steady is None else steady.packed()
         if packed is None:
             return super().forward(x)
-        laid_out = _laid_out(self, x)
+        laid_out = to_preferred_layout(self, x)
         if self._graphs is not None and not self._graphs.why_not and x.shape[0] <= graphs.MAX_BATCH:
             out = self._graphs.run(graphs.key_of(laid_out), packed, super().forward, laid_out)
             if steady is None:
@@ -869,7 +879,7 @@ class MixerStack(_FusedSequential):
         )
 
 
-def _run_stack(blocks: Sequence[nn.Module], wholes: list[_Whole], x: Tensor) -> Tensor:
+def _run_stack(blocks: Sequence[nn.Module], wholes: list[PackedBlock], x: Tensor) -> Tensor:
     """Blocks of the same width, kernel and activation as one operator."""
     if backends.is_recording():
         choice = backends.choose("mixer_stack", x.device, x.dtype)
