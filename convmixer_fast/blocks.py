@@ -542,13 +542,13 @@ class MixerBlock(_FusedSequential):
         out = self._by_route(self._packed, x)
         if out is not None:
             return out
-        whole = self._whole(x) if _stacks_run_on(x) else None
+        whole = self._whole(x) if can_run_whole_blocks(x) else None
         if whole is not None:
             return _run_stack(self, [self], [whole], x)
         return _by_stock(self, [self], self._by_halves, x)
 
     def _by_halves(self, x: Tensor) -> Tensor:
-        x = _laid_out(self, x)
+        x = to_preferred_layout(self, x)
         spatial, conv, act, bn = self
         x = spatial(x)
         out = _fused_pointwise(self, self._halves, conv, act, bn, x)
@@ -565,7 +565,7 @@ class MixerBlock(_FusedSequential):
         out = _fused_pointwise(self, self._halves, conv, act, bn, x)
         return bn(act(conv(x))) if out is None else out
 
-    def _whole(self, x: Tensor) -> _Whole | None:
+    def _whole(self, x: Tensor) -> PackedBlock | None:
         """The block as `mixer_stack` takes it, or None where its halves must run one by one on x.
 
         They must for every reason for which a half is composed, and where the halves are not
@@ -594,7 +594,7 @@ class MixerBlock(_FusedSequential):
         sources = sources_of(depthwise, spatial_bn) + sources_of(conv, bn)
         if torch.is_grad_enabled() and (x.requires_grad or need_gradients(sources)):
             return None
-        whole = _Whole(x, x, conv.in_channels, depthwise.kernel_size[0], name)
+        whole = PackedBlock(x, x, conv.in_channels, depthwise.kernel_size[0], name)
         if backends.is_recording() and is_fake(x):
             return whole
         key = (spatial_bn.eps, bn.eps)
@@ -618,7 +618,7 @@ class MixerBlock(_FusedSequential):
         return whole._replace(weight=weight, packed=rest)
 
 
-class _Whole(NamedTuple):
+class PackedBlock(NamedTuple):
     """A block packed for `mixer_stack`, and what all blocks of a stack must share."""
 
     weight: Tensor
@@ -628,14 +628,27 @@ class _Whole(NamedTuple):
     act: str
 
 
-def _stacks_run_on(x: Tensor) -> bool:
-    """Whether whole blocks on ``x`` are the engine's; a compiler sees the halves instead."""
+def packed_blocks(blocks: Sequence[nn.Module], x: Tensor) -> list[PackedBlock] | None:
+    """All blocks packed for one call of the engine on ``x``; None where their halves must run."""
+    if not blocks or not can_run_whole_blocks(x):
+        return None
+    packed: list[PackedBlock] = []
+    for block in blocks:
+        found = block._whole(x) if is_exactly(block, MixerBlock) else None
+        if found is None or (packed and found[2:] != packed[0][2:]):
+            return None
+        packed.append(found)
+    return packed
+
+
+def can_run_whole_blocks(x: Tensor) -> bool:
+    """Whether the CPU engine runs whole blocks on ``x``; a compiler sees the halves instead."""
     if torch.compiler.is_compiling() or isinstance(x, torch.fx.Proxy):
         return False
     return x.dim() == 4 and backends.whole_blocks_run(x.device, x.dtype, x.shape[1])
 
 
-def _laid_out(module: nn.Module, x: Tensor) -> Tensor:
+def to_preferred_layout(module: nn.Module, x: Tensor) -> Tensor:
     """``x`` in the layout of the blocks: channels-last for GPU kernels, else as it is.
 
     Converted once, not in each half: a block that gets channels-last gives channels-last.
@@ -741,9 +754,9 @@ class MixerStack(_FusedSequential):
             out = self._by_route(self._packed, x)
             if out is not None:
                 return out
-        if self._modules and _stacks_run_on(x):
-            wholes = self._wholes(x)
-            return super().forward(x) if wholes is None else _run_stack(self, self, wholes, x)
+        if self._modules and can_run_whole_blocks(x):
+            packed = packed_blocks(list(self), x)
+            return super().forward(x) if packed is None else _run_stack(self, self, packed, x)
         if not self._modules or not self._may_run_kernels(x):
             return _by_stock(self, self, super().forward, x)
         if planned and not gpu.is_capturing(x.device):
@@ -758,16 +771,6 @@ class MixerStack(_FusedSequential):
             and x.dim() == 4
             and support.is_kernel_device(x.device)
         )
-
-    def _wholes(self, x: Tensor) -> list[_Whole] | None:
-        """The blocks as one `mixer_stack` takes them, or None where they must run one by one."""
-        wholes: list[_Whole] = []
-        for block in self._modules.values():
-            whole = block._whole(x) if is_exactly(block, MixerBlock) else None
-            if whole is None or (wholes and whole[2:] != wholes[0][2:]):
-                return None
-            wholes.append(whole)
-        return wholes
 
     def _one_by_one(self, x: Tensor) -> Tensor:
         out = super().forward(x)
@@ -804,7 +807,7 @@ class MixerStack(_FusedSequential):
         packed = self._packed_now(x) if route is None else route.packed()
         if packed is None:
             return super().forward(x)
-        laid_out = _laid_out(self, x)
+        laid_out = to_preferred_layout(self, x)
         if self._graphs is not None and not self._graphs.why_not and x.shape[0] <= graphs.MAX_BATCH:
             out = self._graphs.run(graphs.key_of(laid_out), packed, super().forward, laid_out)
             if route is None:
@@ -841,7 +844,7 @@ class MixerStack(_FusedSequential):
 
 
 def _run_stack(
-    owner: _Fused, blocks: Iterable[nn.Module], wholes: Sequence[_Whole], x: Tensor
+    owner: _Fused, blocks: Iterable[nn.Module], wholes: Sequence[PackedBlock], x: Tensor
 ) -> Tensor:
     """Blocks of the same width, kernel and activation as one operator of the CPU engine."""
     if backends.is_recording():

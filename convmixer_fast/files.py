@@ -1,12 +1,12 @@
-"""Atomic writes: a file takes its place whole or not at all, and nothing but a file is replaced.
+"""Atomic writes: a name gets a complete file or keeps its old one, and only files are replaced.
 
-`whole_or_absent` is the one way in which this package writes a file for a user. By what stands
-under the name:
+`whole_or_absent` is the only way in which this package writes a file for a user. The name may be
+that of
 
-* nothing, or a file: the new file is written beside it and then takes its place;
-* a symbolic link: the same for the file that it leads to; the link stays;
-* a character device or a pipe (``/dev/null``, ``/dev/stdout``, a shell's ``>(command)``): the whole
-  content is written into it;
+* nothing, or a file: the new file is written in the same folder and then renamed;
+* a symbolic link: as above for the file that it leads to; the link stays;
+* a character device or a pipe (``/dev/null``, ``/dev/stdout``, a shell's ``>(command)``): the
+  complete content is written into it;
 * a folder, a block device or a socket: an error.
 """
 
@@ -34,13 +34,13 @@ PIPE_PATIENCE = 5.0
 
 @contextmanager
 def whole_or_absent(path: Path, mode: str = "w", shown: Path | None = None) -> Iterator[IO[Any]]:
-    """A file to write that takes the name ``path`` at the end of the block, if nothing failed.
+    """A file to write, which gets the name ``path`` at the end of a block without an error.
 
-    By then its bytes are on the disk, so that not even a power cut leaves half of it. Text is
-    UTF-8, and carries file names that are not.
+    Its bytes are on the disk before the rename, so that a power cut leaves no partial file. Text is
+    UTF-8 with surrogateescape, which preserves file names that are not UTF-8.
 
     Args:
-        shown: the name that the user knows, for errors.
+        shown: the name in errors, where it is not ``path``.
 
     Raises:
         OSError: see `replacement`.
@@ -51,7 +51,7 @@ def whole_or_absent(path: Path, mode: str = "w", shown: Path | None = None) -> I
 
 @contextmanager
 def replacement(path: Path, shown: Path | None = None) -> Iterator[Path]:
-    """As `whole_or_absent`, for what writes to a file's name: the name to write to.
+    """As `whole_or_absent`, for writers that take a name: the name to write to.
 
     Raises:
         OSError: the folder cannot be written, the disk is full, or the name is that of a folder, a
@@ -68,7 +68,7 @@ def replacement(path: Path, shown: Path | None = None) -> Iterator[Path]:
         target = _real(path)
         unfinished = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
         try:
-            # For the permissions of a new file: a writer may put a file of its own there.
+            # Creates the file for its permissions, because a writer may replace the file.
             unfinished.open("xb").close()
             if target.exists():
                 shutil.copymode(target, unfinished)
@@ -87,7 +87,7 @@ def replacement(path: Path, shown: Path | None = None) -> Iterator[Path]:
 
 
 def write_whole(path: str | os.PathLike[str], text: str) -> None:
-    """Write ``text`` (UTF-8) to ``path``; a write that fails leaves what was there before.
+    """Write ``text`` (UTF-8) to ``path``; a write that fails keeps the old file.
 
     Raises:
         OSError: it cannot be written.
@@ -97,12 +97,12 @@ def write_whole(path: str | os.PathLike[str], text: str) -> None:
 
 
 def check_output(path: str | os.PathLike[str]) -> None:
-    """Find out before the work what `replacement` would find out after it; changes nothing.
+    """Check before the work that `replacement` can write after it; changes nothing.
 
-    A name in ``.zarr`` is that of a folder.
+    A name that ends in ``.zarr`` may be a folder's.
 
     Raises:
-        OSError: as there.
+        OSError: see `replacement`.
     """
     path = Path(path)
     if path.suffix != ".zarr" and is_special(path):
@@ -117,7 +117,7 @@ def check_output(path: str | os.PathLike[str]) -> None:
 
 
 def is_special(path: Path) -> bool:
-    """Whether a name is that of a device or a pipe, which can be written but not replaced.
+    """Whether a name is that of a device or a pipe, which can be written and not replaced.
 
     Raises:
         OSError: it is a folder, a block device or a socket, which can be neither.
@@ -138,7 +138,7 @@ def is_special(path: Path) -> bool:
 
 
 def replaceable(path: str | os.PathLike[str]) -> Path:
-    """The file that a name or a link leads to, there or not, for what cannot go into a device.
+    """The file of a name or a link, existing or not, for content that cannot go into a device.
 
     Raises:
         OSError: it is a device, a pipe, a folder or a socket, or its folder cannot be written.
@@ -158,7 +158,7 @@ def open_special(path: Path, mode: str = "w") -> IO[Any]:
         OSError: it cannot be opened, or it is a pipe that nothing reads.
     """
     if own := _DESCRIPTOR.fullmatch(str(path)):
-        # Not opened again: a file that the shell made of it would be cut, or written twice over.
+        # Not reopened: a file that the shell redirects to would be truncated or overwritten.
         number = int(own[2]) if own[2] else {"stdout": 1, "stderr": 2}[own[1]]
         for stream in filter(None, (sys.stdout, sys.stderr)):
             stream.flush()
@@ -180,7 +180,7 @@ def open_special(path: Path, mode: str = "w") -> IO[Any]:
 
 
 def about_file(error: OSError, path: Path) -> OSError:
-    """The same error, of a file that the user knows."""
+    """The same error with the name of a file that the user knows."""
     if error.errno is None:  # pyarrow's own
         return OSError(errno.EIO, str(error), str(path))
     return type(error)(error.errno, error.strerror, str(path))
@@ -191,16 +191,16 @@ def _text(mode: str) -> dict[str, Any]:
 
 
 def _real(path: Path) -> Path:
-    """The file that a link leads to, there or not."""
+    """The file that a link leads to, existing or not."""
     return Path(os.path.realpath(path))
 
 
 def _sync_folder(folder: Path) -> None:
-    # A file's new name is kept in its folder, which has to reach the disk too.
+    # A file's new name is data of its folder, which must reach the disk too.
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError as error:  # some network file systems cannot
+    except OSError as error:  # unsupported by some network file systems
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:

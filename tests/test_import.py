@@ -60,7 +60,7 @@ def test_every_fresh_python_is_fresh_pythons():
         "tests/packaging/test_build.py",
         f"tests/{Path(__file__).name}",
         "tests/versions.py",
-        "tests/test_outputs.py",
+        "tests/cli/test_outputs.py",
         "benchmarks/cpu.py",
         "benchmarks/fresh_python.py",
         "tools/counts.py",

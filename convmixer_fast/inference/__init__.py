@@ -1,4 +1,4 @@
-"""Images in, predictions out."""
+"""Inference on images: reading, preprocessing, prediction, evaluation, heatmaps, streaming."""
 
 from .batches import Batch, Prepare, image_batches, load_image
 from .files import ResultFile

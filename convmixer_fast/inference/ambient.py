@@ -1,4 +1,4 @@
-"""Autocast as the caller's arguments say, whatever is set around the call."""
+"""Autocast set by the caller's arguments, independent of the context of the call."""
 
 from __future__ import annotations
 

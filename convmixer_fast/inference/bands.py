@@ -1,26 +1,25 @@
-"""How does a map too large for memory pass through the blocks of a ConvMixer? In bands of rows.
+"""A map too large for memory, sent through the blocks of a ConvMixer in bands of rows.
 
-Nothing but the depthwise convolutions looks beyond its own pixel, and those look no further than
-b = (k-1)//2 rows up and a = k//2 rows down. Of a map that comes from above, a block can put out a
-row once ``a`` rows more have come, and needs ``b`` rows before it again: between two bands it keeps
-b + a = k - 1 rows of its input. So block i is i * a rows behind the stem, no row is computed twice,
-and what is kept does not depend on the map's height. Zeros are padded where the map ends, at every
-block, and nowhere else.
+Only the depthwise convolutions read beyond their own pixel: b = (k-1)//2 rows up and a = k//2 rows
+down. Rows arrive from the top. A block can compute a row when ``a`` more rows have arrived, and
+needs ``b`` rows before it again: between two bands it keeps b + a = k - 1 rows of its input. So
+block i is i * a rows behind the stem, no row is computed twice, and the kept rows do not depend on
+the map's height. Zeros are padded only at the border of the map, at every block.
 
-The same along a row, where even one band over the map's whole width is too large: it passes in
-strips of columns, block i being i * a columns to the left of the stem's, and from strip to strip a
-block keeps the last k - 1 columns of its window. The rows that it keeps from band to band lie in a
-file then, a piece for each strip: they are read and written once a band.
+If even one band over the map's whole width is too large, a band passes in strips of columns, in the
+same way: block i is i * a columns behind the stem, and keeps the last k - 1 columns of its window
+from strip to strip. The rows kept from band to band are then in a file, a piece for each strip,
+read and written once a band.
 
-Memory in values, C channels, depth D, N images, bands of R rows, strips of S columns (of W, the
-map's width, where there are none) and K = b + max(a, lag) kept rows (see `Plan.lag`):
+Memory in values, for C channels, depth D, N images, bands of R rows, strips of S columns (without
+strips S is the map's width W) and K = b + max(a, lag) kept rows (see `Plan.lag`):
 
-    kept rows      N C D K W                   in the file where there are strips
-    kept columns   N C D (K + R)(k - 1)        only where there are strips
-    two windows    2 N C (K + R)(S + k - 1)    a block's and the next one's, turn by turn; no k - 1
-    one band       N C R S                     of the stem's or a block's output
+    kept rows      N C D K W                   in the file if there are strips
+    kept columns   N C D (K + R)(k - 1)        only if there are strips
+    two windows    2 N C (K + R)(S + k - 1)    a block's and the next one's; k - 1 only with strips
+    one band       N C R S                     output of the stem or a block
     panels         C R S                       one image's, of the CPU engine
-    pixels         N R p W p (channels)        as they come, and as numbers of the model
+    pixels         N R p W p (channels)        as stored, and as numbers of the model
 
 `Plan.bytes` adds these up; the engine's scratch, some megabytes a thread, comes on top.
 Modules that run one by one (`ModuleBlocks`) hold three windows more.
@@ -38,17 +37,17 @@ import torch
 from torch import Tensor, nn
 
 from .. import _native
-from ..blocks import DepthwiseMix, MixerBlock, _laid_out, _stacks_run_on, _Whole
+from ..blocks import DepthwiseMix, MixerBlock, PackedBlock, packed_blocks, to_preferred_layout
 from ..fusible import is_depthwise
 
-#: A band has at least so many patches where memory allows: a few tiles of the matrix product.
+#: Patches in a band at least, if memory allows: a few tiles of the GEMM.
 _BAND_PATCHES = 8192
-#: Kept rows may be that many times k - 1, so that bands end where groups of joint pixels do.
+#: Most kept rows in units of k - 1; more than 1 lets bands end at groups of joined pixels.
 _MOST_LAG = 2
 
 
 class Span(NamedTuple):
-    """One block's step along an axis: what it has got before and after, and what it puts out."""
+    """One block's step along an axis: input received before and after, and output range."""
 
     in_begin: int
     in_end: int
@@ -57,13 +56,13 @@ class Span(NamedTuple):
 
 
 class Axis:
-    """How far every block has come along one axis, rows or columns.
+    """The position of every block along one axis, rows or columns.
 
     Args:
-        depth: blocks.
+        depth: number of blocks.
         kernel_size: k.
         group: a block that is not at the end stops at multiples of this.
-        step: what a block puts out at most in one step.
+        step: largest output of a block in one step.
     """
 
     def __init__(self, depth: int, kernel_size: int, group: int, step: int) -> None:
@@ -72,7 +71,7 @@ class Axis:
         self.received, self.emitted = [0] * depth, [0] * depth
 
     def advance(self, new: int, last: bool) -> list[Span]:
-        """The first block gets ``new`` more, which are the ``last`` ones of all or not."""
+        """Give the first block ``new`` more; ``last``: no more will follow."""
         spans = []
         for i, (received, emitted) in enumerate(zip(self.received, self.emitted, strict=True)):
             end = received + new
@@ -82,17 +81,17 @@ class Axis:
                 to = max(emitted, (end - self.after) // self.group * self.group)
             spans.append(Span(received, end, emitted, to))
             self.received[i], self.emitted[i] = end, to
-            # The next block's input is complete when this one has put all out.
+            # The next block's input is complete when this block's output is.
             new, last = to - emitted, last and to == end
         return spans
 
     def kept(self, end: int, emitted: int) -> tuple[int, int]:
-        """What a block needs again of the ``end`` that it has got, having put out ``emitted``."""
+        """The range of its ``end`` inputs that a block needs again after ``emitted`` outputs."""
         return max(0, emitted - self.before), end
 
     @property
     def done(self) -> bool:
-        """Whether every block has put out all that the first one got."""
+        """Whether every block has computed all that the first one received."""
         return all(received == emitted for received, emitted in self._ends())
 
     def _ends(self) -> Iterator[tuple[int, int]]:
@@ -101,17 +100,17 @@ class Axis:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a map is cut, and what that costs.
+    """The cut of a map into bands and strips, and its memory.
 
     Args:
         rows: of a band, in patches.
-        columns: of a strip, in patches; the map's width where there are no strips.
-        group: rows of patches at whose multiples bands end, in every block: whole groups of the
-            pixels that the engine multiplies together have the same bits in a band and in the map.
-        lag: rows that a block is behind the one before it: k//2, rounded up to a group.
-        spilled: whether the kept rows lie in a file.
-        bytes: memory for all of this, by the arithmetic of this module's docstring.
-        exact: whether the map has the bits that the whole map's run on the CPU engine gives it.
+        columns: of a strip, in patches; the map's width if there are no strips.
+        group: bands end at multiples of this many rows of patches, in every block: whole groups of
+            the pixels that the engine joins have the same bits in a band and in the map.
+        lag: rows by which a block is behind the previous one: k//2, rounded up to a group.
+        spilled: whether the kept rows are in a file.
+        bytes: memory, by the arithmetic of this module's docstring.
+        exact: whether the map has the bits of a run of the whole map on the CPU engine.
     """
 
     rows: int
@@ -134,10 +133,10 @@ class Plan:
         band_rows: int | None = None,
         strip_columns: int | None = None,
     ) -> Plan:
-        """The plan for maps of ``width`` patches; the largest bands and strips within the memory.
+        """The plan for maps of ``width`` patches: the largest bands and strips that fit.
 
         Args:
-            blocks: what computes.
+            blocks: run the model's blocks.
             images: how many pass together.
             width: of the map, in patches.
             pixel_bytes: of one row of patches of the image, of all images.
@@ -168,7 +167,7 @@ class Plan:
             exact = blocks.name == "cpu" and (joined == 1 or whole_groups)
             return cls(rows, columns, group, lag, strips, total, exact)
 
-        # In the order in which they are wanted: exact ones, whole rows, large bands.
+        # In order of preference: exact, whole rows, large bands.
         groups = [1]
         if before + -(-after // aligned) * aligned <= _MOST_LAG * max(1, k - 1):
             groups.insert(0, aligned)
@@ -196,7 +195,7 @@ class Plan:
 
 
 def _halves(start: int) -> list[int]:
-    """``start``, and half of it again and again down to 1."""
+    """``start``, halved repeatedly down to 1."""
     found = [start]
     while found[-1] > 1:
         found.append(-(-found[-1] // 2))
@@ -204,7 +203,7 @@ def _halves(start: int) -> list[int]:
 
 
 class Blocks(Protocol):
-    """What computes the blocks: each on a window of the map at a time."""
+    """Interface of the blocks: each runs on a window of the map."""
 
     depth: int
     dim: int
@@ -218,19 +217,19 @@ class Blocks(Protocol):
     name: str
 
     def run(self, i: int, window: Tensor, band: tuple[int, int, int, int], out: Tensor) -> None:
-        """Block i on the rows and columns ``band`` of ``window``, into ``out``.
+        """Run block i on the rows and columns ``band`` of ``window``, into ``out``.
 
-        Around the band, the window holds all of the map that the block can see of it.
+        The window includes all of the map around the band that the block reads.
         """
 
 
 class NativeBlocks:
-    """Blocks that the CPU engine takes whole, in float32."""
+    """Blocks that the CPU engine runs whole, in float32."""
 
     name = "cpu"
     windows, panels, channels_last = 2, 1, False
 
-    def __init__(self, wholes: list[_Whole], stem: nn.Conv2d, device: torch.device) -> None:
+    def __init__(self, wholes: list[PackedBlock], stem: nn.Conv2d, device: torch.device) -> None:
         self._wholes = wholes
         self.depth, self.dtype, self.device = len(wholes), torch.float32, device
         self.dim, self.kernel_size = wholes[0].dim, wholes[0].kernel_size
@@ -238,7 +237,7 @@ class NativeBlocks:
             _native.joined_pixels(self.dim, self.dim),
             _native.joined_pixels(stem.weight[0].numel(), self.dim),
         )
-        #: Of the whole map; a number too large for any matrix product to be a small one's.
+        #: Of the whole map; the default is too large for any special case of small GEMMs.
         self.map_pixels = 1 << 40
 
     def run(self, i: int, window: Tensor, band: tuple[int, int, int, int], out: Tensor) -> None:
@@ -261,10 +260,10 @@ class NativeBlocks:
 
 
 class ModuleBlocks:
-    """Blocks as modules, whatever backend serves them: a half at a time on a window.
+    """Blocks as modules, on any backend: one half at a time on a window.
 
-    The depthwise half has no form without padding: of each window it computes the k - 1 rows at
-    the edges as well, which are thrown away.
+    The depthwise half always pads: the k - 1 rows at the edges of each window are computed too and
+    discarded.
     """
 
     name = "modules"
@@ -275,9 +274,9 @@ class ModuleBlocks:
         self._blocks = blocks
         self.depth, self.dim = len(blocks), example.shape[1]
         self.dtype, self.device = example.dtype, example.device
-        # A smaller kernel than the largest one sees more rows than it needs.
+        # A kernel smaller than the largest gets more rows than it needs.
         self.kernel_size = max((_depthwise_of(block).kernel_size[0] for block in blocks), default=1)
-        laid_out = _laid_out(blocks[0], example) if blocks else example
+        laid_out = to_preferred_layout(blocks[0], example) if blocks else example
         self.channels_last = not laid_out.is_contiguous()
 
     def run(self, i: int, window: Tensor, band: tuple[int, int, int, int], out: Tensor) -> None:
@@ -295,14 +294,14 @@ def _depthwise_of(block: MixerBlock) -> nn.Conv2d:
 
 
 def blocks_of(stack: nn.Module, stem: nn.Conv2d, example: Tensor) -> Blocks:
-    """What computes the blocks of a model on maps like ``example``, (N, C, h, w) of any h and w.
+    """The `Blocks` of a model for maps like ``example``, (N, C, h, w) of any h and w.
 
     ``stem`` is the convolution that makes these maps.
 
     Raises:
         TypeError: a child is no `MixerBlock`.
     """
-    # Not children(), which leaves out blocks that stand there twice.
+    # Not children(), which omits a block's second occurrence.
     blocks: list[Any] = list(stack._modules.values())
     for block in blocks:
         if not isinstance(block, MixerBlock) or len(block) != 4:
@@ -310,15 +309,14 @@ def blocks_of(stack: nn.Module, stem: nn.Conv2d, example: Tensor) -> Blocks:
                 f"streaming needs MixerBlocks, not {type(block).__name__}: "
                 "call convmixer_fast.optimize(model) first"
             )
-    if blocks and _stacks_run_on(example):
-        wholes = [block._whole(example) for block in blocks]
-        if all(whole is not None and whole[2:] == wholes[0][2:] for whole in wholes):
-            return NativeBlocks(wholes, stem, example.device)
+    packed = packed_blocks(blocks, example)
+    if packed is not None:
+        return NativeBlocks(packed, stem, example.device)
     return ModuleBlocks(blocks, example)
 
 
 class Memory:
-    """Where the rows that blocks keep lie: tensors in memory, a piece for each block and strip."""
+    """Store of the kept rows: tensors in memory, a piece for each block and strip."""
 
     def __init__(self) -> None:
         self._pieces: dict[tuple[int, int], Tensor] = {}
@@ -328,13 +326,13 @@ class Memory:
         n, c, r, w = rows.shape
         piece = self._pieces.get(key)
         if piece is None:
-            # Rows are outermost: whatever r is, the piece is one stretch of memory.
+            # Rows are outermost, so that the piece is contiguous for any r.
             piece = rows.new_empty(most, n, c, w)
             self._pieces[key] = piece
         piece[:r].copy_(rows.permute(2, 0, 1, 3))
 
     def get(self, key: tuple[int, int], into: Tensor) -> None:
-        """The rows that were put there last, as many as ``into`` has."""
+        """Read the rows put last, as many as ``into`` has."""
         if into.numel():
             into.copy_(self._pieces[key][: into.shape[2]].permute(1, 2, 0, 3))
 
@@ -342,13 +340,14 @@ class Memory:
         self._pieces.clear()
 
 
-def _bytes_of(dense: Tensor) -> memoryview:
+def bytes_of(dense: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
     array: Any = dense.view(-1).view(torch.uint8).numpy()
     return memoryview(array)
 
 
 class Spill(Memory):
-    """The same in a file without a name, which is gone when the process is."""
+    """The same in a file without a name, which the system deletes with the process."""
 
     def __init__(self, folder: str | None) -> None:
         super().__init__()
@@ -362,7 +361,7 @@ class Spill(Memory):
             self._places[key] = self._end
             self._end += most * n * c * w * rows.element_size()
         self._file.seek(self._places[key])
-        self._file.write(_bytes_of(rows.permute(2, 0, 1, 3).contiguous().cpu()))
+        self._file.write(bytes_of(rows.permute(2, 0, 1, 3).contiguous().cpu()))
 
     def get(self, key: tuple[int, int], into: Tensor) -> None:
         if into.numel() == 0:
@@ -370,7 +369,7 @@ class Spill(Memory):
         n, c, r, w = into.shape
         dense = torch.empty((r, n, c, w), dtype=into.dtype, device="cpu")
         self._file.seek(self._places[key])
-        if self._file.readinto(_bytes_of(dense)) < dense.nbytes:
+        if self._file.readinto(bytes_of(dense)) < dense.nbytes:
             raise OSError("the file of kept rows was cut short: is its disk full?")
         into.copy_(dense.permute(1, 2, 0, 3))
 
@@ -379,7 +378,7 @@ class Spill(Memory):
 
 
 class Piece(NamedTuple):
-    """A part of the last block's map: valid until the next one comes."""
+    """A part of the last block's map, valid until the next piece."""
 
     row: int
     column: int
@@ -391,13 +390,13 @@ Stem = Callable[[int, int], Tensor]
 
 
 class BandFlow:
-    """A map on its way through the blocks.
+    """One pass of a map through the blocks.
 
     Args:
-        blocks: what computes.
+        blocks: run the model's blocks.
         images: N.
         width: of the map, in patches.
-        plan: how it is cut.
+        plan: the cut.
         scratch: the folder for kept rows that do not fit in memory; None: the system's.
     """
 
@@ -406,7 +405,7 @@ class BandFlow:
     ) -> None:
         self.blocks, self.images, self.width, self.plan = blocks, images, width, plan
         depth, k = blocks.depth, blocks.kernel_size
-        # Where products join pixels, a last band of fewer comes with the one before.
+        # If GEMMs join pixels, a last band smaller than a group joins the previous band.
         slack = plan.group if blocks.joined_pixels > 1 else 0
         self.rows = Axis(depth, k, plan.group, plan.rows + slack)
         self._columns: list[list[Span]] = []
@@ -419,12 +418,12 @@ class BandFlow:
         self._across = columns
         self.store = Spill(scratch) if plan.spilled else Memory()
         self._buffers: list[Tensor | None] = [None, None]
-        # What a block keeps of rows at most, and the columns from strip to strip.
+        # The most rows that a block keeps, and the columns kept from strip to strip.
         self._most_kept = self.rows.before + plan.lag
         self._left: list[Tensor | None] = [None] * depth
 
     def next_band(self, left: int) -> int:
-        """How many rows the next band is to have, of those that are left."""
+        """Rows of the next band, of the rows that are left."""
         rows, joined = self.plan.rows, self.blocks.joined_pixels
         rest = left - rows
         if 0 < rest < self.plan.group + 1 and rest * self.width < joined:
@@ -432,7 +431,7 @@ class BandFlow:
         return min(rows, left)
 
     def feed(self, stem: Stem, rows: int, last: bool) -> Iterator[Piece]:
-        """The stem's next ``rows`` rows, as `next_band` says; yields what comes out."""
+        """Send the stem's next ``rows`` rows (`next_band`) down; yields pieces of the last map."""
         if self.blocks.depth == 0:
             for begin in range(0, self.width, self.plan.columns):
                 end = min(begin + self.plan.columns, self.width)
@@ -447,7 +446,7 @@ class BandFlow:
     _direct_row = 0
 
     def _pass(self, stem: Stem | None, new: int, last: bool) -> Iterator[Piece]:
-        """One step of every block down, in all strips."""
+        """One step down of every block, in all strips."""
         spans = self.rows.advance(new, last)
         for strip, columns in enumerate(self._columns):
             window = self._open(0, strip, spans[0], columns[0])
@@ -456,7 +455,7 @@ class BandFlow:
                 self._fresh(window, spans[0], columns[0]).copy_(values)
                 del values
             for i, (down, across) in enumerate(zip(spans, columns, strict=True)):
-                # The next block's window is open before this one runs, and takes its output.
+                # The next block's window is opened first, because this block writes into it.
                 following = None
                 if i + 1 < self.blocks.depth:
                     following = self._open(i + 1, strip, spans[i + 1], columns[i + 1])
@@ -477,7 +476,7 @@ class BandFlow:
 
     @staticmethod
     def _first(axis: Axis, span: Span) -> int:
-        """Where a block's window begins: at what it has kept."""
+        """Where a block's window begins: at the kept rows or columns."""
         return axis.kept(span.in_begin, span.out_begin)[0]
 
     def _view(self, i: int, rows: int, columns: int) -> Tensor:
@@ -486,7 +485,7 @@ class BandFlow:
         count = n * c * rows * columns
         buffer = self._buffers[i % 2]
         if buffer is None or buffer.numel() < count:
-            self._buffers[i % 2] = buffer = None  # the old one goes before the new one comes
+            self._buffers[i % 2] = buffer = None  # freed before the next allocation
             buffer = torch.empty(count, dtype=self.blocks.dtype, device=self.blocks.device)
             self._buffers[i % 2] = buffer
         if self.blocks.channels_last:
@@ -494,7 +493,7 @@ class BandFlow:
         return buffer[:count].view(n, c, rows, columns)
 
     def _open(self, i: int, strip: int, down: Span, across: Span) -> Tensor:
-        """Block i's window with all that it has kept in it, and room for what is new."""
+        """Block i's window, with its kept rows and columns in place and room for new input."""
         first_row, first_column = self._first(self.rows, down), self._first(self._across, across)
         window = self._view(i, down.in_end - first_row, across.in_end - first_column)
         kept_rows, kept_columns = down.in_begin - first_row, across.in_begin - first_column
@@ -505,12 +504,12 @@ class BandFlow:
         return window
 
     def _fresh(self, window: Tensor, down: Span, across: Span) -> Tensor:
-        """The part of a window that the block before is to fill."""
+        """The part of a window that the previous block writes."""
         row = down.in_begin - self._first(self.rows, down)
         return window[:, :, row:, across.in_begin - self._first(self._across, across) :]
 
     def _keep(self, i: int, strip: int, down: Span, across: Span, window: Tensor) -> None:
-        """What block i needs again: rows in the next band, columns in the next strip."""
+        """Store what block i needs again: rows in the next band, columns in the next strip."""
         row = self.rows.kept(down.in_end, down.out_end)[0] - self._first(self.rows, down)
         first_column = self._first(self._across, across)
         new = window[:, :, row:, across.in_begin - first_column :]
@@ -522,10 +521,10 @@ class BandFlow:
         else:
             self._left[i] = None
 
-    # What a checkpoint holds
+    # Content of a checkpoint
 
     def state(self) -> dict[str, list[int]]:
-        """How far the blocks have come."""
+        """The positions of the blocks."""
         return {
             "received": list(self.rows.received),
             "emitted": list(self.rows.emitted),
@@ -537,7 +536,7 @@ class BandFlow:
         self._direct_row = state["direct_row"][0]
 
     def pieces(self) -> Iterator[tuple[tuple[int, int], tuple[int, int, int, int]]]:
-        """(block, strip) and shape of all kept rows, as they are between two bands."""
+        """(block, strip) and shape of all kept rows, between two bands."""
         for i in range(self.blocks.depth):
             first, end = self.rows.kept(self.rows.received[i], self.rows.emitted[i])
             for strip, columns in enumerate(self._columns):
@@ -552,7 +551,7 @@ class BandFlow:
         return rows
 
     def put_back(self, key: tuple[int, int], rows: Tensor) -> None:
-        """Rows from a checkpoint."""
+        """Store the kept rows of a checkpoint."""
         self.store.put(key, rows.to(self.blocks.device), self._most_kept)
 
     def close(self) -> None:

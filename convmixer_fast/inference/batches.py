@@ -1,4 +1,4 @@
-"""How do files become batches while the model is busy with the ones before?"""
+"""Batches of images, decoded ahead by threads while the model computes."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Batch(NamedTuple):
 
 
 class Prepare(Protocol):
-    """How an image becomes a tensor: `Preprocessing`, `NativeSize`, or the like of one's own."""
+    """Interface of preprocessing: `Preprocessing`, `NativeSize`, or a user's own class."""
 
     @property
     def channels(self) -> int:
-        """1 or 3: what is read of a file."""
+        """1 or 3: channels read from a file."""
 
     def __call__(self, image: Image.Image) -> Prepared:
         """(C, H, W), float32."""
@@ -45,13 +45,13 @@ class Prepare(Protocol):
 def load_image(
     path: str | os.PathLike[str], preprocessing: Prepare, out: Tensor | None = None
 ) -> Prepared:
-    """One file -> (C, H, W) float32.
+    """Read and prepare one file: (C, H, W) float32.
 
     Args:
         out: where to write it, for a `Preprocessing`.
 
     Raises:
-        ImageError: the file cannot be read, or is of a shape that cannot be prepared.
+        ImageError: the file cannot be read, or its image has a shape that cannot be prepared.
     """
     image = read_image(path, preprocessing.channels)
     try:
@@ -63,11 +63,11 @@ def load_image(
 
 
 class _Slots:
-    """Room for the images of a batch in one piece, which `in_one_piece` finds again.
+    """One tensor for all images of a batch, so that `in_one_piece` needs no copy.
 
     Args:
-        count: of images.
-        room: a batch's that is not needed any more; without one, it is made for the first image.
+        count: number of images.
+        room: the tensor of an earlier batch to reuse; None: allocate at the first image.
     """
 
     def __init__(self, count: int, room: Tensor | None) -> None:
@@ -75,15 +75,18 @@ class _Slots:
         self._lock = Lock()
 
     def place(self, i: int, shape: Sequence[int]) -> Tensor:
-        """Where an image of this shape, float32, is to be written."""
+        """The slot of image i, of this shape, float32."""
         with self._lock:
             if self.room is None:
                 self.room = torch.empty(self._count, *shape, dtype=torch.float32, device="cpu")
         return self.room[i]
 
     def put(self, i: int, image: Tensor) -> Tensor:
-        """The image at its place; as it is, if the first one had another shape, and if NumPy cannot
-        see it: on a device, in bfloat16, with a gradient."""
+        """Copy the image into its slot.
+
+        The image itself is returned if the first one had another shape, or if NumPy cannot read it
+        (on a device, in bfloat16, with a gradient).
+        """
         if image.device.type != "cpu" or image.dtype == torch.bfloat16 or image.requires_grad:
             return image
         with self._lock:
@@ -92,13 +95,13 @@ class _Slots:
         place = self.room[i]
         if place.shape != image.shape or place.dtype != image.dtype:
             return image
-        # NumPy, for PyTorch's copy would start a team of threads in every decoding thread.
+        # NumPy: PyTorch's copy would start a team of threads in every decoding thread.
         np.copyto(place.numpy(), image.numpy())
         return place
 
 
 def in_one_piece(images: Sequence[Tensor]) -> Tensor:
-    """`torch.stack`, but without a copy where the images lie one after the other."""
+    """`torch.stack`, without a copy if the images are adjacent in memory."""
     first, step = images[0], images[0].numel()
     begin, storage = first.storage_offset(), first.untyped_storage().data_ptr()
     for i, image in enumerate(images):
@@ -121,11 +124,11 @@ def image_batches(
 ) -> Iterator[Batch]:
     """Batches in the order of ``paths``, of at most ``batch_size`` files each.
 
-    ``workers`` threads decode ahead (Pillow releases the interpreter's lock while it decodes and
-    resizes), at most two batches of it, so memory does not grow with the number of files; 0
-    decodes in the caller's thread. No file is fatal: failures travel with their batch. With
-    ``reuse``, the next batch may take the memory of this one's images: new memory has to be filled
-    with zeros by the system, page by page.
+    ``workers`` threads decode at most two batches ahead (Pillow releases the interpreter's lock
+    while it decodes and resizes), so memory does not grow with the number of files; 0 decodes in
+    the caller's thread. An unreadable file does not raise: failures are part of their batch. With
+    ``reuse``, a later batch may overwrite this one's images, which saves the system from clearing
+    new pages.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -141,7 +144,7 @@ def image_batches(
     def several(
         slots: _Slots, begin: int, files: Sequence[Location]
     ) -> list[Prepared | ImageError]:
-        # Not a subclass, which may not know of places, or return something else.
+        # Not a subclass: its signature and its result may differ.
         if type(preprocessing) is Preprocessing:
             shape = preprocessing.input_size
             return [attempt(path, slots.place(i, shape)) for i, path in enumerate(files, begin)]
@@ -153,13 +156,13 @@ def image_batches(
             for i, one in enumerate(found, begin)
         ]
 
-    # Of images at their own sizes hardly two share a shape, and the room for large ones is large.
+    # Images at their own sizes rarely share a shape, and a slot for a large one wastes memory.
     one_size = hasattr(preprocessing, "input_size")
     free: list[Tensor] = []
 
     def submit(group: Sequence[Location]) -> None:
         room = free.pop() if free and len(free[-1]) == len(group) else None
-        # A few tasks a batch and thread, not one for each image: every one costs a wake-up.
+        # A few tasks per batch and thread, not one per image: each costs a wake-up.
         slots, size = _Slots(len(group), room), max(1, len(group) // (4 * workers))
         starts = range(0, len(group), size)
         tasks = [pool.submit(several, slots, i, group[i : i + size]) for i in starts]
@@ -167,7 +170,7 @@ def image_batches(
 
     def oldest() -> Iterator[Batch]:
         files, slots, tasks = ahead.popleft()
-        wait(tasks)  # once, however many there are
+        wait(tasks)  # one wait for all tasks
         yield collate(files, [one for task in tasks for one in task.result()])
         if reuse and slots.room is not None:
             free.append(slots.room)

@@ -1,4 +1,4 @@
-"""How often is a model right? Top-1 and top-5 over a folder of folders, in timm's terms."""
+"""Top-1 and top-5 accuracy over a folder of class folders, with timm's keys."""
 
 from __future__ import annotations
 
@@ -21,11 +21,14 @@ from .results import Failure, Prediction
 
 @dataclass
 class Evaluation:
-    """What was counted.
+    """Counts of an evaluation.
 
-    ``classes`` are the names of the model's outputs, ``confusion`` (C, C) counts images by true
-    class (rows) and likeliest class (columns), ``among_five`` (C,) those whose class is one of the
-    five likeliest.
+    Attributes:
+        classes: names of the model's outputs.
+        confusion: (C, C) images by true class (rows) and most likely class (columns).
+        among_five: (C,) images whose class is one of the five most likely.
+        failures: images that could not be read.
+        waited: seconds for which the model waited for images.
     """
 
     classes: list[str]
@@ -52,7 +55,7 @@ class Evaluation:
         return {name: round(value, 4) for name, value in named.items()}
 
     def per_class(self) -> list[dict[str, Any]]:
-        """A row for each class that has images or was predicted: recall as top1, and precision."""
+        """A row for each class with images or predictions: recall as top1, and precision."""
         rows = []
         for i, name in enumerate(self.classes):
             images, predicted = int(self.confusion[i].sum()), int(self.confusion[:, i].sum())
@@ -73,7 +76,7 @@ class Evaluation:
         return rows
 
     def write_per_class(self, path: str | os.PathLike[str]) -> None:
-        """`per_class` as CSV; the file is whole or absent."""
+        """Write `per_class` as CSV, atomically."""
         with whole_or_absent(Path(path)) as file:
             names = ("index", "label", "images", "predicted", "top1", "top5", "precision")
             writer = csv.DictWriter(file, names, lineterminator="\n")
@@ -81,7 +84,7 @@ class Evaluation:
             writer.writerows(self.per_class())
 
     def write_confusion(self, path: str | os.PathLike[str]) -> None:
-        """The counts as CSV, a line for each true class and a column for each predicted one."""
+        """Write the counts as CSV: a line for each true class, a column for each predicted one."""
         with whole_or_absent(Path(path)) as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["true \\ predicted", *self.classes])
@@ -141,13 +144,13 @@ def evaluate(
     workers: int = 2,
     progress: Callable[[int, Sequence[Failure]], object] | None = None,
 ) -> Evaluation:
-    """Count how often the predictor is right about labelled images.
+    """Count the predictor's answers on labelled images.
 
     Args:
         predictor: its ``topk`` must be at least 5, or the number of classes.
         paths, targets: files and the index of each one's class.
         classes: the names of all classes.
-        progress: called after every batch, with its number of files and those not read.
+        progress: called after every batch with its number of files and its failures.
     """
     count = len(classes)
     topk = predictor.columns.topk

@@ -1,9 +1,9 @@
-"""How do results get onto the disk so that no kill, crash or full disk loses or doubles a row?
+"""Result files that neither lose nor repeat a row after a kill, a crash or a full disk.
 
-Rows are gathered for some seconds and written as a part: a file of its own in a folder beside the
-result (``results.csv.parts``), under another name until it is whole and on the disk. What was done
-is what the parts hold, whatever the moment of a kill. At the end the parts are joined into the
-result, which appears under its name only when it is complete, and the folder goes.
+Rows are collected for some seconds and written as a part: a file in a folder next to the result
+(``results.csv.parts``), under another name until it is complete and on the disk. At any moment the
+parts hold exactly what was done. At the end they are joined into the result, which gets its name
+only when it is complete, and the folder is removed.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ import numpy as np
 from ..files import about_file, is_special, open_special, whole_or_absent
 from .results import Columns, Failure, Row, Vector
 
-#: In the folder of parts: the settings of the run. What is there without it belongs to no run.
+#: In the folder of parts: the settings of the run. Without this file, parts belong to no run.
 RUN = "run.json"
 _ADOPTS = "goes on with a finished file"
 _FAILURE_COLUMNS = ["filename", "error"]
 
 
 def _sweep(path: Path) -> None:
-    """Remove what a kill has left of unfinished writes of a file."""
+    """Remove unfinished writes of a file that a kill has left."""
     for partial in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
         partial.unlink(missing_ok=True)
 
 
 def _short(score: float) -> float:
-    """The float whose text is the shortest that gives the same float32 back."""
+    """The float with the shortest text that reads back as the same float32."""
     return float(str(np.float32(score)))
 
 
@@ -207,7 +207,7 @@ def pyarrow() -> Any:
     """The library, with its Parquet module.
 
     Raises:
-        ImportError: it is not installed; the message says how to get it.
+        ImportError: it is not installed; the message says how to install it.
     """
     try:
         import pyarrow
@@ -240,34 +240,33 @@ def format_of(path: Path, name: str | None = None) -> str:
 
 
 class ResultFile:
-    """A file of predictions that a run can be killed in, and go on with; used in a ``with`` block.
+    """A file of predictions that survives a kill of the run; used in a ``with`` block.
 
     The rows of a run are in ``PATH.parts`` until the block ends without an error; then ``path``
-    holds all of them, and a file beside it the images that could not be read (``STEM.errors.csv``,
-    columns filename and error; absent where there are none). A block that fails keeps the rows it
-    was given for a later run with ``resume``.
+    holds all of them, and a file next to it the images that could not be read (``STEM.errors.csv``,
+    columns filename and error; absent if there are none). A block that fails keeps its rows for a
+    later run with ``resume``.
 
     Args:
         path: the result; a device or a pipe is written to directly, in CSV or JSON lines.
         columns: of the rows.
         format: a name in `FORMATS`; default: by the suffix of ``path``, else CSV.
-        resume: go on with what is there: an unfinished run's parts, or a finished file. `done`
-            then says which images need not be looked at again.
-        overwrite: forget an unfinished run's parts, and replace a finished file at the end.
-        settings: whatever else must be the same in a run that goes on, to be kept as JSON.
-        errors_file: another place for the images that could not be read.
-        part_seconds: a part is written at least that often, until that is less than a hundredth
-            of the time the run has taken: then at every hundredth, so that long runs do not end
-            in millions of parts.
+        resume: continue an unfinished run's parts or a finished file. `done` then names the images
+            that need not be predicted again.
+        overwrite: remove an unfinished run's parts, and replace a finished file at the end.
+        settings: other settings that must be the same in a run that continues, kept as JSON.
+        errors_file: another name for the file of images that could not be read.
+        part_seconds: time between two parts; at least a hundredth of the time that the run has
+            taken, so that long runs do not write millions of parts.
 
     Raises:
         OSError: the folder cannot be written, the disk is full, ``path`` is a folder.
-        ValueError: there is a result or an unfinished run and neither ``resume`` nor ``overwrite``
-            says what to do; the run to go on with had other settings; another run is writing here.
+        ValueError: there is a result or an unfinished run, and neither ``resume`` nor ``overwrite``
+            is set; the run to continue had other settings; another run is writing here.
         ImportError: Parquet, without pyarrow.
     """
 
-    #: Rows that wait for the next part, at most.
+    #: Most rows in memory before the next part.
     MOST_ROWS = 100_000
 
     def __init__(
@@ -289,7 +288,7 @@ class ResultFile:
         self.done: set[str] = set()
         #: Those of `done` that are among the errors.
         self.unread: set[str] = set()
-        #: Images with a result, and without one, in this run and those that it goes on with.
+        #: Images with and without a result, in this run and those that it continues.
         self.kept = self.failed = 0
         self.parts: Path | None = None
         self.errors_file: Path | None = None
@@ -307,8 +306,8 @@ class ResultFile:
             pyarrow()
         if errors_file is not None:
             self.errors_file = Path(errors_file)
-            is_special(self.errors_file)  # refuses what cannot be written, before the work
-        # A device or a pipe cannot be replaced by a file: it is written to.
+            is_special(self.errors_file)  # raises before the work if it cannot be written
+        # A device or a pipe cannot be replaced by a file and is written to directly.
         if is_special(self.path):
             if name not in ("csv", "jsonl"):
                 raise ValueError(f"{self.path}: a device or a pipe takes csv or jsonl, not {name}")
@@ -339,7 +338,7 @@ class ResultFile:
             self.parts.mkdir(exist_ok=True)
             self._lock = open(self.parts / "lock", "w")  # noqa: SIM115 - closed in __exit__
         except OSError as error:
-            # The user knows the name that was asked for, not that of the folder.
+            # The error names the result, because the user does not know the folder's name.
             raise about_file(error, self.path) from error
         try:
             self._claim()
@@ -355,7 +354,7 @@ class ResultFile:
 
         assert self._lock is not None
         try:
-            # The system takes it back when the process ends, however it ends.
+            # The system releases the lock whenever the process ends.
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(f"another run is writing {self.path}: wait, or stop it") from error
@@ -377,10 +376,10 @@ class ResultFile:
                     f"{self._settings[k]!r}): --resume needs the same settings, --overwrite "
                     "starts anew"
                 )
-            # A run that was to go on with a finished file, and was killed before it took it over.
+            # The run was to continue a finished file and was killed before it adopted the file.
             adopts = before.get(_ADOPTS) and self._target.exists() and not self._written()
         if not unfinished or adopts:
-            # What is here belongs to a run that ended: its result was written, or is not wanted.
+            # These files belong to a run whose result was written or is to be overwritten.
             run.unlink(missing_ok=True)
             for entry in folder.iterdir():
                 if entry.name != "lock":
@@ -421,7 +420,7 @@ class ResultFile:
         return self.parts
 
     def _written(self, kind: str | None = None) -> list[Path]:
-        """Parts of results (or of "errors"), in their order."""
+        """Parts of results (or of "errors"), in order."""
         return sorted(self._folder.glob(f"part-*.{kind or self.format.part_suffix}"))
 
     @contextmanager
@@ -432,12 +431,12 @@ class ResultFile:
         self._number += 1
 
     def is_done(self, filename: str) -> bool:
-        """Whether a result or an error of that image is there already."""
+        """Whether there is a result or an error of that image."""
         stored = storable(filename) if self.format is Parquet else filename
         return stored in self.done or filename in self.unread
 
     def write(self, rows: Iterable[Row], failures: Iterable[Failure] = ()) -> None:
-        """Take rows and failures; they are on the disk after the next part."""
+        """Add rows and failures; they are on the disk after the next part."""
         self._rows += rows
         self._failures += failures
         now = time.monotonic()
@@ -447,7 +446,7 @@ class ResultFile:
             self._last = time.monotonic()
 
     def flush(self) -> None:
-        """Write what there is as a part, now."""
+        """Write the rows in memory as a part, now."""
         if self._out is not None:
             try:
                 self._write_through(self._out)
@@ -460,7 +459,7 @@ class ResultFile:
                 with self._part("errors", "w", self.errors_file) as file:
                     _write_failures(file, self._failures)
         self.failed += len(self._failures)
-        # A failed write of the rows must not be followed by a second one of these.
+        # Cleared first, so that they are not written twice if writing the rows fails.
         self._failures = []
         if self._rows and self._out is None:
             with self._part(self.format.part_suffix, _mode(self.format), self.path) as file:
@@ -480,7 +479,7 @@ class ResultFile:
         out.flush()
 
     def _adopt_finished(self) -> None:
-        """A finished file that gets more rows becomes the first part."""
+        """Make a finished file that gets more rows the first part."""
         if self._finished is None:
             return
         if self.errors_file and self.errors_file.is_file():
@@ -507,13 +506,12 @@ class ResultFile:
                 with whole_or_absent(self._target, _mode(self.format), self.path) as file:
                     self.format.join(parts, file)
             if not errors and self.errors_file.is_file():
-                # What is there tells of the run before.
+                # The file is of an earlier run.
                 Path(os.path.realpath(self.errors_file)).unlink(missing_ok=True)
         self._remove_parts()
 
     def _remove_parts(self) -> None:
-        # First what makes it a run: a folder without it is only litter, at whatever moment a kill
-        # comes.
+        # The settings first: without them the folder is litter, should a kill come now.
         (self._folder / RUN).unlink(missing_ok=True)
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -531,7 +529,7 @@ class ResultFile:
         trace: TracebackType | None,
     ) -> None:
         if self._out is not None:
-            # After a failed write, closing would fail once more, in the place of the first error.
+            # After a failed write, an error of closing would hide the first one.
             with suppress(*([OSError] if kind else [])):
                 self._out.close()
             if kind is None and self.errors_file and self._told:
@@ -543,7 +541,7 @@ class ResultFile:
                 self.flush()
                 self._finish()
                 return
-            # What was computed is not thrown away with what failed, unless it cannot be written.
+            # Rows that were computed are kept, unless they cannot be written.
             with suppress(OSError):
                 self.flush()
             if not self._written("errors") and not self._written():

@@ -1,6 +1,6 @@
-"""Where in an image does a class come from? A class activation map, and a picture of it.
+"""Class activation maps: a class's score at every position of an image, and pictures of them.
 
-With a mean pool, the classifier of the mean is the mean of the classifier at every position: the
+With a mean pool, the classifier of the mean is the mean of the classifier over all positions: the
 map of a class's scores is exact, and its mean is the class's logit.
 
 Source: Zhou et al., "Learning Deep Features for Discriminative Localization", 2016.
@@ -36,12 +36,12 @@ class Heatmap(NamedTuple):
 
     Attributes:
         scores: (N, cells down, cells across), float32, on the CPU.
-        classes: (N,) the class that each map is of.
+        classes: (N,) the class of each map.
         logits: (N, num_classes).
         cell: pixels along a cell's side; the last cells may be smaller.
-        size: (height, width) in pixels of what the cells cover.
+        size: (height, width) in pixels that the cells cover.
         pictures: (N, height, width, 3) bytes, the images at reduced scale, to lay the maps over;
-            None where the caller has the images.
+            None if the caller has the images.
     """
 
     scores: Tensor
@@ -52,7 +52,7 @@ class Heatmap(NamedTuple):
     pictures: np.ndarray[Any, Any] | None = None
 
     def mean(self) -> Tensor:
-        """(N,) the mean over the image, of cells by their area: the logits of ``classes``."""
+        """(N,) the area-weighted mean over the cells: the logits of ``classes``."""
 
         def sides(size: int) -> Tensor:
             begins = torch.arange(0, size, self.cell, dtype=torch.int64, device="cpu")
@@ -63,10 +63,10 @@ class Heatmap(NamedTuple):
 
 
 def check_mean_pooling(model: nn.Module) -> None:
-    """A class activation map needs a mean pool and a linear classifier, and nothing besides.
+    """Check for a mean pool and a linear classifier, which a class activation map needs.
 
     Raises:
-        ValueError: the model has others, or its call is more than its parts.
+        ValueError: the model has others, or calling it does more than its parts.
     """
     pool: Any = getattr(model, "global_pool", None)
     kind = getattr(pool, "pool_type", "avg")
@@ -88,7 +88,7 @@ def check_mean_pooling(model: nn.Module) -> None:
 
 
 def check_target(head: nn.Linear, target: int | None) -> None:
-    """A class activation map is of a class that there is.
+    """Check that the model has the class.
 
     Raises:
         ValueError: there is no such class.
@@ -107,7 +107,7 @@ def class_scores(
         head: (num_classes, C).
         maps: (N, C, h, w).
         logits: (N, num_classes).
-        target: the class; None: the likeliest one of each image.
+        target: the class; None: the most likely one of each image.
 
     Returns:
         Scores (N, h, w), float32 on the CPU, and the classes (N,).
@@ -135,7 +135,7 @@ def class_activation_map(model: nn.Module, x: Tensor, target: int | None = None)
     Args:
         model: a `ConvMixer` in eval mode with mean pooling and a classifier.
         x: (N, in_chans, H, W), as the model takes it.
-        target: the class; None: the likeliest one of each image.
+        target: the class; None: the most likely one of each image.
 
     Returns:
         A `Heatmap` of (N, H // p, W // p) scores.
@@ -152,7 +152,7 @@ def class_activation_map(model: nn.Module, x: Tensor, target: int | None = None)
 
 
 def heatmap_of(model: nn.Module, maps: Tensor, logits: Tensor, target: int | None) -> Heatmap:
-    """`class_activation_map` of a model that was run: of its last maps (N, C, h, w) and logits."""
+    """`class_activation_map` from a model's last maps (N, C, h, w) and its logits."""
     parts: Any = model
     scores, classes = class_scores(parts.head, maps, logits, target)
     patch = int(parts.stem[0].kernel_size[0])
@@ -163,7 +163,7 @@ def heatmap_of(model: nn.Module, maps: Tensor, logits: Tensor, target: int | Non
 def overlay(
     scores: Tensor | np.ndarray[Any, Any], image: Image.Image | None = None, strength: float = 0.6
 ) -> Image.Image:
-    """A picture of a map: its lowest value dark, its highest bright, over the image if given.
+    """A picture of a map, the lowest value dark and the highest bright, over the image if given.
 
     Args:
         scores: (cells down, cells across).
@@ -200,7 +200,7 @@ def write_overlay(
     scores: Tensor | np.ndarray[Any, Any],
     image: Image.Image | None = None,
 ) -> None:
-    """`overlay` as a PNG file, whole or not there.
+    """Write `overlay` as a PNG file, atomically.
 
     Raises:
         OSError: the file cannot be written.
@@ -212,7 +212,7 @@ def write_overlay(
 
 
 def write_scores(path: str | os.PathLike[str], scores: Tensor | np.ndarray[Any, Any]) -> None:
-    """A map as a .npy file, whole or not there.
+    """Write a map as a .npy file, atomically.
 
     Raises:
         OSError: the file cannot be written.
@@ -224,12 +224,12 @@ def write_scores(path: str | os.PathLike[str], scores: Tensor | np.ndarray[Any, 
 class HeatmapFolder:
     """A picture and an array for every image of a run, in one folder.
 
-    Those of ``photos/cat.jpg`` are ``FOLDER/photos/cat.jpg.png``, the map over what the model saw
-    of the image, and ``FOLDER/photos/cat.jpg.npy``, the scores (cells down, cells across), float32.
+    For ``photos/cat.jpg`` they are ``FOLDER/photos/cat.jpg.png``, the map over the image as the
+    model saw it, and ``FOLDER/photos/cat.jpg.npy``, the scores (cells down, cells across), float32.
 
     Args:
-        folder: made where it is not there.
-        target: the class; None: the likeliest one of each image.
+        folder: created if absent.
+        target: the class; None: the most likely one of each image.
     """
 
     def __init__(self, folder: str | os.PathLike[str], target: int | None = None) -> None:
@@ -243,11 +243,11 @@ class HeatmapFolder:
         return place.with_name(f"{place.name}.png"), place.with_name(f"{place.name}.npy")
 
     def holds(self, filename: str) -> bool:
-        """Whether an image has both."""
+        """Whether an image has both files."""
         return all(place.exists() for place in self.places(filename))
 
     def check(self, filenames: Iterable[str], replace: bool) -> None:
-        """See to it before a run that no file takes another one's place.
+        """Check before a run that no file would replace another.
 
         Raises:
             FileExistsError: something is there already, and it is not to be replaced.
@@ -269,7 +269,7 @@ class HeatmapFolder:
                     )
 
     def write(self, filename: str, heatmap: Heatmap, image: Image.Image | None) -> None:
-        """Put the map of one image (N = 1) on the disk, over ``image`` of the map's size if given.
+        """Write the map of one image (N = 1), over ``image`` of the map's size if given.
 
         Raises:
             OSError: the folder cannot be written, or the disk is full.

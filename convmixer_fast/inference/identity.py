@@ -1,4 +1,4 @@
-"""Is a run that goes on the one that was cut off? Its model has to be the same, to the last bit."""
+"""Identity of a model to the last bit, so that a run continues only one with the same model."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from torch import nn
 
 
 def model_digest(model: nn.Module, *more: object) -> str:
-    """32 hexadecimal digits that tell one model from another: of its modules and their
-    settings, of every parameter's and buffer's name, shape, dtype and bits, and of ``more``."""
+    """A digest of a model in 32 hexadecimal digits.
+
+    Covers its modules and their settings, name, shape, dtype and bits of every parameter and
+    buffer, and ``more``.
+    """
     digest = hashlib.blake2b(repr((model, more)).encode(), digest_size=16)
     for name, value in model.state_dict().items():
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())

@@ -1,4 +1,4 @@
-"""Which files are images, and what is in them?
+"""Finding image files, and decoding them.
 
 Finding follows timm's folder reader (extensions, recursion, natural order), reading follows its
 dataset (``Image.open(...).convert(...)``): EXIF orientation is **not** applied, because the
@@ -29,14 +29,14 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from .remote import Location, check_stores, expanded, find_urls, located, read_regular, read_url
 
 #: Suffixes of the files that are taken from a folder by default, in any case (timm's list); a file
-#: named outright may end in anything.
+#: named explicitly may have any suffix.
 IMG_EXTENSIONS = (".png", ".jpg", ".jpeg")
 
 # Pillow's own readers that are not used: a file's name says nothing of its content, EPS and WMF
 # run another program on it, and the others have no decoder.
 _NOT_READ = ("EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG")
 
-# Packages that teach Pillow a format: the module, what it has to be told, and its suffixes.
+# Packages that add a format to Pillow: module, registration function, suffixes.
 _PLUGINS = {
     "pillow_heif": ("pillow-heif", "register_heif_opener", (".heic", ".heif", ".hif")),
     "pillow_jxl": ("pillow-jxl-plugin", None, (".jxl",)),
@@ -45,7 +45,7 @@ _PLUGINS = {
 #: Pillow's modes of the images that models take, by their channels.
 MODES = {1: "L", 3: "RGB"}
 
-# `warnings.catch_warnings` changes the state of the whole process.
+# For `warnings.catch_warnings`, which changes the state of the whole process.
 _open_lock = threading.Lock()
 
 
@@ -114,7 +114,7 @@ def _suffix(file: Location) -> str:
 
 @dataclass
 class LeftOut:
-    """Files and rows that a search for images did not take; ``str`` gives one line about them.
+    """Files and rows that a search for images left out; ``str`` describes them in one line.
 
     Attributes:
         files: of folders and patterns, those of other suffixes.
@@ -187,7 +187,7 @@ def find_images(
     suffixes: str | Iterable[str] = IMG_EXTENSIONS,
     left_out: LeftOut | None = None,
 ) -> list[Location]:
-    """The image files that ``paths`` stand for, each once.
+    """The image files of ``paths``, each once.
 
     A file stands for itself, whatever its extension; a folder for every image below it, in natural
     order; a pattern (``*``, ``?``, ``[..]``, ``**`` for any folders) for the images that match, and
@@ -200,7 +200,7 @@ def find_images(
     Args:
         suffixes: of the images in folders, a list or a string like ``".png,.webp"``; ``"all"`` for
             every suffix that Pillow and its registered plugins read, ``"*"`` for every file.
-        left_out: is told of the files that are not taken; by default a `UserWarning` names them.
+        left_out: collects the files that are not taken; by default a `UserWarning` names them.
 
     Raises:
         ImageError: a path does not exist or cannot be listed, a pattern matches nothing, or a
@@ -225,7 +225,7 @@ def find_images(
             raise ImageError(f"no images in {path}: looked for {looked}{why}")
         found.update(dict.fromkeys(some))
         passed.files += others
-    # What one path leaves out, another may name.
+    # A file left out of one path may be named by another.
     passed.files[:] = [file for file in dict.fromkeys(passed.files) if file not in found]
     if left_out is None and passed:
         warnings.warn(str(passed), stacklevel=2)
@@ -237,7 +237,7 @@ def _path_key(path: Location) -> tuple[list[str | int], str]:
 
 
 def _stands_for(path: Location) -> Iterator[tuple[Location, bool]]:
-    """The files that a path or URL stands for, in no order; True: taken whatever their suffix."""
+    """The files of a path or URL, in no order; True: taken regardless of the suffix."""
     if isinstance(path, str):
         yield from find_urls(path)
     elif path.is_dir():
@@ -270,7 +270,7 @@ def read_image_list(
         path: CSV with a header, Parquet (needs pyarrow), or any other text: one name a line.
         column: of a table; default: the first of `LIST_COLUMNS` that it has, or its only one.
         root: the folder that relative names are relative to, or its URL.
-        left_out: is told of rows of a table that name no file; by default a `UserWarning` does.
+        left_out: collects rows of a table that name no file; by default a `UserWarning` is given.
 
     Raises:
         ValueError: the list cannot be understood, names nothing, or has no such column.
@@ -332,7 +332,7 @@ def _list_column(path: Path, header: list[str], column: str | None) -> str:
 
 
 def read_image(path: str | os.PathLike[str], in_chans: int = 3) -> Image.Image:
-    """Decode one image file, or what a URL leads to, to mode "RGB" (``in_chans`` 3) or "L" (1).
+    """Decode one image file or URL to mode "RGB" (``in_chans`` 3) or "L" (1).
 
     Conversion is Pillow's ``convert``: transparency is dropped, CMYK and palettes are expanded,
     16-bit greyscale is clipped to 8 bits as Pillow does. Formats are those of `readable_formats`.
@@ -358,7 +358,7 @@ def read_image(path: str | os.PathLike[str], in_chans: int = 3) -> Image.Image:
             image = Image.open(io.BytesIO(content), formats=formats)
         with image:
             image.load()
-            # `convert` would copy an image that is in this mode already.
+            # `convert` would copy an image that already has this mode.
             mode = MODES[in_chans]
             try:
                 return image if image.mode == mode else image.convert(mode)
@@ -385,14 +385,14 @@ def read_image(path: str | os.PathLike[str], in_chans: int = 3) -> Image.Image:
 
 @dataclass(frozen=True)
 class PillowPixels:
-    """The conversion of `read_image` for rows of a file's samples, whichever reader gives them.
+    """The conversion of `read_image`, for rows of samples from any reader.
 
     Attributes:
         format: Pillow's name of the file's format.
         mode: Pillow's mode of the image before it is converted.
         width, height: in pixels.
         in_chans: 1 or 3, of the result.
-        palette: of mode "P", Pillow's mode of it and its bytes.
+        palette: of mode "P": Pillow's mode of the palette, and its bytes.
         tags: of a TIFF, by name, some that tell how samples are stored.
         adobe: whether a JPEG has Adobe's marker.
         inverted: whether samples of 8 bits or less come inverted from the reader.
@@ -410,7 +410,7 @@ class PillowPixels:
 
     @classmethod
     def of(cls, path: Path, in_chans: int) -> PillowPixels | None:
-        """From the head of a file, whatever its size; None where it is no image to Pillow."""
+        """From the head of a file of any size; None if Pillow does not know the format."""
         with open(path, "rb") as file:
             prefix = file.read(16)
             for name in readable_formats():
@@ -442,7 +442,7 @@ class PillowPixels:
 
     @property
     def is_deep(self) -> bool:
-        """Whether a sample holds more than the 8 bits that are made of it."""
+        """Whether a stored sample has more bits than the 8 of a pixel."""
         return self.mode.startswith(("I", "F"))
 
     def __call__(self, samples: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:

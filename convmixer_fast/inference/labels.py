@@ -66,7 +66,7 @@ def imagenet_labels() -> list[str] | None:
         from timm.data.imagenet_info import ImageNetInfo
 
         return list(ImageNetInfo("imagenet-1k").label_descriptions())
-    except Exception:  # a broken optional library must not cost the predictions
+    except Exception:  # a broken optional library must not prevent predictions
         pass
     try:
         from torchvision.models import ResNet18_Weights
@@ -77,13 +77,13 @@ def imagenet_labels() -> list[str] | None:
 
 
 def stored_labels(model: Any) -> list[str] | None:
-    """The classes' names in a model's ``pretrained_cfg``, where it has one for each class."""
+    """The classes' names in a model's ``pretrained_cfg``, if there is one for each class."""
     names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
     return list(names) if names and len(names) == getattr(model, "num_classes", None) else None
 
 
 def labels_for(model: Any, path: str | os.PathLike[str] | None = None) -> list[str]:
-    """A name for each class of a model: `class_labels`, but those that came with the model first.
+    """A name for each class of a model: the model's own, else those of `class_labels`.
 
     Raises:
         ValueError: see `read_labels`.

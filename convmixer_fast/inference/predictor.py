@@ -1,4 +1,4 @@
-"""How does anything that is an image become an answer? One object: model, preprocessing, device."""
+"""`Predictor`: a model with its preprocessing and device, called on images of any kind."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ Arrays: TypeAlias = "dict[str, npt.NDArray[Any]]"
 
 
 class Outcome(NamedTuple):
-    """What became of some files: a row or a failure for each."""
+    """The result of some files: a row or a failure for each."""
 
     rows: list[Row]
     failures: list[Failure]
@@ -54,16 +54,16 @@ class Outcome(NamedTuple):
 
 
 class Predictor:
-    """A model with everything around it, to be called on images of any kind.
+    """A model with preprocessing, labels and device, called on images of any kind.
 
-    ``predictor(x)`` answers in the form of the question:
+    The form of ``predictor(x)`` follows that of ``x``:
 
     * a path, a PIL image, or an array or tensor of 2 or 3 axes: one `Prediction` (file name, class
-      indices, labels, scores), or one vector (D,) where ``topk`` is None or embeddings are asked
-      for;
+      indices, labels, scores), or one vector (D,) if ``topk`` is None or embeddings are
+      requested;
     * a list of these, or an array or tensor of 4 axes: a list of them, or an array (N, D);
     * a dict of arrays, as Ray Data and Hugging Face datasets hand out: a dict with the columns of
-      `Columns` (``index_0``, ``label_0``, ``prob_0``...) beside all that came in but the pixels.
+      `Columns` (``index_0``, ``label_0``, ``prob_0``...) and all that came in except the pixels.
       Images are those of ``"image"``, whose first axis, or list, is of images whatever its shape,
       else the files that ``"path"`` (or ``"filename"``) names.
 
@@ -75,8 +75,8 @@ class Predictor:
 
     Images of different shapes may come together. One that takes more than ``max_memory``, with its
     maps, goes through a `ConvMixer` by `stream`, as does one that alone is too large for the
-    device: nobody has to pad, resize or cut it. Its scores are the whole image's within 2e-6 of
-    the largest (float32; `stream` names the reasons), and its heatmap has cells of many patches.
+    device: no padding, resizing or cutting is needed. Its scores are the whole image's within 2e-6
+    of the largest (float32; `stream` names the reasons), and its heatmap has cells of many patches.
     Files are decoded as a whole; arrays that are memory maps stay in their files.
 
     A batch that does not fit into memory is halved until it does, with a warning at the first time.
@@ -84,10 +84,10 @@ class Predictor:
     bit. Objects can be pickled, and copied to other processes and machines: the weights travel with
     them.
 
-    The model may change after this: every call looks at it again. Scores are those of ``model(x)``
-    whatever its hooks, a forward of its own or replaced children do; such a model is called, and
-    neither taken apart nor streamed. A call while it is in training mode is refused: its state is
-    the caller's. Autocast around a call has no effect; see ``amp_dtype``.
+    The model may change later: every call checks it again. Scores are those of ``model(x)``
+    whatever its hooks, a forward of its own or replaced children do; such a model is called as
+    a whole and not streamed. A call while it is in training mode raises: its mode is the caller's
+    to change. Autocast around a call has no effect; see ``amp_dtype``.
 
     Args:
         model: any module (N, C, H, W) -> (N, num_classes), or a checkpoint's file name in any
@@ -172,7 +172,7 @@ class Predictor:
             self.labels = labels_for(model)
         self.batch_size = batch_size
         self.backend = backend
-        #: Who computed the model's blocks so far ("cpu", "reference"...).
+        #: Backends that have run the model's blocks so far ("cpu", "reference"...).
         self.kernels: set[str] = set()
         self._device, self._max_memory = device, max_memory
         self._dtype, self._amp = _dtype(dtype), _dtype(amp_dtype)
@@ -181,7 +181,7 @@ class Predictor:
         self._settle()
 
     def _settle(self) -> None:
-        """Put the model where and how it is to run, in this process."""
+        """Move the model to the device, dtype and layout of this process."""
         default = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(self._device or default)
         self.model.to(device=self.device, dtype=self._dtype).to(memory_format=self._layout)
@@ -193,9 +193,9 @@ class Predictor:
         self._memory = self._max_memory or MAX_MEMORY.get(self.device.type, MAX_MEMORY["cpu"])
 
     def _reason_not_streamed(self) -> str:
-        """Why an image that is too large cannot be streamed; ``""`` where it can be."""
+        """Why an image that is too large cannot be streamed; ``""`` if it can be."""
         if self._amp is not None:
-            # Autocast chooses dtypes by the operator, and a stream has operators of its own.
+            # Autocast chooses dtypes by operator, and a stream runs other operators.
             return "the model runs under autocast"
         output = "embedding" if self.columns.output_type == "embedding" else "logits"
         return reason_not_streamable(self.model, output)
@@ -220,7 +220,7 @@ class Predictor:
 
     @property
     def images_at_once(self) -> int:
-        """The batch size: what was asked for, or what was found to fit into memory."""
+        """The batch size: as requested, or as found to fit into memory."""
         return self._most
 
     # Computing
@@ -230,14 +230,14 @@ class Predictor:
 
         Also of a `Source`, which is streamed.
 
-        D is the number of classes (logits), or of features where embeddings are asked for.
+        D is the number of classes (logits), or of features for embeddings.
         """
         return self._answers(images)[0]
 
     def _answers(
         self, images: Tensor | Sequence[Prepared], heatmaps: HeatmapFolder | None = None
     ) -> tuple[Tensor, list[Heatmap]]:
-        """`scores`, and a heatmap of each image (N = 1) if there is a folder for them."""
+        """`scores`, and a heatmap of each image (N = 1) if ``heatmaps`` is given."""
         if not len(images):
             return torch.zeros(0, 0, dtype=torch.float32, device="cpu"), []
         check_eval(self.model)
@@ -293,15 +293,15 @@ class Predictor:
         floats = (p.dtype for p in self.model.parameters() if p.is_floating_point())
         dtype = next(floats, torch.float32)
         if batch.dtype == torch.uint8:
-            # `model.normalize` or the model's own error: bytes are no pixels of another dtype.
+            # For `model.normalize`, else an error of the model: bytes are not normalised pixels.
             dtype = torch.uint8
         batch = batch.to(device=self.device, dtype=dtype, memory_format=self._layout)
         amp = autocast(self.device, self._amp)
         drawn: list[Heatmap] = []
         with use_backend(self.backend), torch.inference_mode(), amp, recording() as calls:
             model: Any = self.model
-            # The last bits of PyTorch's Linear depend on the batch. A run that goes on after a
-            # kill, or on several machines, has other batches and is to give the same rows.
+            # The last bits of PyTorch's Linear depend on the batch. A run that continues after a
+            # kill, or on several machines, has other batches and must give the same rows.
             ours = self.device.type == "cpu" and not reason_not_separable(model, "head")
             if self.columns.output_type == "embedding":
                 out = model.forward_head(model.forward_features(batch), pre_logits=True)
@@ -345,7 +345,7 @@ class Predictor:
         return scores[0].float().cpu(), [] if heatmaps is None else [result]
 
     def _back_off(self, size: int, shape: tuple[int, ...]) -> bool:
-        """After a batch that did not fit: the next are smaller; True for an image to stream."""
+        """Halve the batch size after a batch that did not fit; True: stream the image instead."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         if size == 1:
@@ -372,13 +372,13 @@ class Predictor:
         images: Tensor | Sequence[Prepared],
         heatmaps: HeatmapFolder | None = None,
     ) -> list[Row]:
-        """A row for each prepared image (C, H, W), in order; its heatmap is on the disk by then."""
+        """A row for each prepared image (C, H, W), in order, after its heatmap is on the disk."""
         if not filenames:
             return []
         scores, drawn = self._answers(images, heatmaps)
         labels = self.labels
         if labels is None:
-            # A module that does not say how many classes it has: now it is seen.
+            # The module does not state its number of classes, which is now known.
             labels = self.labels = class_labels(scores.shape[1])
             if self.columns.topk is not None:
                 least = min(self.columns.topk, len(labels))
@@ -390,7 +390,7 @@ class Predictor:
         return rows
 
     def _picture(self, image: Prepared, heatmap: Heatmap) -> Image.Image | None:
-        """What the model saw of an image, in colours; None where it is not known how to show it."""
+        """The image as the model saw it, in colours; None if its normalisation is unknown."""
         if heatmap.pictures is not None:
             return Image.fromarray(heatmap.pictures[0])
         assert not isinstance(image, Source)
@@ -402,12 +402,12 @@ class Predictor:
         return Image.fromarray(seen[0].permute(1, 2, 0).expand(-1, -1, 3).numpy())
 
     def check_heatmaps(self, target: int | None = None) -> None:
-        """Whether there can be heatmaps, of that class.
+        """Check that the model allows heatmaps of that class.
 
         Raises:
             ValueError: the model pools in another way, has no classifier, or no class ``target``,
-                its call is more than its parts, or the answers are embeddings, which are of no
-                class.
+                calling it does more than its parts, or the results are embeddings, which belong
+                to no class.
         """
         if self.columns.output_type == "embedding":
             raise ValueError("a heatmap is of a class: ask for prob or logit, not for embeddings")
@@ -415,7 +415,7 @@ class Predictor:
         model: Any = self.model
         check_target(model.head, target)
 
-    # Questions
+    # Predicting
 
     def predict_files(
         self,
@@ -423,12 +423,12 @@ class Predictor:
         workers: int = 2,
         heatmaps: HeatmapFolder | None = None,
     ) -> Iterator[Outcome]:
-        """Rows and failures of files as they are computed, in order; no file is fatal.
+        """Rows and failures of files as they are computed, in order; no file raises.
 
         Args:
             workers: threads that read ahead while the model computes; see `image_batches`.
-            heatmaps: gets a class activation map of each image, which is on the disk before the
-                image's row comes out.
+            heatmaps: receives a class activation map of each image, written before the image's
+                row is yielded.
 
         Raises:
             ValueError: there can be no heatmaps; see `check_heatmaps`.
@@ -466,7 +466,7 @@ class Predictor:
 
     def _rows_of(self, pictures: Sequence[Picture]) -> list[Row]:
         rows: list[Row] = []
-        # Prepared images are large; no more of them than the model takes.
+        # Prepared images are large: no more are held than the model takes at once.
         size = self._most
         for start in range(0, len(pictures), size):
             some = pictures[start : start + size]
@@ -506,7 +506,7 @@ class Predictor:
 
 
 class _Sized:
-    """Images at their own size: tensors, and of large ones the bytes, to be streamed."""
+    """Preparation at the image's own size: a tensor, or for a large image a source to stream."""
 
     def __init__(self, prepare: NativeSize, is_large: Callable[[int, int], bool]) -> None:
         self._prepare, self._is_large = prepare, is_large
@@ -518,12 +518,12 @@ class _Sized:
         return self._prepare(image)
 
 
-#: How many channels an image may have: those of Pillow's modes L, LA, RGB and RGBA.
+#: Numbers of channels of Pillow's modes L, LA, RGB and RGBA.
 _CHANNELS = (1, 2, 3, 4)
 
 
 def _has_pixels(source: Any) -> bool:
-    """An array or tensor of numbers, not one of objects or names."""
+    """Whether the source is an array or tensor of numbers, not of objects or names."""
     return isinstance(source, Tensor) or (
         isinstance(source, np.ndarray) and source.dtype.kind not in "OUS"
     )
@@ -536,10 +536,10 @@ def _is_one(source: Any) -> bool:
 
 
 def _as_pixels(picture: Any) -> npt.NDArray[np.uint8]:
-    """One image as (H, W) or (H, W, C) bytes: a view, which of a memory map stays one.
+    """One image as (H, W) or (H, W, C) bytes; a view, so that a memory map stays one.
 
     Raises:
-        ValueError: it is no image; the message tells what is.
+        ValueError: it is no image; the message describes what one is.
     """
     is_tensor = isinstance(picture, Tensor)
     if is_tensor and picture.dtype != torch.uint8:

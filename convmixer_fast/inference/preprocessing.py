@@ -1,4 +1,4 @@
-"""How does a photograph become the tensor a model was trained on?
+"""Preprocessing: from a photograph to the input tensor of a model.
 
 The same steps and the same rounding as timm's evaluation transform (resize of the short edge,
 centre crop, normalisation, in Pillow), so that its pixels are equal to the last bit.
@@ -29,10 +29,10 @@ INTERPOLATIONS = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 
-#: timm's crop where a configuration names none; ConvMixer's own is 0.96.
+#: timm's crop if a configuration names none; ConvMixer's is 0.96.
 DEFAULT_CROP_PCT = 0.875
 
-#: Whose recipe a model gets that brings none and has the shape of no published variant.
+#: The variant whose recipe is the default for models of no published shape.
 _USUAL = "convmixer_768_32"
 
 
@@ -101,7 +101,7 @@ class Preprocessing:
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> Preprocessing:
-        """What a timm ``pretrained_cfg`` asks for, with single settings overridden.
+        """The preprocessing of a timm ``pretrained_cfg``, with single settings overridden.
 
         ``input_size`` wins over ``img_size`` and ``in_chans``, as in timm. A one-channel model
         with a three-channel configuration gets the average of its mean and std.
@@ -144,7 +144,7 @@ class Preprocessing:
         """The (width, height) to which an image of ``width`` x ``height`` is resized."""
         rows, cols = (math.floor(edge / self.crop_pct) for edge in self.input_size[1:])
         if rows == cols:
-            # torchvision cuts the long edge's length off where the other branch rounds it.
+            # torchvision truncates the length of the long edge; the other branch rounds it.
             long = int(rows * max(width, height) / min(width, height))
             return (rows, long) if width <= height else (long, rows)
         ratio = min(height / rows, width / cols)
@@ -176,7 +176,7 @@ class Preprocessing:
 class NativeSize:
     """An image -> a normalised float32 tensor (C, H, W) of its own height and width.
 
-    For models that look at whole images, however large: nothing is resized, cropped or padded.
+    Nothing is resized, cropped or padded.
 
     Args:
         channels: 1 or 3.
@@ -204,10 +204,10 @@ class NativeSize:
 def preprocessing_for(
     model: nn.Module, native: bool = False, **overrides: Any
 ) -> Preprocessing | NativeSize:
-    """What a model was trained on (else the published recipe), with single settings overridden.
+    """The model's preprocessing (else the published recipe), with single settings overridden.
 
     Args:
-        model: ``pretrained_cfg`` is asked where it has one; a ConvMixer of a published shape
+        model: its ``pretrained_cfg`` is used if it has one; a ConvMixer of a published shape
             without one gets that variant's.
         native: images keep their size: a `NativeSize` with the mean and std.
         overrides: as for `Preprocessing.from_cfg`.
@@ -223,7 +223,7 @@ def preprocessing_for(
     shape = None if arch is None else arch.shape
     known = next((v for v in VARIANTS.values() if v.arch.shape == shape), None)
     own = {**(getattr(model, "pretrained_cfg", None) or {}), **own_normalization(model)}
-    # What tells the size tells all that it does not leave to timm's defaults.
+    # A configuration with a size is complete; timm's defaults stand for what it omits.
     cfg = own if "input_size" in own else {**(known or VARIANTS[_USUAL]).pretrained_cfg, **own}
     in_chans = getattr(model, "in_chans", None)
     sizes = ("img_size", "input_size", "crop_pct", "interpolation")
@@ -247,7 +247,7 @@ def preprocessing_for(
 
 
 def own_normalization(model: nn.Module) -> dict[str, tuple[float, ...]]:
-    """Mean and std by which the model's stem normalises uint8 images; empty where it does not."""
+    """Mean and std with which the model's stem normalises uint8 images; empty if it does not."""
     normalize = getattr(getattr(model, "stem", None), "normalize", None)
     if normalize is None:
         return {}
@@ -261,7 +261,7 @@ def _warn_of_assumptions(
     given = {k for known in (own, overrides) for k, v in known.items() if v is not None}
     if "img_size" in given or "input_size" in own:
         given |= {"input_size"}
-    if "input_size" in own:  # timm's defaults stand for what a configuration leaves out
+    if "input_size" in own:  # timm's defaults stand for what a configuration omits
         given |= {"crop_pct", "interpolation"}
     values = {"mean": found.mean, "std": found.std}
     if not native:
@@ -287,13 +287,13 @@ def _in_mode(image: Image.Image, channels: int) -> Image.Image:
 def _normalised(
     image: Image.Image, mean: Sequence[float], std: Sequence[float], out: Tensor | None = None
 ) -> Tensor:
-    # NumPy and not torch, whose operators would start a team of threads in every decoding thread.
+    # NumPy: torch's operators would start a team of threads in every decoding thread.
     # The values are the same to the last bit: IEEE division and subtraction in float32.
     channels = len(mean)
     pixels = np.asarray(image, dtype=np.uint8).reshape(image.height, image.width, channels)
     if out is None:
         out = torch.empty(channels, image.height, image.width, dtype=torch.float32, device="cpu")
-    # One plane after the other: it stays in the cache from the first step to the last.
+    # Plane by plane, so that a plane stays in the cache through all steps.
     for plane, values, center, scale in zip(
         out.numpy(), pixels.transpose(2, 0, 1), mean, std, strict=True
     ):
@@ -305,7 +305,7 @@ def _normalised(
 
 
 def _center_crop(image: Image.Image, cols: int, rows: int) -> Image.Image:
-    """torchvision's centre crop: zeros around an image that is smaller, the odd one at the end."""
+    """torchvision's centre crop; a smaller image is padded with zeros, the odd one at the end."""
     width, height = image.size
     left = (cols - width) // 2 if cols > width else 0
     top = (rows - height) // 2 if rows > height else 0
@@ -313,6 +313,6 @@ def _center_crop(image: Image.Image, cols: int, rows: int) -> Image.Image:
         padded = Image.new(image.mode, (max(cols, width), max(rows, height)))
         padded.paste(image, (left, top))
         image, width, height = padded, *padded.size
-    # Halves go to the even neighbour, as Python rounds.
+    # Halves are rounded to even, as in torchvision.
     left, top = round((width - cols) / 2), round((height - rows) / 2)
     return image.crop((left, top, left + cols, top + rows))

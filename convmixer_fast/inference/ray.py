@@ -1,7 +1,7 @@
-"""How is it done on more than one machine? By copies of the Predictor in an actor pool of Ray Data.
+"""Prediction on a cluster: copies of the Predictor in an actor pool of Ray Data.
 
-Needs ``pip install 'convmixer_fast[ray]'``, and the images where every machine finds them under
-the same name. To make the predictions a step of a pipeline of your own::
+Needs ``pip install 'convmixer_fast[ray]'``, and images that every machine reaches under the same
+name. As a step of a user's pipeline::
 
     ds = ray.data.read_images("photos/", include_paths=True)
     ds = ds.map_batches(PredictorActor, fn_constructor_args=[predictor], concurrency=2)
@@ -29,8 +29,8 @@ try:
 except ImportError as error:
     raise ImportError("the ray engine needs Ray: pip install 'convmixer_fast[ray]'") from error
 
-#: Files that one task looks at: a few batches, for the actor reads ahead within a task; more
-#: where there would be so many tasks that Ray is busy with keeping them.
+#: A task has the files of a few batches, because the actor reads ahead within a task; more files
+#: if the number of tasks would otherwise exceed what Ray schedules without delay.
 BATCHES_PER_TASK, MOST_TASKS = 4, 4000
 
 
@@ -47,11 +47,11 @@ class PredictorActor:
 
 
 class _FileActor(PredictorActor):
-    """Takes and gives pickled lists: names and rows stay exactly as they are on one machine."""
+    """Pickled lists in and out, so that names and rows are those of a run on one machine."""
 
     def __init__(self, boxed: list[Any], folder: str, workers: int) -> None:
-        # In a list, Ray leaves the reference alone, and an actor that is started again in the place
-        # of a dead one can ask for it again.
+        # Ray does not resolve a reference inside a list, so that the actor that replaces a dead one
+        # can fetch it again.
         super().__init__(ray.get(boxed[0]))
         self.folder, self.workers = folder, workers
 
@@ -80,8 +80,8 @@ def predict_files(
 ) -> Iterator[Outcome]:
     """`Predictor.predict_files` on a cluster: the same rows and failures, in the same order.
 
-    A worker or a machine that dies is replaced, and what it was computing is computed again: every
-    file comes out once. The caller's process collects all rows.
+    A worker or machine that dies is replaced and its task repeated; every file is reported once.
+    The caller's process collects all rows.
 
     Args:
         actors: copies of the model, at most; default: as many as the cluster has room for.
@@ -92,7 +92,7 @@ def predict_files(
         gpus_per_actor: GPUs; default: 1 where the predictor is on one, else none.
 
     Raises:
-        RuntimeError: an actor fails in another way than by dying.
+        RuntimeError: an actor fails with an error of its own.
         ConnectionError: there is no cluster at that address.
     """
     names = [str(path) for path in paths]
@@ -100,7 +100,7 @@ def predict_files(
         return
     started = not ray.is_initialized()
     if started:
-        # What Ray's C++ core has to say to its developers.
+        # Silences the log of Ray's C++ core, which is for Ray's developers.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         options: dict[str, Any] = {"address": address} if address else {}
         ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
@@ -125,14 +125,14 @@ def _dataset(
         there = ray.cluster_resources()
         wanted = (("CPU", resources["num_cpus"]), ("GPU", resources["num_gpus"]))
         actors = min(int(there.get(name, 0) // each) for name, each in wanted if each)
-    # So many to a task that every actor gets several, and the last ones do not wait for one.
+    # Several tasks an actor, so that no actor is left with a long last one.
     most = BATCHES_PER_TASK * predictor.images_at_once
     size = min(most, -(-len(names) // (4 * max(1, actors))))
     size = max(1, size, len(names) // MOST_TASKS)
     tasks = [pickle.dumps(names[i : i + size]) for i in range(0, len(names), size)]
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current().copy()
-    # The progress that the user sees counts images, and rows keep the order of the files.
+    # The command shows progress in images itself; rows keep the order of the files.
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     before = ray.data.DataContext.get_current()
@@ -143,7 +143,7 @@ def _dataset(
             _FileActor,
             batch_size=1,
             fn_constructor_args=([ray.put(predictor)], os.getcwd(), workers),
-            # One is enough to go on with, where a machine is lost.
+            # One actor is enough to continue if a machine is lost.
             compute=ray.data.ActorPoolStrategy(
                 min_size=1,
                 initial_size=max(1, actors),

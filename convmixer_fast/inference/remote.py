@@ -1,8 +1,8 @@
-"""How are images found and read that lie in a bucket, or anywhere else that has a URL?
+"""Images in buckets and other stores that have URLs, by fsspec.
 
-By fsspec, which torch brings along. Most kinds of stores need a package besides (s3fs for s3://,
-gcsfs for gs://, adlfs for az://, aiohttp for https://), which also knows where credentials are:
-environment variables, configuration files, the machine's role.
+torch depends on fsspec. Most stores need another package (s3fs for s3://, gcsfs for gs://, adlfs
+for az://, aiohttp for https://), which also finds credentials: environment variables, configuration
+files, the machine's role.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
-#: A file of this machine, or a URL, which a `Path` would spoil.
+#: A local file, or a URL as text, because a `Path` would merge its slashes.
 Location: TypeAlias = Path | str
 
-# Of two letters at least: one is a drive of Windows.
+# Two letters at least: a single one is a Windows drive.
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 
 
@@ -40,12 +40,12 @@ def located(name: str | os.PathLike[str], root: str | os.PathLike[str] = "") -> 
 
 
 def folder_name(location: Location) -> str:
-    """Of the folder that a file lies in."""
+    """The name of the folder that contains a file."""
     return os.path.basename(os.path.dirname(location))
 
 
 def check_stores(locations: list[Location]) -> None:
-    """Whether there is what it takes to reach them, before a run finds out image by image.
+    """Check before a run that the packages for all stores are installed.
 
     Raises:
         ImportError: a package is missing; the message says which.
@@ -60,7 +60,7 @@ def check_stores(locations: list[Location]) -> None:
 
 
 def _store(url: str) -> tuple[Any, str]:
-    """fsspec's file system, and the name that the file has there."""
+    """fsspec's file system, and the file's name in it."""
     try:
         import fsspec.core
     except ImportError as error:
@@ -75,7 +75,7 @@ def _store(url: str) -> tuple[Any, str]:
 
 
 def check_regular(path: Path) -> None:
-    """Refuse what is no regular file or a link to one: reading a pipe or a device may never end.
+    """Check for a regular file or a link to one: reading a pipe or a device may never end.
 
     Raises:
         OSError: it is something else, or not there.
@@ -95,7 +95,7 @@ def check_regular(path: Path) -> None:
 
 
 def read_regular(path: Path) -> bytes:
-    """Everything in a regular file.
+    """The content of a regular file.
 
     Raises:
         OSError: see `check_regular`; or it cannot be read.
@@ -105,10 +105,10 @@ def read_regular(path: Path) -> bytes:
 
 
 def read_url(url: str) -> bytes:
-    """Everything that is there.
+    """The content of a file.
 
     Raises:
-        OSError: it cannot be read, with the reason, whatever a store's package raises.
+        OSError: it cannot be read; raised for any error of a store's package, with the reason.
         ImportError: see `check_stores`.
     """
     store, name = _store(url)
@@ -124,15 +124,15 @@ def _protocols(store: Any) -> tuple[str, ...]:
 
 
 def find_urls(url: str) -> Iterator[tuple[str, bool]]:
-    """The files that a URL stands for, in no order: itself, a folder's files, a pattern's.
+    """The files of a URL (a file, a folder, a pattern), in no order.
 
     Args:
         url: of a file; of a folder, with or without a slash at its end; or with ``*``, ``?``,
             ``[..]``, ``**`` for any folders.
 
     Yields:
-        A file, and whether it is taken whatever its suffix: it is named, or its pattern ends in a
-        suffix.
+        A file, and whether it is taken regardless of its suffix: it is named, or its pattern ends
+        in a suffix.
 
     Raises:
         FileNotFoundError: there is nothing.
@@ -158,10 +158,10 @@ def find_urls(url: str) -> Iterator[tuple[str, bool]]:
 
 
 def expanded(pattern: str, exists: Callable[[str], bool], find: Callable[[str], Any]) -> Any:
-    """What ``find`` gives for a pattern of names with slashes, some of which may hold brackets.
+    """The result of ``find`` for a pattern with slashes, in which brackets may be literal.
 
-    From the left, steps that are there as they stand are literal. Brackets in the others are sets
-    of characters (``[0-9]``) or, in the steps where nothing matches so, literal too.
+    From the left, steps that exist verbatim are literal. Brackets in later steps are sets of
+    characters (``[0-9]``), or literal if nothing matches otherwise.
     """
     steps = pattern.split("/")
     for i, step in enumerate(steps):
@@ -183,7 +183,7 @@ def expanded(pattern: str, exists: Callable[[str], bool], find: Callable[[str], 
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
-    """Each store's package has errors of its own: for a lost connection, missing credentials."""
+    """Turn the errors of a store's package (lost connection, credentials) into OSError."""
     try:
         yield
     except MemoryError:

@@ -1,4 +1,4 @@
-"""What becomes of predictions? Rows of the likeliest classes (or vectors), by name and column."""
+"""Rows of results: the most likely classes of an image, or a vector, and their columns."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OUTPUT_TYPES = ("prob", "logit", "embedding")
 
 
 class Prediction(NamedTuple):
-    """The most likely classes of one image, the likeliest first; equally long sequences."""
+    """The most likely classes of one image in descending order; sequences of equal length."""
 
     filename: str
     indices: tuple[int, ...]
@@ -34,7 +34,7 @@ Row = Prediction | Vector
 
 
 class Failure(NamedTuple):
-    """An image that could not be read, and why, in one line."""
+    """An image that could not be read, and the reason in one line."""
 
     filename: str
     error: str
@@ -42,11 +42,11 @@ class Failure(NamedTuple):
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns rows have.
+    """The columns of rows.
 
     Args:
         output_type: one of `OUTPUT_TYPES`.
-        topk: classes in a row; None for the scores of all of them, as one vector.
+        topk: classes in a row; None: the scores of all classes, as one vector.
     """
 
     output_type: str = "prob"
@@ -84,7 +84,7 @@ class Columns:
         return [row.filename, *row.indices, *row.labels, *row.scores]
 
     def arrays(self, rows: Sequence[Row]) -> dict[str, npt.NDArray[Any]]:
-        """Every column but the file's name, as an array with one entry for a row.
+        """Every column except the file's name, as an array with one entry a row.
 
         int64 for indices, objects (str) for labels, float32 for scores; a vector column is (N, D).
         """

@@ -1,9 +1,9 @@
-"""Whether a model may be computed part by part instead of being called.
+"""The check that a model may be computed part by part instead of being called.
 
-`Predictor`, `stream` and heatmaps run some of a model's parts themselves: its classifier image by
-image, its stem and blocks band by band, its pooling from sums. The result is that of ``model(x)``
-only while every part involved is exactly what its class says. This module is the one place that
-decides, and it decides anew at every call: users replace, wrap and hook modules at any time.
+`Predictor`, `stream` and heatmaps run some of a model's parts themselves: the classifier image by
+image, stem and blocks band by band, the pooling from sums. The result is that of ``model(x)`` only
+while every part involved is exactly what its class says. This module alone decides, again at every
+call, because users replace, wrap and hook modules at any time.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ _KNOWN_POOLS = (
     "convmixer_fast.model.GlobalPool",
     "timm.layers.adaptive_avgmax_pool.SelectAdaptivePool2d",
 )
-#: What runs when a module is called.
+#: Methods that run when a module is called.
 _CALL = ("__call__", "_wrapped_call_impl", "_call_impl", "__getattr__")
-#: What runs when a known model is called.
+#: Methods that run when a known model is called.
 _STEPS = (*_CALL, "forward", "forward_features", "forward_head", "_run_stem", "_run_block")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
-#: Activations that see one value, or one pixel, at a time.
+#: Activations that are elementwise, or pixelwise.
 _ELEMENTWISE = (
     *(nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh),
     *(nn.Identity, nn.LeakyReLU, nn.LogSigmoid, nn.Mish, nn.PReLU, nn.ReLU, nn.ReLU6, nn.SELU),
     *(nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Softshrink, nn.Softsign, nn.Tanh, nn.Tanhshrink),
     nn.Threshold,
 )
-#: Modules that hand their input on in eval mode.
+#: Modules that are the identity in eval mode.
 _IDLE = (nn.Dropout, nn.Dropout2d, nn.Identity, DropPath)
 
 
 def check_eval(model: nn.Module) -> None:
-    """Answers are those of a model in eval mode.
+    """Check that the model is in eval mode.
 
     Raises:
         ValueError: the model, or a module in it, is in training mode.
@@ -63,8 +63,7 @@ def check_eval(model: nn.Module) -> None:
 def reason_called_otherwise(model: nn.Module) -> str:
     """Why calling ``model`` may be more than ``forward_head(forward_features(x))``, or ``""``.
 
-    Of a class that is not known, only what was done to the object is looked at: these two methods
-    are its author's.
+    For an unknown class only changes to the object are checked: the two methods are its author's.
     """
     reason = _touched("the model", model)
     known = _known_base(type(model), _KNOWN)
@@ -108,7 +107,7 @@ def _touched(name: str, module: nn.Module) -> str:
         return f"{name} has hooks"
     cls = type(module)
     for key, value in own.items():
-        # A forward or another method set on the object; what `Module.compile` keeps.
+        # A forward or another method set on the object; also the result of `Module.compile`.
         if callable(value) and hasattr(cls, key):
             return f"{name} has a {key} set on the object"
     return ""
@@ -127,9 +126,9 @@ def _same(cls: type, base: type, names: tuple[str, ...]) -> bool:
 
 
 def _replaced(cls: type) -> str:
-    """Which method of a class is not the one that the class's own module defines, or ``""``.
+    """The method of a class that is not defined by the class's own module, or ``""``.
 
-    A function's globals are those of the module that it was written in, whatever name it is given.
+    A function's globals are those of the module that defines it, under any name.
     """
     for base in cls.__mro__[:-1]:
         members = vars(base)
@@ -184,7 +183,7 @@ def _global_pool(model: Any) -> Iterator[str]:
     for name, module in pool.named_modules():
         if name != "flatten" and names.get(name) is not type(module):
             yield f"global_pool.{name} is a {type(module).__name__}"
-    # Its settings and its flatten, by its own answer.
+    # Its settings and its flatten are checked by its result.
     kind = GlobalPool(pool.pool_type)
     if not kind.is_identity():
         x = torch.tensor([[[[0.0, -1.0], [5.0, 2.0]]]], dtype=torch.float32, device="cpu")

@@ -1,7 +1,7 @@
-"""Where do the rows of an image come from that is too large for memory? From its file, in order.
+"""Sources of rows for images too large for memory: files and arrays, read from top to bottom.
 
-A source hands out rows of pixels (N, C, rows, width) from top to bottom, and never holds more than
-those and one row of its file's tiles.
+A source returns rows of pixels (N, C, rows, width) in order, and never holds more than those and
+one row of its file's tiles.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from .images import MODES, ImageError, PillowPixels, read_image
 from .remote import check_regular
 
-#: How the axes of an array are ordered.
+#: Orders of an array's axes.
 LAYOUTS = ("HW", "HWC", "CHW", "NHWC", "NCHW")
 _TIFF = (".tif", ".tiff", ".btf", ".svs", ".ndpi")
 
@@ -31,7 +31,7 @@ class Source:
 
     Attributes:
         images, channels, width: N, C and the width in pixels.
-        height: in pixels, None where only the end of the rows tells.
+        height: in pixels; None if it is known only at the end of the rows.
         name: for messages.
     """
 
@@ -52,19 +52,19 @@ class Source:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
 
 
 def layout_of(shape: Sequence[int], channels: Container[int], tensor: bool) -> str | None:
     """The order of the axes of an array of that shape, by the place of its channels.
 
     Args:
-        channels: how many there may be.
-        tensor: where the first and the last axis could both be the channels', it is the first one
-            of a tensor and the last one of an array.
+        channels: the numbers of channels to expect.
+        tensor: if both the first and the last axis could be the channels', take the first, as for
+            tensors, instead of the last, as for arrays.
 
     Returns:
-        One of `LAYOUTS`; None where no axis can be that of the channels.
+        One of `LAYOUTS`; None if no axis can be that of the channels.
     """
     if len(shape) == 2 and 1 in channels:
         return "HW"
@@ -96,10 +96,10 @@ class ArraySource(Source):
         in_chans: channels that the model takes.
         layout: one of `LAYOUTS`; by default the axis that is ``in_chans`` long has the channels
             (where both could, the last one of an array and the first one of a tensor).
-        granule: rows that lie together in the file, which are read once and kept.
+        granule: rows stored together in the file, which are read once and kept.
         name: for messages.
-        file: what is to be closed at the end.
-        pixels: what makes the pixels of the model of one image's samples.
+        file: closed at the end.
+        pixels: converts stored samples to the model's pixels.
 
     Raises:
         ValueError: the shape does not fit.
@@ -165,24 +165,24 @@ class ArraySource(Source):
 
 
 def forget(array: np.memmap[Any, Any]) -> None:
-    """Let the pages of a memory map go that were read or written: they stay in its file.
+    """Release the resident pages of a memory map; their content stays in its file.
 
-    A mapped page counts as the process's memory for as long as the system has room.
+    A mapped page counts as the process's memory until the system needs the room.
     """
     pages = getattr(array, "_mmap", None)
-    # A copy-on-write map keeps in its pages what no file has.
+    # The pages of a copy-on-write map hold data that is in no file.
     if pages is not None and getattr(array, "mode", "c") != "c" and hasattr(mmap, "MADV_DONTNEED"):
         pages.madvise(mmap.MADV_DONTNEED)
 
 
 def _as_rows(rows: Any, layout: str) -> Tensor:
-    """(N, C, rows, width) of rows in another order of axes, a view where it can be."""
+    """Rows in any order of axes as (N, C, rows, width), a view if possible."""
     if not isinstance(rows, Tensor):
         rows = np.asarray(rows)
         if rows.dtype.byteorder not in ("=", "|"):
             rows = rows.astype(rows.dtype.newbyteorder("="))
         if not rows.flags.writeable:
-            rows = rows.copy()  # torch.from_numpy wants to be able to write
+            rows = rows.copy()  # torch.from_numpy warns of read-only arrays
         rows = torch.from_numpy(rows)
     for axis, place in (("N", 0), ("C", 1)):
         if axis not in layout:
@@ -277,7 +277,7 @@ def _converted(rows: Tensor, pixels: PillowPixels, name: str) -> Tensor:
 
 
 class VipsSource(Source):
-    """A JPEG, PNG, TIFF or the like that libvips decodes from top to bottom, holding a few rows.
+    """A JPEG, PNG, TIFF and others, decoded by libvips from top to bottom, a few rows at a time.
 
     Raises:
         ImageError: libvips cannot read it, or reads other pixels than Pillow does.
@@ -295,7 +295,7 @@ class VipsSource(Source):
                 f"{path}: {held.format} of mode {held.mode} has other pixels here than in Pillow"
             )
         try:
-            # By its name, libvips may answer with what it has cached of an earlier file there.
+            # By name, libvips may return its cached copy of an earlier file.
             file = pyvips.Source.new_from_file(str(path))
             image = pyvips.Image.new_from_source(file, "", access="sequential", fail_on="truncated")
             if self._pixels is None:
@@ -306,8 +306,8 @@ class VipsSource(Source):
                     image = image[0 : image.bands - 1]
                 if image.format != "uchar":
                     image = image.cast("uchar")
-            # A region is computed where it is asked for, in order. An image is computed by threads
-            # that read ahead, and each crop of it would begin again at the top.
+            # A region is computed on request, in order. An image is computed by threads that read
+            # ahead, and each crop of it would begin at the top again.
             self._region = pyvips.Region.new(image)
             size = (image.width, image.height)
         except Exception as error:
@@ -327,7 +327,7 @@ class VipsSource(Source):
             pieces.append(self._top[:, :, begin:end])
             begin = min(end, self._top.shape[2])
         try:
-            # A few rows at a time: libvips keeps as many again.
+            # A few rows at a time, because libvips holds as many again.
             for row in range(begin, end, _VIPS_ROWS):
                 rows = min(_VIPS_ROWS, end - row)
                 samples = np.frombuffer(self._region.fetch(0, row, self.width, rows), self._dtype)
@@ -348,23 +348,23 @@ class VipsSource(Source):
         return _as_rows(samples, "HWC")
 
 
-#: Rows that are asked of libvips at once.
+#: Rows requested from libvips at once.
 _VIPS_ROWS = 16
 _VIPS_DTYPES = {"uchar": "u1", "ushort": "u2", "short": "i2", "uint": "u4", "int": "i4",
                 "float": "f4"}  # fmt: skip
-#: Formats, as Pillow calls them, whose samples libvips decodes as Pillow does.
+#: Formats, by Pillow's names, that libvips decodes to the same samples as Pillow.
 _VIPS_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF")
 
 
 def _is_plain(pixels: PillowPixels) -> bool:
-    """Whether the samples in a file are those that Pillow's mode has, whoever decodes them."""
+    """Whether every reader decodes a file to the samples of Pillow's mode."""
     tags = pixels.tags
     if pixels.format != "TIFF":
         # Pillow inverts every JPEG of this mode, libvips not all that lack the marker.
         return pixels.mode != "CMYK" or pixels.adobe
     return (
         tags.get("Orientation", 1) == 1
-        # Colours that are multiplied by the transparency.
+        # Colours premultiplied by the transparency.
         and tuple(tags.get("ExtraSamples", ()))[:1] != (1,)
         and set(tags.get("BitsPerSample", (1,))) in ({1}, {8}, {16}, {32})
         and (
@@ -416,10 +416,10 @@ def _reason(error: BaseException) -> str:
 
 
 def _open_tiff(path: Path, in_chans: int, layout: str | None) -> Source:
-    """A TIFF by tifffile: memory-mapped where its pixels lie plain, else tile by tile.
+    """A TIFF by tifffile: memory-mapped if its pixels are stored plainly, else tile by tile.
 
-    Its first page, in the pixels that Pillow has of it; with a layout, or where it is no image to
-    Pillow, its first series of pages with the values as they are stored.
+    Its first page, in Pillow's pixels; with a layout, or if Pillow does not know the file, its
+    first series of pages with the stored values.
     """
     try:
         import tifffile
@@ -431,7 +431,7 @@ def _open_tiff(path: Path, in_chans: int, layout: str | None) -> Source:
             raise ImageError(
                 f"{path}: mode {pixels.mode} is stored in a way that only Pillow reads"
             )
-        # libvips has inverted what has its white at zero, tifffile has not.
+        # libvips inverts images with white at zero, tifffile does not.
         white_is_zero = pixels.tags.get("PhotometricInterpretation") == 0
         pixels = replace(pixels, inverted=white_is_zero)
     try:
@@ -479,7 +479,7 @@ def _open_zarr(path: Path, in_chans: int, layout: str | None) -> Source:
 
 def _of_chunked(array: Any, in_chans: int, layout: str | None, name: str) -> Source:
     order = layout or _layout(array.shape, in_chans, False)
-    # Shards are what is read as a whole, where there are any.
+    # Shards, if there are any, are read as a whole.
     chunks = getattr(array, "shards", None) or array.chunks
     return ArraySource(array, in_chans, order, granule=chunks[order.index("H")], name=name)
 
@@ -518,7 +518,7 @@ def _open_path(path: Path, in_chans: int, layout: str | None) -> Source:
         source = None
         try:
             source = reader(path, in_chans, layout)
-            # Decoders are missing, or fail, only when there is something to decode.
+            # A missing or failing decoder shows only when rows are decoded.
             source.read(0, 1)
             return source
         except (ImageError, ValueError) as error:
@@ -527,7 +527,7 @@ def _open_path(path: Path, in_chans: int, layout: str | None) -> Source:
                 source.close()
     if len(reasons) == 1:
         raise ImageError.about(path, *reasons.values())
-    # The one that reads most files comes first.
+    # The reader of the most formats comes first.
     said = [f"{why} (by {name})" for name, why in reversed(reasons.items())]
     raise ImageError.about(path, "; ".join(said))
 
@@ -537,7 +537,7 @@ def _open_vips(path: Path, in_chans: int, layout: str | None) -> Source:
 
 
 def _open_whole(path: Path, in_chans: int, layout: str | None) -> Source:
-    """By Pillow, as a whole: what is small enough for that."""
+    """An image decoded as a whole by Pillow, which refuses those too large for that."""
     whole = np.asarray(read_image(path, in_chans))
     return ArraySource(whole, in_chans, "HW" if in_chans == 1 else "HWC", name=str(path))
 
@@ -545,7 +545,7 @@ def _open_whole(path: Path, in_chans: int, layout: str | None) -> Source:
 def open_source(
     source: Any, in_chans: int, layout: str | None = None, height: int | None = None
 ) -> Source:
-    """A `Source` of whatever holds an image.
+    """A `Source` for any object that holds an image.
 
     Args:
         source: a `Source`; a path (.npy, .zarr, TIFF by tifffile, anything else by libvips, or by
@@ -553,14 +553,14 @@ def open_source(
             iterator of bands; or a list of these, images of one size that pass together. The
             pixels of image files are those of `read_image`, whichever reader gives them.
         in_chans: channels that the model takes.
-        layout: how the axes of arrays are ordered, one of `LAYOUTS`; a TIFF's values are then
-            those that are stored.
-        height: in pixels, of an iterator of bands, where it is known.
+        layout: order of the axes of arrays, one of `LAYOUTS`; a TIFF's values are then the
+            stored ones.
+        height: in pixels, of an iterator of bands, if it is known.
 
     Raises:
         ImageError: the file cannot be read; the message has the reason of every reader.
         ValueError: a shape does not fit.
-        TypeError: nothing of these.
+        TypeError: the source is none of these.
     """
     if layout is not None and layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}: one of {', '.join(LAYOUTS)}")

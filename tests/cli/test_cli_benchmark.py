@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from convmixer_fast import cli, cli_benchmark
+from convmixer_fast import cli
 from convmixer_fast.arch import find_variant
-from convmixer_fast.cli_benchmark import smaller_batch, with_smaller_batches
+from convmixer_fast.cli.benchmark import Benchmark, smaller_batch, with_smaller_batches
 from convmixer_fast.files import write_whole
 
 #: One short measurement of the smallest model.
@@ -139,7 +139,7 @@ def test_a_model_that_never_fits_is_an_error_in_the_result(capsys, monkeypatch, 
         tried.append(batch)
         raise MemoryError(f"no room for {batch}")
 
-    monkeypatch.setattr(cli_benchmark._Bench, "inference", too_much)
+    monkeypatch.setattr(Benchmark, "inference", too_much)
     result = benchmark(capsys, *more, code=1)
     assert result["error"] == f"out of memory at batch {tried[-1]}: no room for {tried[-1]}"
     assert tried == ([2] if more else [2, 1])

@@ -6,7 +6,8 @@ import itertools
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +21,7 @@ from fakes import triton as fake_triton
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import convmixer_fast as cf
@@ -563,6 +565,7 @@ def test_memory_does_not_depend_on_the_height(model: cf.ConvMixer) -> None:
 
 MEMORY = """
 import sys
+import zipfile
 import numpy as np, torch
 import convmixer_fast as cf
 from convmixer_fast.inference import StreamStats
@@ -650,8 +653,55 @@ def test_a_checkpoint_of_another_run_is_not_gone_on_with(tmp_path: Path) -> None
         model.head.weight.add_(1)  # type: ignore[union-attr,operator]
     with pytest.raises(ValueError, match="checkpoint of another run: its weights was"):
         stream(model, iter([pixels]), band_rows=2, **saving)
-    state.write_bytes(b"no checkpoint")
-    with pytest.raises(ValueError, match="is no checkpoint of a stream: delete it"):
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_checkpoint_is_a_safetensors_file(tmp_path: Path, dtype: torch.dtype) -> None:
+    model, state = trained().to(dtype), tmp_path / "state"
+    with pytest.raises(KeyboardInterrupt):
+        stream(
+            model, cut_off(image(150, 60), 90), "heatmap", band_rows=2, strip_columns=5, height=150,
+            checkpoint=state, checkpoint_rows=20,
+        )  # fmt: skip
+    tensors = load_file(state)
+    assert {"sum", "peak", "cells", "picture", "0-0", "0-1"} <= tensors.keys()
+    assert tensors["sum"].dtype == torch.float64
+    assert tensors["sum"].abs().min() > 0
+    assert tensors["picture"].dtype == torch.uint8
+    kept = [tensor for name, tensor in tensors.items() if "-" in name]
+    assert {tensor.dtype for tensor in kept} == {dtype}
+    assert sum(float(tensor.float().abs().sum()) for tensor in kept) > 0
+
+
+def older_checkpoint(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("head.json", "{}")
+
+
+def cut_checkpoint(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.write_bytes(b""), "is no checkpoint of a stream: delete it"),
+        (lambda path: path.write_bytes(b"no checkpoint"), "is no checkpoint of a stream"),
+        (cut_checkpoint, "is no checkpoint of a stream"),
+        (lambda path: save_file({"sum": torch.ones(2)}, path), "is no checkpoint of a stream"),
+        (older_checkpoint, "is a checkpoint of an older version of convmixer_fast"),
+    ],
+    ids=["empty", "text", "cut short", "weights", "older version"],
+)
+def test_what_is_no_checkpoint_is_refused(
+    tmp_path: Path, damage: Callable[[Path], object], message: str
+) -> None:
+    model, state, pixels = trained(), tmp_path / "state", image(150, 60)
+    saving: dict[str, Any] = {"checkpoint": state, "checkpoint_rows": 20, "height": 150}
+    with pytest.raises(KeyboardInterrupt):
+        stream(model, cut_off(pixels, 90), band_rows=2, **saving)
+    damage(state)
+    with pytest.raises(ValueError, match=message):
         stream(model, iter([pixels]), band_rows=2, **saving)
 
 

@@ -1,4 +1,4 @@
-"""What does ``convmixer-fast evaluate`` do?"""
+"""``convmixer-fast evaluate``: accuracy on a folder of labelled images."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import json
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cli_common import (
+from .common import Command, note, note_left_out, output_file
+from .groups import (
+    PredictorArguments,
     add_image_arguments,
     add_model_arguments,
     add_running_arguments,
@@ -19,13 +22,26 @@ from .cli_common import (
     describe_predictor,
     load_model,
     make_predictor,
-    note,
-    note_left_out,
-    output_file,
 )
 
 if TYPE_CHECKING:
-    from .inference import Failure, Predictor
+    from ..inference import Failure, Predictor
+    from ..inference.evaluate import Evaluation
+    from ..inference.remote import Location
+    from ..model import ConvMixer
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateArguments(PredictorArguments):
+    """The flags of `add_evaluate`."""
+
+    data: str | None
+    data_dir: str | None
+    class_map: str | None
+    results_file: str | None
+    confusion: str | None
+    per_class: str | None
+    on_error: str
 
 
 def add_evaluate(sub: argparse.ArgumentParser) -> None:
@@ -66,29 +82,68 @@ def add_evaluate(sub: argparse.ArgumentParser) -> None:
     add_running_arguments(sub)
 
 
-def evaluate(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
-    from .inference import ImageError, LeftOut, read_labels
-    from .inference.evaluate import evaluate as count
-    from .inference.evaluate import labelled_images
-    from .inference.labels import stored_labels
-
+def evaluate(args: EvaluateArguments) -> int:
     check_running(args)
     folder = args.data or args.data_dir
     if not folder or (args.data and args.data_dir):
         raise ValueError("name the folder of labelled images, once")
     model = load_model(args)
+    paths, targets, names = _labelled_images(args, folder, model)
+    predictor = make_predictor(args, model, topk=5, labels=names)
+    note(describe_predictor(predictor))
+    found = _counted(args, predictor, paths, targets, names)
+    results = {**found.metrics(), **_about(args, predictor, found.images, len(found.failures))}
+    if args.confusion:
+        found.write_confusion(args.confusion)
+    if args.per_class:
+        found.write_per_class(args.per_class)
+    if args.results_file:
+        _write(Path(args.results_file), results)
+    # The marker by which scripts find the result of timm's validate.py.
+    print(f"--result\n{json.dumps(results, indent=4)}")
+    return 0
+
+
+COMMAND = Command(
+    "evaluate",
+    "measure accuracy on a folder of classes",
+    add_evaluate,
+    EvaluateArguments,
+    evaluate,
+)
+
+
+def _labelled_images(
+    args: EvaluateArguments, folder: str, model: ConvMixer
+) -> tuple[Any, Any, Any]:
+    """Paths, class indices and class names of the images in ``folder``."""
+    from ..inference import LeftOut, read_labels
+    from ..inference.evaluate import labelled_images
+    from ..inference.labels import stored_labels
+
     classes = read_labels(args.class_map, model.num_classes) if args.class_map else None
     left_out = LeftOut()
     try:
-        paths, targets, names = labelled_images(
+        return labelled_images(
             folder, model.num_classes, classes, args.suffixes, left_out, stored_labels(model)
         )
     finally:
         note_left_out(left_out)
-    predictor = make_predictor(args, model, topk=5, labels=names)
-    note(describe_predictor(predictor))
+
+
+def _counted(
+    args: EvaluateArguments,
+    predictor: Predictor,
+    paths: list[Location],
+    targets: Any,
+    names: Any,
+) -> Evaluation:
+    """The counts of right and wrong answers over all images, with a progress bar."""
+    from tqdm import tqdm
+
+    from ..inference import ImageError
+    from ..inference.evaluate import evaluate as count
+
     with (
         warnings.catch_warnings(),
         tqdm(total=len(paths), unit="img", disable=not sys.stderr.isatty()) as bar,
@@ -103,23 +158,13 @@ def evaluate(args: argparse.Namespace) -> int:
                 note(f"skipped {failure.filename}: {failure.error}")
             bar.update(files)
 
-        found = count(predictor, paths, targets, names, workers=args.workers, progress=progress)
-    results = {**found.metrics(), **_about(args, predictor, found.images, len(found.failures))}
-    if args.confusion:
-        found.write_confusion(args.confusion)
-    if args.per_class:
-        found.write_per_class(args.per_class)
-    if args.results_file:
-        _write(Path(args.results_file), results)
-    # What scripts look for in the output of timm's validate.py.
-    print(f"--result\n{json.dumps(results, indent=4)}")
-    return 0
+        return count(predictor, paths, targets, names, workers=args.workers, progress=progress)
 
 
 def _about(
-    args: argparse.Namespace, predictor: Predictor, images: int, failed: int
+    args: EvaluateArguments, predictor: Predictor, images: int, failed: int
 ) -> dict[str, Any]:
-    """timm's further keys, and how many images there were."""
+    """The other keys of timm's result, and the number of images."""
     model: Any = predictor.model
     prepare: Any = predictor.preprocessing
     return {
@@ -134,7 +179,8 @@ def _about(
 
 
 def _write(path: Path, results: dict[str, Any]) -> None:
-    from .files import whole_or_absent
+    """Write one row, as JSON if the file's suffix says so, else as CSV."""
+    from ..files import whole_or_absent
 
     with whole_or_absent(path) as file:
         if path.suffix.lower() == ".json":

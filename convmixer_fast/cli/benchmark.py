@@ -1,13 +1,12 @@
-"""How fast is one model here? ``convmixer-fast benchmark``, with timm's flags and result keys.
+"""``convmixer-fast benchmark``: the speed of one model, with timm's flags and result keys.
 
-What timm's ``benchmark.py`` prints after ``--result``, its bulk scripts read: JSON with
+The result is the JSON that timm's ``benchmark.py`` prints after ``--result`` for its bulk scripts:
 ``infer_samples_per_sec``, ``infer_step_time`` (ms), ``infer_batch_size``, ``infer_img_size``,
-``infer_gmacs``, ``infer_macts``, the same with ``train_``, and ``param_count`` (millions). Counts
-are those that timm prints, which leave the depthwise convolutions out; ``infer_gmacs_true`` has
-them. A batch that does not fit into memory is made smaller, as there.
+``infer_gmacs``, ``infer_macts``, the same with ``train_``, and ``param_count`` (millions).
+timm's counts omit the depthwise convolutions; ``infer_gmacs_true`` includes them. As in timm, a
+batch that does not fit into memory is made smaller.
 
-``--compare`` times the plain PyTorch model beside ours, the two taking turns, after it has checked
-that both compute the same.
+``--compare`` checks that the plain PyTorch model computes the same, then times both in turn.
 """
 
 from __future__ import annotations
@@ -19,27 +18,67 @@ import io
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .cli_common import ACTIVATIONS, BACKENDS, DEFAULT_MODEL, device_of, note, output_file, positive
-from .files import write_whole
+from ..files import write_whole
+from .common import ACTIVATIONS, BACKENDS, DEFAULT_MODEL, Command, note, output_file, positive
+from .groups import device_of
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from ..arch import Arch, Variant
+
 PRECISIONS = ("float32", "float16", "bfloat16", "amp")
 MODES = ("inference", "train", "both")
-#: Batch sizes where none is asked for: timm's on a GPU.
+#: Default batch sizes; the GPU's is timm's.
 BATCH_SIZE = {"cuda": 256, "cpu": 4}
 
 
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkArguments:
+    """The flags of `add_benchmark`."""
+
+    model: str
+    bench: str
+    act: str | None
+    num_classes: int | None
+    compare: bool
+    backend: str
+    batch_size: int | None
+    img_size: int | None
+    input_size: list[int] | None
+    channels_last: bool
+    precision: str
+    amp: bool
+    amp_dtype: str | None
+    device: str | None
+    num_warm_iter: int
+    num_bench_iter: int
+    torchcompile: str | None
+    no_retry: bool
+    grad_checkpointing: bool
+    opt: str
+    detail: bool
+    results_file: str | None
+    results_format: str
+
+
 def add_benchmark(sub: argparse.ArgumentParser) -> None:
-    """The flags of the command; those that timm has are named and mean as there."""
+    """Add the flags; those that timm has keep its names and meanings."""
     sub.epilog = (
         "The result is printed as JSON after a line '--result', as timm's benchmark.py prints it. "
         "Exit code 1, and an 'error' in the result, where not even one image fits into memory."
     )
+    _add_model(sub)
+    _add_input(sub)
+    _add_running(sub)
+    _add_results(sub)
+
+
+def _add_model(sub: argparse.ArgumentParser) -> None:
     what = sub.add_argument_group("what")
     what.add_argument(
         "-m",
@@ -57,10 +96,12 @@ def add_benchmark(sub: argparse.ArgumentParser) -> None:
     what.add_argument("--act", choices=ACTIVATIONS, help="default: the published one")
     what.add_argument("--num-classes", type=positive, metavar="N")
     what.add_argument(
-        "--compare", action="store_true", help="beside the plain PyTorch model, outputs checked"
+        "--compare", action="store_true", help="against the plain PyTorch model, outputs checked"
     )
     what.add_argument("--backend", choices=BACKENDS, default="auto", help="default: auto")
 
+
+def _add_input(sub: argparse.ArgumentParser) -> None:
     size = sub.add_argument_group("input")
     defaults = ", ".join(f"{n} on {device}" for device, n in BATCH_SIZE.items())
     size.add_argument("-b", "--batch-size", type=positive, metavar="N", help=f"default: {defaults}")
@@ -77,6 +118,8 @@ def add_benchmark(sub: argparse.ArgumentParser) -> None:
         help="default: float16 on cuda, else bfloat16",
     )
 
+
+def _add_running(sub: argparse.ArgumentParser) -> None:
     run = sub.add_argument_group("running")
     run.add_argument("--device", metavar="NAME", help="default: cuda where there is one, else cpu")
     run.add_argument("--num-warm-iter", type=positive, default=10, metavar="N", help="default: 10")
@@ -93,6 +136,8 @@ def add_benchmark(sub: argparse.ArgumentParser) -> None:
     run.add_argument("--opt", choices=("sgd", "adamw"), default="sgd", help="default: sgd")
     run.add_argument("--detail", action="store_true", help="forward, backward and optimizer apart")
 
+
+def _add_results(sub: argparse.ArgumentParser) -> None:
     output = sub.add_argument_group("results")
     output.add_argument(
         "--results-file", type=output_file, metavar="FILE", help="write them there too"
@@ -100,52 +145,16 @@ def add_benchmark(sub: argparse.ArgumentParser) -> None:
     output.add_argument("--results-format", choices=("csv", "json"), default="csv")
 
 
-def benchmark(args: argparse.Namespace) -> int:
+def benchmark(args: BenchmarkArguments) -> int:
     """Run the command; prints the result and returns the exit code."""
-    from .arch import find_variant
-    from .model import create_model
-    from .ops import use_backend
+    from ..arch import find_variant
 
     device = device_of(args.device)
     variant = find_variant(args.model)
-    precision = "amp" if args.amp or args.amp_dtype else args.precision
     if args.compare and args.bench == "train":
         raise ValueError("--compare times inference: leave --bench train out, or take both")
-    in_chans, *size = args.input_size or variant.input_size
-    if args.img_size:
-        size = [args.img_size] * 2
-    kwargs: dict[str, Any] = {"in_chans": in_chans}
-    if args.act:
-        kwargs["act_layer"] = args.act
-    if args.num_classes:
-        kwargs["num_classes"] = args.num_classes
-
-    def fresh() -> Any:
-        return create_model(variant.name, **kwargs)
-
-    arch = fresh().arch
-    if min(size) < arch.patch_size:
-        raise ValueError(
-            f"an image of {size[0]}x{size[1]} px is smaller than a patch of "
-            f"{arch.patch_size}x{arch.patch_size}: raise --img-size"
-        )
-    batch = args.batch_size or BATCH_SIZE.get(device.type, BATCH_SIZE["cpu"])
-    bench = _Bench(args, fresh, (in_chans, *size), device, precision)
-    results: dict[str, Any] = {"model": variant.name}
-    runs = {"infer": bench.inference, "train": bench.training}
-    if args.bench != "both":
-        del runs["train" if args.bench == "inference" else "infer"]
-    with use_backend(args.backend):
-        for prefix, measure in runs.items():
-            try:
-                found = with_smaller_batches(measure, batch, retry=not args.no_retry)
-            except _OutOfMemory as error:
-                results["error"] = str(error)
-                break
-            results |= {f"{prefix}_{key}": value for key, value in found.items()}
-    if "error" not in results:
-        results["param_count"] = round(arch.params / 1e6, 2)
-    results |= bench.surroundings()
+    bench = Benchmark.of(args, variant, device)
+    results = {"model": variant.name, **_measured(args, bench), **bench.surroundings()}
     if args.results_file:
         write_results(args.results_file, results, args.results_format)
     # The marker by which timm's bulk scripts find the result.
@@ -158,14 +167,42 @@ def benchmark(args: argparse.Namespace) -> int:
     return 0
 
 
-class _OutOfMemory(Exception):
-    """One image is too much, or --no-retry was given."""
+COMMAND = Command(
+    "benchmark",
+    "time one model, with timm's flags and result keys",
+    add_benchmark,
+    BenchmarkArguments,
+    benchmark,
+)
+
+
+def _measured(args: BenchmarkArguments, bench: Benchmark) -> dict[str, Any]:
+    """The figures that ``--bench`` names, or ``error`` where not even one image fits."""
+    from ..ops import use_backend
+
+    results: dict[str, Any] = {}
+    batch = args.batch_size or BATCH_SIZE.get(bench.device.type, BATCH_SIZE["cpu"])
+    runs = {"infer": bench.inference, "train": bench.training}
+    if args.bench != "both":
+        del runs["train" if args.bench == "inference" else "infer"]
+    with use_backend(args.backend):
+        for prefix, measure in runs.items():
+            try:
+                found = with_smaller_batches(measure, batch, retry=not args.no_retry)
+            except OutOfMemory as error:
+                return {**results, "error": str(error)}
+            results |= {f"{prefix}_{key}": value for key, value in found.items()}
+    return {**results, "param_count": round(bench.arch.params / 1e6, 2)}
+
+
+class OutOfMemory(Exception):
+    """Memory ran out at a batch of one image, or with ``--no-retry``."""
 
 
 def smaller_batch(batch: int) -> int:
-    """The next batch to try: down to a power of two, or half-way to it. 1 gives 0.
+    """The next batch to try: the next power of two below, or half-way to it. 1 gives 0.
 
-    64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1: the steps of timm's.
+    timm's steps: 64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1.
     """
     power = 1 << (batch.bit_length() - 1)
     if batch == power:
@@ -175,7 +212,7 @@ def smaller_batch(batch: int) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a GPU or here."""
+    """Whether an error says that memory ran out, on a GPU or on the host."""
     import torch
 
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
@@ -192,7 +229,7 @@ def with_smaller_batches(
     """``measure(batch)``, with smaller batches while memory runs out.
 
     Raises:
-        _OutOfMemory: it ran out at 1 image, or at the first try without ``retry``.
+        OutOfMemory: it ran out at 1 image, or at the first try without ``retry``.
     """
     import torch
 
@@ -202,47 +239,85 @@ def with_smaller_batches(
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            # Of MemoryError there is often no more than its name.
+            # MemoryError often has no message.
             reason = (str(error) or type(error).__name__).splitlines()[0]
             told = f"out of memory at batch {batch}: {reason}"
-        # Past the handler: its traceback held the tensors of the failed try.
+        # After the handler, because its traceback keeps the tensors of the failed try alive.
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         next_batch = smaller_batch(batch)
         if not retry or not next_batch:
-            raise _OutOfMemory(told)
+            raise OutOfMemory(told)
         note(f"{told}; trying {next_batch}")
         batch = next_batch
 
 
-class _Bench:
-    """One model's measurements; every try builds it anew."""
+class Benchmark:
+    """The measurements of one model; each builds the model again.
+
+    Args:
+        fresh: builds the model.
+        arch: of the model.
+        input_size: (C, H, W).
+        precision: one of `PRECISIONS`.
+    """
 
     def __init__(
         self,
-        args: argparse.Namespace,
+        args: BenchmarkArguments,
         fresh: Callable[[], Any],
-        input_size: tuple[int, ...],
+        arch: Arch,
+        input_size: tuple[int, int, int],
         device: torch.device,
         precision: str,
     ) -> None:
         import torch
 
-        self.args, self.fresh, self.input_size = args, fresh, input_size
+        self.args, self.fresh, self.arch, self.input_size = args, fresh, arch, input_size
         self.device, self.precision = device, precision
         self.dtype = getattr(torch, "float32" if precision == "amp" else precision)
         default = "float16" if device.type == "cuda" else "bfloat16"
         self.amp_dtype = getattr(torch, args.amp_dtype or default)
         self.layout = torch.channels_last if args.channels_last else torch.contiguous_format
 
+    @classmethod
+    def of(cls, args: BenchmarkArguments, variant: Variant, device: torch.device) -> Benchmark:
+        """The benchmark of a published variant, with the flags' changes.
+
+        Raises:
+            ValueError: the image is smaller than a patch.
+        """
+        from ..model import create_model
+
+        in_chans, height, width = args.input_size or variant.input_size
+        if args.img_size:
+            height = width = args.img_size
+        kwargs: dict[str, Any] = {"in_chans": in_chans}
+        if args.act:
+            kwargs["act_layer"] = args.act
+        if args.num_classes:
+            kwargs["num_classes"] = args.num_classes
+
+        def fresh() -> Any:
+            return create_model(variant.name, **kwargs)
+
+        arch = fresh().arch
+        if min(height, width) < arch.patch_size:
+            raise ValueError(
+                f"an image of {height}x{width} px is smaller than a patch of "
+                f"{arch.patch_size}x{arch.patch_size}: raise --img-size"
+            )
+        precision = "amp" if args.amp or args.amp_dtype else args.precision
+        return cls(args, fresh, arch, (in_chans, height, width), device, precision)
+
     def inference(self, batch: int) -> dict[str, Any]:
-        """Images a second in eval mode, and what one image costs."""
+        """Images a second in eval mode, and the cost of one image."""
         import torch
 
-        from .explain import explain
-        from .optimize import to_reference
-        from .timing import interleaved_times
+        from ..explain import explain
+        from ..optimize import to_reference
+        from ..timing import interleaved_times
 
         model = self._model().eval()
         x = self._images(batch)
@@ -250,43 +325,72 @@ class _Bench:
         with torch.no_grad(), self._autocast():
             backends = sorted({row.backend for row in explain(network, x)})
         runs: dict[str, Any] = {"ours": self._call(network, x)}
-        found: dict[str, Any] = {}
+        errors: dict[str, float] = {}
         if self.args.compare:
             plain = to_reference(model)
             runs["eager"] = self._call(plain, x)
             with torch.inference_mode():
-                found |= self._checked(runs["ours"](), plain, x)
-        beside = " beside eager PyTorch" if "eager" in runs else ""
-        size_told = "x".join(map(str, self.input_size))
-        note(f"infer: batches of {batch} x {size_told} on {self.device}{beside}")
+                errors = self._checked(runs["ours"](), plain, x)
+        compared = ", compared with eager PyTorch" if "eager" in runs else ""
+        size = "x".join(map(str, self.input_size))
+        note(f"infer: batches of {batch} x {size} on {self.device}{compared}")
         with torch.inference_mode():
             times = interleaved_times(
                 runs, self.args.num_bench_iter, warmup=self.args.num_warm_iter
             )
-        arch = model.arch
+        return self._inference_result(times, batch, backends) | errors
+
+    def _inference_result(
+        self, times: dict[str, Any], batch: int, backends: list[str]
+    ) -> dict[str, Any]:
         size = self.input_size[1:]
-        mine = _rates(times["ours"], batch)
+        ours = _rates(times["ours"], batch)
         result = {
-            **mine,
+            **ours,
             "batch_size": batch,
             "img_size": size[-1],
-            "gmacs": round(arch.macs_timm(size) / 1e9, 2),
-            "macts": round(arch.macts_timm(size) / 1e6, 2),
-            "gmacs_true": round(arch.macs(size).total / 1e9, 2),
+            "gmacs": round(self.arch.macs_timm(size) / 1e9, 2),
+            "macts": round(self.arch.macts_timm(size) / 1e6, 2),
+            "gmacs_true": round(self.arch.macs(size).total / 1e9, 2),
             "backend": "+".join(backends),
         }
         if "eager" in times:
             eager = _rates(times["eager"], batch)
             result |= {f"eager_{key}": value for key, value in eager.items()}
-            result["speedup"] = round(eager["step_time"] / mine["step_time"], 3)
-        return result | found
+            result["speedup"] = round(eager["step_time"] / ours["step_time"], 3)
+        return result
 
     def training(self, batch: int) -> dict[str, Any]:
         """Images a second of a whole step: forward, loss, backward, optimizer."""
+        from ..timing import timestamps
+
+        parts = self._training_step(batch)
+        for _ in range(self.args.num_warm_iter):
+            timestamps(parts, self._synchronize)
+        seconds: list[list[float]] = []
+        for i in range(self.args.num_bench_iter):
+            # Without --detail, no clock is read and no device is waited for within a step.
+            between = self._synchronize if self.args.detail else None
+            seconds.append(timestamps(parts, self._synchronize, between))
+            self._report_progress("train", i + 1, batch, sum(map(sum, seconds)))
+        result = {
+            **_rates([sum(step) for step in seconds], batch),
+            "batch_size": batch,
+            "img_size": self.input_size[-1],
+        }
+        if self.args.detail:
+            names = ("fwd_time", "bwd_time", "opt_time")
+            columns = zip(*seconds, strict=True)
+            result |= {
+                name: round(1e3 * sum(column) / len(seconds), 3)
+                for name, column in zip(names, columns, strict=True)
+            }
+        return result
+
+    def _training_step(self, batch: int) -> tuple[Callable[..., Any], ...]:
+        """Forward, backward and optimizer step; each takes the result of the one before."""
         import torch
         from torch import nn
-
-        from .timing import timestamps
 
         model = self._model().train()
         if self.args.grad_checkpointing:
@@ -309,34 +413,13 @@ class _Bench:
                 loss: Tensor = loss_of(network(x), target)
             return loss
 
-        parts = (forward, lambda loss: loss.backward(), lambda _: optimizer.step())
-        for _ in range(self.args.num_warm_iter):
-            timestamps(parts, self._synchronize)
-        seconds: list[list[float]] = []
-        for i in range(self.args.num_bench_iter):
-            # Whole steps are not interrupted for the clock unless the parts are asked for.
-            between = self._synchronize if self.args.detail else None
-            seconds.append(timestamps(parts, self._synchronize, between))
-            self._tell("train", i + 1, batch, sum(map(sum, seconds)))
-        result = {
-            **_rates([sum(step) for step in seconds], batch),
-            "batch_size": batch,
-            "img_size": self.input_size[-1],
-        }
-        if self.args.detail:
-            names = ("fwd_time", "bwd_time", "opt_time")
-            columns = zip(*seconds, strict=True)
-            result |= {
-                name: round(1e3 * sum(column) / len(seconds), 3)
-                for name, column in zip(names, columns, strict=True)
-            }
-        return result
+        return forward, lambda loss: loss.backward(), lambda _: optimizer.step()
 
     def surroundings(self) -> dict[str, Any]:
-        """What the figures came from."""
+        """The device, precision and software that the figures belong to."""
         import torch
 
-        from .doctor import cpu_name
+        from ..doctor import cpu_name
 
         on_gpu = self.device.type == "cuda"
         name = torch.cuda.get_device_name(self.device) if on_gpu else cpu_name()
@@ -350,11 +433,11 @@ class _Bench:
         }
 
     def _model(self) -> Any:
-        from .testing import trained_like_
+        from ..testing import trained_like_
 
         model = self.fresh()
-        # Weights of a fresh model let a deep network's values grow without bound: in float16 to
-        # infinity, and no output could be checked.
+        # With freshly initialised weights the values of a deep network grow to infinity in
+        # float16, and no output could be checked.
         trained_like_(model, (4, self.input_size[0], *[4 * model.arch.patch_size] * 2))
         return model.to(device=self.device, dtype=self.dtype, memory_format=self.layout)
 
@@ -395,14 +478,14 @@ class _Bench:
         return call
 
     def _checked(self, ours: Tensor, plain: nn.Module, x: Tensor) -> dict[str, float]:
-        """Largest errors of the first image against float64.
+        """Largest errors for the first image against float64, ours and eager PyTorch's.
 
         Raises:
-            RuntimeError: ours is outside the numerics rule.
+            RuntimeError: our result is outside the numerics rule.
         """
         import copy
 
-        from .testing import error_report
+        from ..testing import error_report
 
         one = x[:1]
         exact = copy.deepcopy(plain).double()(one.double())
@@ -411,14 +494,14 @@ class _Bench:
             raise RuntimeError(f"no speed for a wrong result, outside the numerics rule: {report}")
         return {"max_error": report.max_error, "eager_max_error": report.torch_max_error}
 
-    def _tell(self, what: str, done: int, batch: int, seconds: float) -> None:
+    def _report_progress(self, what: str, done: int, batch: int, seconds: float) -> None:
         total = self.args.num_bench_iter
         if done % max(1, total // 5) == 0:
             note(f"{what}: step {done} of {total}, {done * batch / seconds:.2f} img/s")
 
 
 def _rates(seconds: list[float], batch: int) -> dict[str, float]:
-    """timm's two columns, of all steps: images a second, and milliseconds a step."""
+    """timm's two columns, over all steps: images a second, and milliseconds a step."""
     total = sum(seconds)
     return {
         "samples_per_sec": round(len(seconds) * batch / total, 2),
@@ -427,7 +510,7 @@ def _rates(seconds: list[float], batch: int) -> dict[str, float]:
 
 
 def write_results(path: str, results: dict[str, Any], format: str) -> None:
-    """One result as a table of one row or as JSON; what was there is replaced whole or not at all.
+    """Write one result as a table of one row or as JSON, atomically.
 
     Raises:
         OSError: the file cannot be written.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
+import dataclasses
 import json
 import os
 import pickle
@@ -17,9 +19,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from convmixer_fast import ConvMixer, cli, cli_common, cli_predict, cli_stream, save_checkpoint
+from convmixer_fast import ConvMixer, cli, save_checkpoint
 from convmixer_fast.arch import ACTIVATIONS, VARIANTS
 from convmixer_fast.checkpoint import FORMATS
+from convmixer_fast.cli import common, info
+from convmixer_fast.cli.predict import OUTPUT_TYPES as PREDICT_TYPES
+from convmixer_fast.cli.predict import RESULT_FORMATS
+from convmixer_fast.cli.stream import LAYOUTS as STREAM_LAYOUTS
 from convmixer_fast.demo import plain_twin
 from convmixer_fast.inference import (
     INTERPOLATIONS,
@@ -183,7 +189,7 @@ def test_rounded_parts_add_up_and_stay_within_a_unit():
     rng = np.random.default_rng(0)
     for _ in range(200):
         parts = [int(v) for v in rng.integers(0, 10_000, rng.integers(1, 6))]
-        shown = cli.rounded_parts(parts, 100)
+        shown = info.rounded_parts(parts, 100)
         assert sum(shown) == round(sum(parts) / 100)
         assert all(abs(100 * s - p) < 100 for s, p in zip(shown, parts, strict=True))
 
@@ -616,21 +622,31 @@ def test_wrong_usage_leaves_with_code_2(capsys, arguments):
 
 
 def test_lists_of_choices_are_those_of_the_package():
-    assert tuple(ACTIVATIONS) == cli_common.ACTIVATIONS
-    assert tuple(INTERPOLATIONS) == cli_common.INTERPOLATIONS
-    assert ("auto", *BACKENDS) == cli_common.BACKENDS
-    assert tuple(FORMATS) == cli_common.FORMATS
-    assert tuple(files.FORMATS) == cli_predict.RESULT_FORMATS
-    assert OUTPUT_TYPES == cli_predict.OUTPUT_TYPES
-    assert cli_stream.LAYOUTS == LAYOUTS
-    assert cli_common.DEFAULT_MODEL in VARIANTS
+    assert tuple(ACTIVATIONS) == common.ACTIVATIONS
+    assert tuple(INTERPOLATIONS) == common.INTERPOLATIONS
+    assert ("auto", *BACKENDS) == common.BACKENDS
+    assert tuple(FORMATS) == common.FORMATS
+    assert tuple(files.FORMATS) == RESULT_FORMATS
+    assert OUTPUT_TYPES == PREDICT_TYPES
+    assert STREAM_LAYOUTS == LAYOUTS
+    assert common.DEFAULT_MODEL in VARIANTS
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS, ids=lambda command: command.name)
+def test_a_command_takes_every_flag_of_its_parser(command):
+    """A flag that is no field would have no effect, a field without a flag no value."""
+    sub = argparse.ArgumentParser()
+    command.add_arguments(sub)
+    flags = {action.dest for action in sub._actions} - {"help"}
+    assert {field.name for field in dataclasses.fields(command.arguments)} == flags
+    assert len(flags) >= 2
 
 
 def test_interruption_is_130_and_quiet(capsys, monkeypatch):
-    def interrupted(args):
+    def interrupted(variant, img_size):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_info", interrupted)
+    monkeypatch.setattr(info, "describe", interrupted)
     assert run(capsys, "info") == (130, "", "")
 
 
@@ -641,10 +657,10 @@ def test_debug_shows_the_traceback(monkeypatch):
 
 
 def test_a_bug_is_not_hidden(monkeypatch):
-    def buggy(args):
+    def buggy(variant, img_size):
         raise KeyError("a bug")
 
-    monkeypatch.setattr(cli, "_info", buggy)
+    monkeypatch.setattr(info, "describe", buggy)
     with pytest.raises(KeyError):
         cli.main(["info"])
 
