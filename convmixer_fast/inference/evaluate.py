@@ -102,7 +102,7 @@ def labelled_images(
 ) -> tuple[list[Location], list[int], list[str]]:
     """The images of an ImageFolder, their class indices, and the names of all classes.
 
-    A class is the name of the folder that an image lies in. Its index is its place in
+    The class of an image is the name of its folder. Its index is its place in
     ``class_map``, else in ``stored`` (the model's own names) if all folders are named there, else
     among the folders in natural order, as in timm. ``suffixes`` and ``left_out`` are those of
     `find_images`.

@@ -1,4 +1,4 @@
-"""What are the classes called?"""
+"""Names of classes: from a file, from the model, or ImageNet's."""
 
 from __future__ import annotations
 
