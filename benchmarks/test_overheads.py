@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import fresh_python
@@ -10,7 +11,7 @@ import torch
 from fakes.triton import installed
 from recording import BenchmarkRecorder
 
-from convmixer_fast import MixerBlock, MixerStack, create_model
+from convmixer_fast import MixerBlock, MixerStack, create_model, optimize_for_inference
 from convmixer_fast.ops import gpu
 from convmixer_fast.route import Route
 from convmixer_fast.timing import interleaved_times, spread
@@ -95,7 +96,10 @@ def test_host_time_of_fused_halves(
                 y = block(x)
             assert y.shape == x.shape
 
+        prepared = optimize_for_inference(copy.deepcopy(stack))
+        prepared(x), prepared(x)
         runs = {"a stack whose call is like the last": lambda: stack(x)}
+        runs["the same after optimize_for_inference"] = lambda: prepared(x)
         runs["blocks one by one"] = asked_one_by_one
         times = benchmark.pedantic(
             interleaved_times, args=(runs, 31), kwargs={"warmup": 3}, rounds=1

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import warnings
+from typing import TypeVar
 
 from torch import nn
 
 from .blocks import _Fused, refresh
 from .route import Promise
 
+M = TypeVar("M", bound=nn.Module)
 
-def optimize_for_inference(model: nn.Module) -> nn.Module:
+
+def is_promised(model: nn.Module) -> bool:
+    """Whether ``model`` was given to `optimize_for_inference` and has kept the promise since."""
+    promises = [module._promise for module in model.modules() if isinstance(module, _Fused)]
+    return bool(promises) and all(promise and promise.is_kept for promise in promises)
+
+
+def optimize_for_inference(model: M) -> M:
     """Run the fused modules of ``model`` without comparing their settings and parameters.
 
     An ordinary fused model compares both with its packed copies at every call, so that any write

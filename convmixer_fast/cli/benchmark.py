@@ -316,10 +316,11 @@ class Benchmark:
         import torch
 
         from ..explain import explain
+        from ..for_inference import optimize_for_inference
         from ..optimize import to_reference
         from ..timing import interleaved_times
 
-        model = self._model().eval()
+        model = optimize_for_inference(self._model().eval())
         x = self._images(batch)
         network = self._compiled(model)
         with torch.no_grad(), self._autocast():

@@ -152,6 +152,7 @@ def load_model(args: ModelArguments, embedding: bool = False) -> ConvMixer:
         ValueError: neither flag is given, or the weights contradict another flag.
     """
     from ..arch import find_variant
+    from ..for_inference import optimize_for_inference
 
     variant = find_variant(args.model) if args.model else None
     if args.checkpoint:
@@ -168,7 +169,7 @@ def load_model(args: ModelArguments, embedding: bool = False) -> ConvMixer:
         raise ValueError(
             f"--num-classes {args.num_classes}, but the weights are for {model.num_classes} classes"
         )
-    return model.eval()
+    return optimize_for_inference(model.eval())
 
 
 def _model_of_checkpoint(args: ModelArguments, path: str, variant: Variant | None) -> ConvMixer:

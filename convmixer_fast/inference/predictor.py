@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ..for_inference import is_promised, optimize_for_inference
 from ..model import ConvMixer
 from ..ops import use_backend
 from ..ops.backends import recording
@@ -140,6 +141,7 @@ class Predictor:
     ) -> None:
         if not isinstance(model, nn.Module):
             model = ConvMixer.from_checkpoint(model, act, device="cpu", dtype=torch.float32)
+            optimize_for_inference(model)
         elif act is not None:
             raise ValueError("act is for checkpoints: a model has its activation")
         if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
@@ -184,7 +186,10 @@ class Predictor:
         """Move the model to the device, dtype and layout of this process."""
         default = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(self._device or default)
+        promised = is_promised(self.model)
         self.model.to(device=self.device, dtype=self._dtype).to(memory_format=self._layout)
+        if promised:
+            optimize_for_inference(self.model)
         native = isinstance(self.preprocessing, NativeSize)
         known = AUTO_BATCH_NATIVE if native else AUTO_BATCH
         size = self.batch_size
