@@ -47,7 +47,7 @@ EXTENSION = f"{PACKAGE}._cpu"
 
 #: Compiled once.
 SOURCES = (
-    "csrc/bindings.cpp",
+    "csrc/bindings/cpu.cpp",
     "csrc/cpu/channel_mix.cpp",
     "csrc/cpu/depthwise.cpp",
     "csrc/cpu/epilogue.cpp",
@@ -92,7 +92,7 @@ extern "C" int probe(Vector* v) {
 NO_COMPILER = "no C++ compiler: no c++, g++ or clang++ on PATH; install one or set CXX"
 
 CUDA_EXTENSION = f"{PACKAGE}._cuda"
-CUDA_BINDINGS = "csrc/bindings_cuda.cpp"
+CUDA_BINDINGS = "csrc/bindings/cuda.cpp"
 #: Compiled for every architecture asked for.
 CUDA_KERNELS = "csrc/cuda/pointwise_mma.cu"
 #: Compiled for sm_90a alone, where CUTLASS is found: its instructions exist nowhere else.
@@ -584,9 +584,9 @@ def cuda_ninja(p: CudaPlan, output: str) -> str:
         # The CUDA runtime in it is a private copy: torch has one of its own.
         "  command = $nvcc -shared -cudart static -Xlinker=--exclude-libs=ALL,-s $in -o $out",
         "  description = link $out",
-        f"build bindings_cuda.o: compile {ninja_path(ROOT / CUDA_BINDINGS)}",
+        f"build cuda.o: compile {ninja_path(ROOT / CUDA_BINDINGS)}",
     ]
-    objects = ["bindings_cuda.o"]
+    objects = ["cuda.o"]
     for source, own in cuda_sources(p).items():
         flags = f"{nvcc_flags()} {shlex.join(own)}"
         kept = kept_object(p, source, flags)

@@ -381,7 +381,7 @@ def test_each_architecture_is_asked_of_nvcc(nvcc: Nvcc) -> None:
 def without_binding(project: Path, copy: Path) -> Path:
     """A copy of the project for tests that import nothing: the binding takes longest to compile."""
     shutil.copytree(project, copy, ignore=SKIPPED)
-    (copy / "csrc" / "bindings_cuda.cpp").write_text("")
+    (copy / "csrc" / "bindings" / "cuda.cpp").write_text("")
     return copy
 
 
