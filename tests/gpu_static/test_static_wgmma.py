@@ -1,8 +1,11 @@
-"""Does the wgmma kernel compile to what it promises? Needs nvcc and CUTLASS, no GPU; minutes."""
+"""The machine code of the wgmma kernel; needs nvcc and CUTLASS, no GPU; minutes."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -16,21 +19,27 @@ pytestmark = pytest.mark.gpu_static_full
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The object, with the build's own flags, and what ptxas said."""
-    setup = setup_file()
-    nvcc = setup.find_nvcc()
-    if not nvcc:
-        pytest.skip("no nvcc")
-    cutlass, why = setup.find_cutlass()
-    if why:
-        pytest.skip(why)
-    plan = setup.CudaPlan(cutlass=cutlass, architectures=["90"])
-    flags = [*setup.nvcc_flags().split(), *setup.cuda_sources(plan)[setup.CUTLASS_KERNELS]]
-    made = tmp_path_factory.mktemp("wgmma") / "wgmma.o"
-    source = str(ROOT / setup.CUTLASS_KERNELS)
-    command = [nvcc, *flags, "-Xptxas=-v", "-c", source, "-o", str(made)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    told = done.stdout + done.stderr
-    assert done.returncode == 0, told
+    if shutil.which("cmake") is None or shutil.which("ninja") is None:
+        pytest.skip("no cmake or no ninja")
+    folder = tmp_path_factory.mktemp("wgmma")
+    spec = importlib.util.find_spec("cutlass_library")
+    package = Path(spec.origin).parent if spec and spec.origin else ""
+    environment = {**os.environ, "NVCC_APPEND_FLAGS": "-Xptxas=-v", "TORCH_CUDA_ARCH_LIST": "9.0a"}
+    environment.pop("CONVMIXER_FAST_BUILD_CACHE", None)
+    options = ["-GNinja", "-DPART=_cuda", f"-DCUTLASS_PACKAGE={package}"]
+    told = ""
+    for command in (
+        ["-S", ROOT / "csrc", "-B", folder, *options],
+        ["--build", folder, "--target", "pointwise_wgmma.o"],
+    ):
+        done = subprocess.run(
+            ["cmake", *command], capture_output=True, text=True, check=False, env=environment
+        )
+        told = done.stdout + done.stderr
+        if "no nvcc" in told or "without wgmma" in told:
+            pytest.skip("no nvcc or no CUTLASS")
+        assert done.returncode == 0, told
+    made = folder / "pointwise_wgmma.o"
     return made, told
 
 
