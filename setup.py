@@ -184,8 +184,13 @@ class Core(Distribution):
     def parts(self) -> list[Part]:
         return [Part(name, self.get_version()) for name in ("_cpu", "_cuda")]
 
-    def has_ext_modules(self) -> bool:
+    @cached_property
+    def can_build(self) -> bool:
         return not all(part.reason for part in self.parts)
+
+    def has_ext_modules(self) -> bool:
+        # setuptools asks before and after the build, and expects one answer.
+        return self.can_build
 
     def record(self, folder: Path) -> None:
         """Print what became of both extensions and write it to `folder`/_build_info.json.
