@@ -209,7 +209,8 @@ HEADINGS = re.findall(r"^### `(.+)`$", (DOCS / "reference" / "errors.md").read_t
 @pytest.fixture(scope="module")
 def sources() -> list[str]:
     files = [*(ROOT / "convmixer_fast").rglob("*.py"), ROOT / "setup.py"]
-    return [text for file in files for text in messages.of(file)]
+    found = [text for file in files for text in messages.of(file)]
+    return [*found, (ROOT / "csrc" / "CMakeLists.txt").read_text()]
 
 
 @pytest.mark.parametrize("heading", [h for h in HEADINGS if "instruction set" not in h])

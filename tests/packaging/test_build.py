@@ -1,4 +1,4 @@
-"""What does an installation get? With a compiler, without one, and from the source archive.
+"""Installs with a compiler and without one, and the source archive.
 
 Nothing is downloaded: builds run in a copy of the project, in this environment.
 """
@@ -24,6 +24,7 @@ pytest.importorskip("setuptools", minversion="77")
 pytestmark = [
     pytest.mark.packaging,
     pytest.mark.skipif(sys.platform == "win32", reason="the extension is not built on Windows"),
+    pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake"),
 ]
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,6 +45,7 @@ def run(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedPro
     for name in (
         *("CXX", "CXXFLAGS", "LDFLAGS", "MAX_JOBS", "PYTHONPATH"),
         *("CUDA_HOME", "CUDA_PATH", "NVCC_APPEND_FLAGS", "TORCH_CUDA_ARCH_LIST"),
+        "CUDA_VISIBLE_DEVICES",
     ):
         clean.pop(name, None)
     # Only the tests of the CUDA extension want it, with an nvcc of their own.
@@ -97,10 +99,12 @@ def assert_pure(wheel: Path, folder: Path, reason: str) -> None:
 
 def test_without_a_compiler_the_wheel_is_pure_and_says_why(project: Path, tmp_path: Path) -> None:
     wheel = build_wheel(project, tmp_path / "dist", CXX="/bin/false")
-    assert_pure(wheel, tmp_path / "installed", "/bin/false cannot build an extension module")
+    reason = 'The C++ compiler "/bin/false" is not able to compile a simple test program'
+    assert_pure(wheel, tmp_path / "installed", reason)
 
 
 def test_with_nothing_on_path_the_wheel_is_pure_and_says_why(project: Path, tmp_path: Path) -> None:
+    pytest.importorskip("cmake")
     (tmp_path / "empty").mkdir()
     environment = {"PATH": str(tmp_path / "empty"), "CUDA_HOME": str(tmp_path / "empty")}
     wheel = build_wheel(project, tmp_path / "dist", CONVMIXER_FAST_CUDA="", **environment)
@@ -119,7 +123,7 @@ def test_extension_can_be_demanded(project: Path, tmp_path: Path) -> None:
     command = [sys.executable, "setup.py", "-q", "bdist_wheel", "-d", str(tmp_path)]
     done = run(*command, cwd=project, CXX="/bin/false", CONVMIXER_FAST_CPU="1")
     assert done.returncode != 0
-    assert "CONVMIXER_FAST_CPU=1, but the extension was not built: /bin/false" in done.stderr
+    assert "CONVMIXER_FAST_CPU=1, but the extension was not built: The C++ compiler" in done.stderr
     assert not list(tmp_path.glob("*.whl"))
 
 
@@ -128,8 +132,10 @@ def test_failed_compilation_is_recorded(project: Path, tmp_path: Path) -> None:
     with open(broken / "csrc" / "cpu" / "threads.cpp", "a") as source:
         source.write("\n#error the moon is in the wrong house\n")
     # The kernels take long and are not what fails.
-    for kernel in broken.glob("csrc/cpu/*_kernel.cpp"):
-        kernel.write_text("")
+    opening = "namespace convmixer_fast::CONVMIXER_FAST_ISA {"
+    for source in broken.rglob("csrc/cpu/**/*.cpp"):
+        if opening in source.read_text():
+            source.write_text(opening + "}\n")
     wheel = build_wheel(broken, tmp_path / "dist")
     names, record = contents(wheel)
     assert not [name for name in names if name.endswith(".so")]
@@ -205,12 +211,12 @@ def test_kernel_objects_share_nothing_with_other_code(project: Path, wheel: Path
     """A symbol that the linker may merge would let wide instructions into the other objects."""
     if shutil.which("nm") is None:
         pytest.skip("no nm")
-    objects = list(project.glob("build/**/*_kernel.*.o"))
+    objects = list(project.glob("build/**/kernels_*.dir/**/*.o"))
     assert len(objects) >= 2
     for path in objects:
         listing = run("nm", "--defined-only", "--extern-only", "-P", str(path), cwd=project).stdout
         symbols = [line.split()[0] for line in listing.splitlines()]
-        isa = path.name.split(".")[1]
+        (isa,) = (p[len("kernels_") : -len(".dir")] for p in path.parts if p.startswith("kernels_"))
         assert len(symbols) == 1, f"{path.name} exports {symbols}"
         assert isa in symbols[0]
         assert symbols[0].endswith("_kernelsE")
@@ -381,7 +387,7 @@ def test_each_architecture_is_asked_of_nvcc(nvcc: Nvcc) -> None:
 def without_binding(project: Path, copy: Path) -> Path:
     """A copy of the project for tests that import nothing: the binding takes longest to compile."""
     shutil.copytree(project, copy, ignore=SKIPPED)
-    (copy / "csrc" / "bindings_cuda.cpp").write_text("")
+    (copy / "csrc" / "bindings" / "cuda.cpp").write_text("")
     return copy
 
 
@@ -446,50 +452,131 @@ def test_a_cuda_extension_that_is_demanded_and_cannot_be_built_fails(
     assert not list(tmp_path.glob("*.whl"))
 
 
-def test_cutlass_is_looked_for_where_it_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CONVMIXER_FAST_CUTLASS", str(tmp_path))
-    assert setup_file().find_cutlass() == (
-        "",
-        f"CONVMIXER_FAST_CUTLASS={tmp_path} has no cutlass/cutlass.h",
-    )
+def cuda_info(nvcc: Nvcc, folder: Path, *options: str, **environment: str) -> dict:
+    """What csrc finds for the CUDA extension with the stand-in of nvcc; nothing is compiled."""
+    command = ["cmake", "-GNinja", "-S", str(ROOT / "csrc"), "-B", str(folder), "-DPART=_cuda"]
+    given = nvcc.environment(CONVMIXER_FAST_CUTLASS="") | environment
+    done = run(*command, *options, cwd=ROOT, **given)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "info.json").read_text())
+
+
+def test_cutlass_is_looked_for_where_it_is_named(nvcc: Nvcc, tmp_path: Path) -> None:
+    named = {"TORCH_CUDA_ARCH_LIST": "9.0a", "CONVMIXER_FAST_CUTLASS": str(tmp_path)}
+    info = cuda_info(nvcc, tmp_path / "build", **named)
+    assert info["omitted"] == {
+        "wgmma": f"CONVMIXER_FAST_CUTLASS={tmp_path} has no cutlass/cutlass.h"
+    }
+    assert (info["architectures"], info["kernels"]) == (["sm_90"], ["mma.sync"])
     (tmp_path / "cutlass").mkdir()
     (tmp_path / "cutlass" / "cutlass.h").touch()
-    assert setup_file().find_cutlass() == (str(tmp_path), "")
-    monkeypatch.delenv("CONVMIXER_FAST_CUTLASS")
+    info = cuda_info(nvcc, tmp_path / "build", **named)
+    assert (info["omitted"], info["kernels"]) == ({}, ["mma.sync", "wgmma"])
     # As the package nvidia-cutlass lays its headers out.
-    include = tmp_path / "site" / "cutlass_library" / "source" / "include"
-    (include / "cutlass").mkdir(parents=True)
-    monkeypatch.syspath_prepend(str(tmp_path / "site"))
-    assert setup_file().find_cutlass()[1].startswith("no CUTLASS: pip install")
-    (include / "cutlass" / "cutlass.h").touch()
-    assert setup_file().find_cutlass() == (str(include), "")
+    package = tmp_path / "cutlass_library"
+    option = f"-DCUTLASS_PACKAGE={package}"
+    info = cuda_info(nvcc, tmp_path / "build", option, TORCH_CUDA_ARCH_LIST="9.0a")
+    assert info["omitted"]["wgmma"].startswith("no CUTLASS: pip install --no-deps nvidia-cutlass")
+    (package / "source" / "include" / "cutlass").mkdir(parents=True)
+    (package / "source" / "include" / "cutlass" / "cutlass.h").touch()
+    info = cuda_info(nvcc, tmp_path / "build", option, TORCH_CUDA_ARCH_LIST="9.0a")
+    assert (info["omitted"], info["kernels"]) == ({}, ["mma.sync", "wgmma"])
+    info = cuda_info(nvcc, tmp_path / "build", option, TORCH_CUDA_ARCH_LIST="8.0")
+    assert info["omitted"] == {"wgmma": "9.0a is not among the architectures: 8.0"}
 
 
-def test_lists_of_architectures_are_torchs() -> None:
-    setup = setup_file()
-    read = setup.architectures
-    assert read("8.0;8.6+PTX") == [("80", False), ("86", True)]
-    assert read("9.0a") == [("90a", False)]
-    assert read("Ampere") == [("80", False), ("86", True)]
-    assert read("Ada;Hopper 12.0") == [("89", True), ("90", True), ("120", False)]
-    assert read(" 8.0 ; 8.0+PTX ") == [("80", True)]
-    numbers = [number for number, _ in read(setup.DEFAULT_ARCHITECTURES)]
-    assert numbers == ["80", "86", "89", "90", "90a", "120"]
-    for bad in ("80", "8.0+ptx", "Volta", "8", "sm_80", ""):
-        with pytest.raises(ValueError, match="is none: architectures are as"):
-            read(bad)
+def choose(asked: str, known: str, folder: Path) -> dict[str, str]:
+    """What csrc/cuda/architectures.cmake makes of a list."""
+    names = ("REAL", "VIRTUAL", "WGMMA", "OMITTED", "REASON")
+    script = folder / "choose.cmake"
+    script.write_text(
+        f'include("{ROOT}/csrc/cuda/architectures.cmake")\n'
+        f'choose_architectures("{asked}" "{known}" "nvcc 13.0.88")\n'
+        + "".join(f'message("{name}=${{{name}}}")\n' for name in names)
+    )
+    done = subprocess.run(["cmake", "-P", script], capture_output=True, text=True, check=True)
+    return dict(line.split("=", 1) for line in done.stderr.splitlines())
 
 
-def test_sm_90a_is_compiled_as_sm_90_where_cutlass_has_no_part(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("asked", "real", "ptx"),
+    [
+        ("8.0;8.6+PTX", "80;86", "86"),
+        ("9.0a", "90", ""),
+        ("Ampere", "80;86", "86"),
+        ("Ada;Hopper 12.0", "89;90;120", "89;90"),
+        (" 8.0 ; 8.0+PTX ", "80", "80"),
+        ("Blackwell+Tegra", "110", ""),
+        ("9.0,9.0a,12.1a+PTX", "90;121", "121"),
+    ],
+)
+def test_lists_of_architectures_are_torchs(tmp_path: Path, asked: str, real: str, ptx: str) -> None:
+    chosen = choose(asked, "80;86;89;90;110;120;121", tmp_path)
+    assert (chosen["REAL"], chosen["VIRTUAL"], chosen["REASON"]) == (real, ptx, "")
+    assert chosen["WGMMA"] == ("TRUE" if "9.0a" in asked else "FALSE")
+
+
+@pytest.mark.parametrize("bad", ["80", "8.0+ptx", "Volta", "8", "sm_80"])
+def test_what_is_no_architecture_is_an_error(tmp_path: Path, bad: str) -> None:
+    reason = choose(f"8.0;{bad}", "80", tmp_path)["REASON"]
+    assert reason.startswith(f"'{bad}' is none: architectures are as 8.0, 9.0a, 12.0+PTX, Ampere")
+
+
+DEFAULT = ["sm_80", "sm_90", "sm_120", "compute_120"]  # of those that the stand-in knows
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "built_for"),
+    [
+        ("12.0\n12.0\n", ["sm_120"]),
+        ("9.0\n8.0\n", ["sm_90", "sm_80"]),
+        ("12.1\n", DEFAULT),  # nvcc does not know it: it runs the default's PTX
+        ("Failed to initialize NVML\n", DEFAULT),
+    ],
+)
+def test_visible_gpus_are_built_for_where_no_list_is_given(
+    nvcc: Nvcc, tmp_path: Path, capabilities: str, built_for: list[str]
 ) -> None:
-    setup = setup_file()
-    monkeypatch.setenv("CONVMIXER_FAST_CUTLASS", "/nowhere")
-    plan = setup.CudaPlan(nvcc_version="nvcc 13.0.88")
-    setup.choose_architectures(plan, [("90a", False), ("121a", True)], {"90", "121"})
-    assert plan.built_for() == ["sm_90", "sm_121", "compute_121"]
-    assert set(plan.omitted) == {"wgmma"}
-    setup.choose_architectures(plan, [("80", False)], {"80"})
-    assert plan.omitted["wgmma"] == "9.0a is not in TORCH_CUDA_ARCH_LIST"
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\nprintf '{capabilities}'\necho $* >> {tmp_path}/asked\n")
+    program.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    info = cuda_info(nvcc, tmp_path / "build", PATH=path)
+    assert info["architectures"] == built_for
+    # Of 9.0 its own instructions too.
+    wanted = "no CUTLASS" if "sm_90" in built_for else "9.0a is not among the architectures"
+    assert info["omitted"]["wgmma"].startswith(wanted)
+    # A list comes first, and hidden GPUs are none.
+    info = cuda_info(nvcc, tmp_path / "build", PATH=path, TORCH_CUDA_ARCH_LIST="8.0+PTX")
+    assert info["architectures"] == ["sm_80", "compute_80"]
+    info = cuda_info(nvcc, tmp_path / "build", PATH=path, CUDA_VISIBLE_DEVICES="")
+    assert info["architectures"] == DEFAULT
+    assert len((tmp_path / "asked").read_text().splitlines()) == 1
+    cuda_info(nvcc, tmp_path / "build", PATH=path, CUDA_VISIBLE_DEVICES="1,0")
+    assert "--id=1,0" in (tmp_path / "asked").read_text().splitlines()[-1]
+
+
+@pytest.mark.parametrize(("asked", "required"), [("9.0a", ["nvidia-cutlass"]), ("8.0", [])])
+def test_nvidia_cutlass_is_a_build_requirement_where_9_0a_is_built(
+    project: Path, nvcc: Nvcc, asked: str, required: list[str]
+) -> None:
+    script = (
+        "import sys; "
+        "from setuptools import build_meta as b; print(b.get_requires_for_build_wheel())"
+    )
+    environment = nvcc.environment(TORCH_CUDA_ARCH_LIST=asked) | {"CONVMIXER_FAST_CUTLASS": ""}
+    done = run(sys.executable, "-c", script, cwd=project, **environment)
+    assert done.stdout.splitlines()[-1:] == [str(required)], done.stderr
+
+
+@pytest.mark.parametrize("tool", ["cmake", "ninja"])
+def test_without_a_build_tool_the_reason_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str
+) -> None:
+    for name in ("cmake", "ninja"):
+        monkeypatch.setitem(sys.modules, name, None)
+    (tmp_path / ("ninja" if tool == "cmake" else "cmake")).touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CONVMIXER_FAST_CPU", raising=False)
+    reason = setup_file().Part("_cpu", "0").reason
+    assert reason == f"{tool} is missing from the build environment: pip install {tool}"
