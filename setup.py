@@ -48,22 +48,22 @@ EXTENSION = f"{PACKAGE}._cpu"
 #: Compiled once.
 SOURCES = (
     "csrc/bindings.cpp",
-    "csrc/cpu/channel_mix.cpp",
-    "csrc/cpu/depthwise.cpp",
-    "csrc/cpu/epilogue.cpp",
-    "csrc/cpu/fingerprint.cpp",
-    "csrc/cpu/isa.cpp",
-    "csrc/cpu/mixer.cpp",
-    "csrc/cpu/peak.cpp",
-    "csrc/cpu/threads.cpp",
+    "csrc/cpu/depthwise/depthwise.cpp",
+    "csrc/cpu/engine/fingerprint.cpp",
+    "csrc/cpu/engine/isa.cpp",
+    "csrc/cpu/engine/stack.cpp",
+    "csrc/cpu/engine/threads.cpp",
+    "csrc/cpu/epilogue/pass.cpp",
+    "csrc/cpu/gemm/pointwise.cpp",
+    "csrc/cpu/peak/peak.cpp",
     "csrc/steady.cpp",
 )
-#: Compiled once for each instruction set.
+#: Compiled once for each instruction set: the files of csrc/cpu that are named for a dtype.
 KERNELS = (
-    "csrc/cpu/depthwise_kernel.cpp",
-    "csrc/cpu/epilogue_kernel.cpp",
-    "csrc/cpu/peak_kernel.cpp",
-    "csrc/cpu/pointwise_kernel.cpp",
+    "csrc/cpu/depthwise/f32.cpp",
+    "csrc/cpu/epilogue/f32.cpp",
+    "csrc/cpu/gemm/f32.cpp",
+    "csrc/cpu/peak/f32.cpp",
 )
 
 #: Floats in a vector, and the compiler's flags, of each instruction set beyond the baseline.
@@ -447,7 +447,7 @@ def build_ninja(
         lines.append(f"build {objects[-1]}: compile {ninja_path(ROOT / source)}")
     for name, (lanes, isa_flags) in p.isas.items():
         for source in KERNELS:
-            objects.append(f"{Path(source).stem}.{name}.o")
+            objects.append(f"{Path(source).parent.name}_{Path(source).stem}.{name}.o")
             lines.append(f"build {objects[-1]}: compile {ninja_path(ROOT / source)}")
             defines = f"-DCONVMIXER_FAST_ISA={name} -DCONVMIXER_FAST_LANES={lanes}"
             lines.append(f"  isa = {defines} {isa_flags}")
@@ -549,7 +549,7 @@ def kept_object(p: CudaPlan, source: str, flags: str) -> Path | None:
         return None
     told = [p.nvcc_version, version_line(p.tools.compiler), os.environ.get("NVCC_APPEND_FLAGS", "")]
     digest = hashlib.sha256(json.dumps([*told, re.sub(r" --threads \S+", "", flags)]).encode())
-    headers = [ROOT / "csrc/activation_id.h", *(ROOT / "csrc/cuda").glob("*.*h")]
+    headers = [ROOT / "csrc/common/activation.h", *(ROOT / "csrc/cuda").glob("*.*h")]
     if source == CUTLASS_KERNELS:
         # The other kernels see nothing of it: with and without CUTLASS they are the same object.
         headers.append(Path(p.cutlass, "cutlass", "version.h"))

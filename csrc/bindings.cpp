@@ -8,14 +8,14 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/channel_mix.h"
-#include "cpu/depthwise.h"
-#include "cpu/epilogue.h"
-#include "cpu/fingerprint.h"
-#include "cpu/isa.h"
-#include "cpu/mixer.h"
-#include "cpu/peak.h"
-#include "cpu/threads.h"
+#include "cpu/gemm/pointwise.h"
+#include "cpu/depthwise/depthwise.h"
+#include "cpu/epilogue/pass.h"
+#include "cpu/engine/fingerprint.h"
+#include "cpu/engine/isa.h"
+#include "cpu/engine/stack.h"
+#include "cpu/peak/peak.h"
+#include "cpu/engine/threads.h"
 #include "steady.h"
 
 #include "build_config.h"

@@ -6,8 +6,8 @@
 // where the machine has a fused multiply-add.
 #pragma once
 
-#include "../activation_id.h"
-#include "simd.h"
+#include "common/activation.h"
+#include "cpu/simd.h"
 
 namespace convmixer_fast::CONVMIXER_FAST_ISA {
 

@@ -97,7 +97,7 @@ def _simulator() -> ModuleType:
 def copy_of_the_sources(folder: Path) -> Path:
     """Beside the header that they include from the folder above theirs."""
     shutil.copytree(SOURCES, folder / "cuda")
-    shutil.copy(SOURCES.parent / "activation_id.h", folder)
+    shutil.copytree(SOURCES.parent / "common", folder / "common")
     return folder / "cuda"
 
 

@@ -14,15 +14,15 @@
 #include <numeric>
 #include <set>
 
-#include "cpu/channel_mix.h"
-#include "cpu/depthwise.h"
-#include "cpu/epilogue.h"
-#include "cpu/fingerprint.h"
-#include "cpu/isa.h"
+#include "cpu/gemm/pointwise.h"
+#include "cpu/depthwise/depthwise.h"
+#include "cpu/epilogue/pass.h"
+#include "cpu/engine/fingerprint.h"
+#include "cpu/engine/isa.h"
 #include "cpu/memory.h"
-#include "cpu/mixer.h"
-#include "cpu/peak.h"
-#include "cpu/pointwise.h"
+#include "cpu/engine/stack.h"
+#include "cpu/peak/peak.h"
+#include "cpu/gemm/panel_gemm.h"
 #include "support.h"
 
 namespace convmixer_fast_test {

@@ -10,13 +10,13 @@
 #include <unistd.h>
 #endif
 
-#include "cpu/depthwise.h"
-#include "cpu/epilogue.h"
-#include "cpu/fingerprint.h"
-#include "cpu/isa.h"
-#include "cpu/mixer.h"
-#include "cpu/pointwise.h"
-#include "cpu/threads.h"
+#include "cpu/depthwise/depthwise.h"
+#include "cpu/epilogue/pass.h"
+#include "cpu/engine/fingerprint.h"
+#include "cpu/engine/isa.h"
+#include "cpu/engine/stack.h"
+#include "cpu/gemm/panel_gemm.h"
+#include "cpu/engine/threads.h"
 #include "support.h"
 
 namespace convmixer_fast_test {

@@ -2,9 +2,9 @@
 //
 // 12 independent accumulators: more than latency (4 cycles) times multiply-adds a cycle (2). They are
 // variables, not an array: compilers keep an array that assembly touches in memory.
-#include "peak.h"
+#include "cpu/peak/peak.h"
 
-#include "simd.h"
+#include "cpu/simd.h"
 
 namespace convmixer_fast::CONVMIXER_FAST_ISA {
 namespace {

@@ -1,7 +1,7 @@
-#include "epilogue.h"
+#include "cpu/epilogue/pass.h"
 
-#include "isa.h"
-#include "threads.h"
+#include "cpu/engine/isa.h"
+#include "cpu/engine/threads.h"
 
 namespace convmixer_fast {
 namespace {

@@ -1,4 +1,4 @@
-#include "isa.h"
+#include "cpu/engine/isa.h"
 
 #include <atomic>
 #include <cstdlib>

@@ -1,8 +1,8 @@
-#include "depthwise.h"
+#include "cpu/depthwise/depthwise.h"
 
-#include "isa.h"
-#include "memory.h"
-#include "threads.h"
+#include "cpu/engine/isa.h"
+#include "cpu/memory.h"
+#include "cpu/engine/threads.h"
 
 namespace convmixer_fast {
 namespace {

@@ -1,11 +1,11 @@
-#include "peak.h"
+#include "cpu/peak/peak.h"
 
 #include <algorithm>
 #include <chrono>
 #include <thread>
 #include <vector>
 
-#include "isa.h"
+#include "cpu/engine/isa.h"
 
 namespace convmixer_fast {
 namespace {

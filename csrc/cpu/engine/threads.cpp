@@ -1,4 +1,4 @@
-#include "threads.h"
+#include "cpu/engine/threads.h"
 
 #include <exception>
 #include <mutex>

@@ -25,9 +25,9 @@
 //   With 32 registers the T + K - 1 pixels of a row are loaded once for all K taps of that row:
 //   (T + 2K - 1) loads for T * K multiply-adds, 25 for 72 at T = 8, K = 9. With 16 registers each
 //   multiply-add reads its pixel from L1: T + 1 loads for T multiply-adds.
-#include "depthwise.h"
-#include "finish.h"
-#include "simd.h"
+#include "cpu/depthwise/depthwise.h"
+#include "cpu/epilogue.h"
+#include "cpu/simd.h"
 
 namespace convmixer_fast::CONVMIXER_FAST_ISA {
 namespace {

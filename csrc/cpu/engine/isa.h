@@ -6,10 +6,10 @@
 #include <string>
 #include <vector>
 
-#include "depthwise.h"
-#include "epilogue.h"
-#include "peak.h"
-#include "pointwise.h"
+#include "cpu/depthwise/depthwise.h"
+#include "cpu/epilogue/pass.h"
+#include "cpu/peak/peak.h"
+#include "cpu/gemm/panel_gemm.h"
 
 namespace convmixer_fast {
 

@@ -13,8 +13,8 @@
 
 #include <cstdint>
 
-#include "../activation_id.h"
-#include "layout.h"
+#include "common/activation.h"
+#include "cpu/layout.h"
 
 namespace convmixer_fast {
 

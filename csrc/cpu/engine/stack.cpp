@@ -1,4 +1,4 @@
-#include "mixer.h"
+#include "cpu/engine/stack.h"
 
 #include <algorithm>
 #include <atomic>
@@ -6,11 +6,11 @@
 #include <mutex>
 #include <vector>
 
-#include "depthwise.h"
-#include "isa.h"
-#include "memory.h"
-#include "pointwise.h"
-#include "threads.h"
+#include "cpu/depthwise/depthwise.h"
+#include "cpu/engine/isa.h"
+#include "cpu/memory.h"
+#include "cpu/gemm/panel_gemm.h"
+#include "cpu/engine/threads.h"
 
 namespace convmixer_fast {
 namespace {

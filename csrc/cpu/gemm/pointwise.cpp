@@ -1,12 +1,12 @@
-#include "channel_mix.h"
+#include "cpu/gemm/pointwise.h"
 
 #include <algorithm>
 #include <cstring>
 
-#include "isa.h"
-#include "memory.h"
-#include "pointwise.h"
-#include "threads.h"
+#include "cpu/engine/isa.h"
+#include "cpu/memory.h"
+#include "cpu/gemm/panel_gemm.h"
+#include "cpu/engine/threads.h"
 
 namespace convmixer_fast {
 namespace {

@@ -18,7 +18,7 @@
 
 #include <cstdint>
 
-#include "../activation_id.h"
+#include "common/activation.h"
 
 namespace convmixer_fast {
 

@@ -60,9 +60,9 @@
 //
 // Values that are not finite would spread in Strassen's sums to the pixels of the other panels: panels
 // that hold one are multiplied directly.
-#include "finish.h"
-#include "pointwise.h"
-#include "simd.h"
+#include "cpu/epilogue.h"
+#include "cpu/gemm/panel_gemm.h"
+#include "cpu/simd.h"
 
 namespace convmixer_fast::CONVMIXER_FAST_ISA {
 namespace {

@@ -5,10 +5,10 @@
 // planar: a piece lies within one plane and has one scale and shift; channels-last: a piece is
 // whole pixels, and scale and shift are read along with the values. Ends that fill no group go
 // through a buffer that does.
-#include "epilogue.h"
+#include "cpu/epilogue/pass.h"
 
-#include "finish.h"
-#include "simd.h"
+#include "cpu/epilogue.h"
+#include "cpu/simd.h"
 
 namespace convmixer_fast::CONVMIXER_FAST_ISA {
 namespace {

@@ -1,0 +1,33 @@
+// What follows a block's 1x1 convolution, float32, inference, in place:
+//
+//   h[n,c,p] = scale[c] * act(h[n,c,p]) + shift[c]
+//
+// one pass over memory in the place of the three or four that separate operators make.
+#pragma once
+
+#include <cstdint>
+
+#include "common/activation.h"
+#include "cpu/layout.h"
+
+namespace convmixer_fast {
+
+// h is dense: [n][c][pixels] when planar, [n][pixels][c] when channels-last.
+struct Epilogue {
+  float* h;
+  int64_t n, c, pixels;
+  const float* scale;
+  const float* shift;
+  Activation act;
+};
+
+// One instruction set's kernels: the work is cut into `pieces`, of which `run` does begin .. end-1.
+struct EpilogueKernels {
+  int64_t (*pieces)(const Epilogue&, Layout);
+  void (*run)(const Epilogue&, Layout, int64_t begin, int64_t end);
+};
+
+// Computes the whole of it on at most `threads` threads.
+void epilogue(const Epilogue& problem, Layout layout, int threads);
+
+}  // namespace convmixer_fast
