@@ -1,4 +1,4 @@
-// How do sums become outputs? By an activation of several vectors in step.
+// What all epilogues share: the activation as a constant, and how many vectors go through it in step.
 #pragma once
 
 #include "cpu/activation.h"

@@ -1,8 +1,8 @@
-// What follows a block's 1x1 convolution, float32, inference, in place:
+// The epilogue of a block's 1x1 convolution as a pass of its own, float32, inference, in place:
 //
 //   h[n,c,p] = scale[c] * act(h[n,c,p]) + shift[c]
 //
-// one pass over memory in the place of the three or four that separate operators make.
+// one pass over memory instead of the three or four of separate operators.
 #pragma once
 
 #include <cstdint>
@@ -21,13 +21,13 @@ struct Epilogue {
   Activation act;
 };
 
-// One instruction set's kernels: the work is cut into `pieces`, of which `run` does begin .. end-1.
+// The kernels of one instruction set: the work is cut into `pieces`, of which `run` does begin .. end-1.
 struct EpilogueKernels {
   int64_t (*pieces)(const Epilogue&, Layout);
   void (*run)(const Epilogue&, Layout, int64_t begin, int64_t end);
 };
 
 // Computes the whole of it on at most `threads` threads.
-void epilogue(const Epilogue& problem, Layout layout, int threads);
+void apply_epilogue(const Epilogue& problem, Layout layout, int threads);
 
 }  // namespace convmixer_fast
