@@ -35,7 +35,6 @@ UNSET = "variable not set"
 PRODUCTS = {
     "0": "direct products",
     "1": "Strassen, one level",
-    "2": "Strassen, two levels",
     "": UNSET,
 }
 

@@ -216,7 +216,7 @@ def channel_mix(
         for t in (weight, bias, scale, shift)
     ]
     out = torch.empty((n, d, h // p, w // p), dtype=torch.float32, device="cpu")
-    engine.channel_mix(
+    engine.pointwise(
         x.data_ptr(),
         x.stride(),
         out.data_ptr(),
@@ -276,7 +276,7 @@ def _launch_mix(
     if h < p or w < p:
         raise ValueError(f"x of {h} x {w} is smaller than a patch of {p} x {p}")
     out = torch.empty((n, d, h // p, w // p), dtype=torch.float32, device="cpu")
-    _engine().channel_mix(
+    _engine().pointwise(
         x.data_ptr(),
         x.stride(),
         out.data_ptr(),
@@ -327,7 +327,7 @@ def epilogue_(h: Tensor, scale: Tensor, shift: Tensor, act: str) -> Tensor:
     else:
         raise ValueError(f"h must be contiguous or channels-last, got strides {h.stride()}")
     scale, shift = (v.detach().resolve_neg().contiguous() for v in (scale, shift))
-    engine.epilogue(
+    engine.epilogue_(
         h.data_ptr(),
         (n, c, height * width),
         scale.data_ptr(),
@@ -378,11 +378,10 @@ def mixer_pack(
 
 
 def strassen_levels() -> int:
-    """How many levels of Strassen's algorithm large matrix products take.
+    """Levels of Strassen's algorithm in large GEMMs: 0, 1, or -1 for the default.
 
-    ``CONVMIXER_FAST_STRASSEN=0``, ``1`` and ``2``, asked at every call, override the default, -1:
-    one where that is faster on this processor. With two, the largest error in a
-    feature map may be over twice PyTorch's.
+    The default is 1 where that is faster on this processor. ``CONVMIXER_FAST_STRASSEN=0`` and
+    ``1``, read at every call, override it.
     """
     return int(environment.read("STRASSEN") or -1)
 

@@ -35,7 +35,7 @@ VARIABLES = {
     for v in (
         Variable("BACKEND", ("auto", "reference", "cpu", "triton", "cuda"), "backend"),
         Variable("ISA", ("baseline", "avx2", "avx512"), "instruction set"),
-        Variable("STRASSEN", ("0", "1", "2"), "number of levels"),
+        Variable("STRASSEN", ("0", "1"), "number of levels"),
         Variable("DISABLE_NATIVE", _SWITCH, "switch"),
         Variable("DISABLE_TRITON", _SWITCH, "switch"),
         Variable("DISABLE_CUDA", _SWITCH, "switch"),

@@ -103,9 +103,9 @@ def test_the_command_compares_fails_and_stores(stored, monkeypatch, capsys):
 
 
 PROFILE = """\
-fn=(1) convmixer_fast::channel_mix(convmixer_fast::ChannelMix const&, int)
+fn=(1) convmixer_fast::pointwise(convmixer_fast::Pointwise const&, int)
 0 400
-cfn=(2) convmixer_fast::parallel_for<convmixer_fast::channel_mix(int)>
+cfn=(2) convmixer_fast::parallel_for<convmixer_fast::pointwise(int)>
 calls=1 0
 0 4000
 fn=(3) wrapper
@@ -117,7 +117,7 @@ calls=1 0
 
 
 def test_a_count_is_that_of_one_call_with_all_it_calls():
-    function = "convmixer_fast::channel_mix(convmixer_fast::ChannelMix const&, int)"
+    function = "convmixer_fast::pointwise(convmixer_fast::Pointwise const&, int)"
     assert counts.inclusive(PROFILE, function) == 4400
     with pytest.raises(ValueError, match="not one"):
         counts.inclusive(PROFILE + "cfn=(1)\ncalls=1 0\n0 4400\n", function)

@@ -43,7 +43,7 @@ def _depthwise(k: int, act: str, c: int, side: int, **more: Any) -> dict[str, An
 
 def _channel(c: int, c_out: int, side: int, k: int, strassen: int) -> dict[str, Any]:
     shape = [1, c, side, side]
-    case = {"op": "channel_mix", "shape": shape, "k": k, "act": "gelu", "c_out": c_out}
+    case = {"op": "pointwise", "shape": shape, "k": k, "act": "gelu", "c_out": c_out}
     return {**case, "strassen": strassen}
 
 
@@ -134,7 +134,7 @@ _FUNCTIONS = {
     name: f"convmixer_fast::{name}({parameters})"
     for name, parameters in {
         "depthwise_mix": "convmixer_fast::DepthwiseMix const&, convmixer_fast::Layout, int",
-        "channel_mix": "convmixer_fast::ChannelMix const&, int",
+        "pointwise": "convmixer_fast::Pointwise const&, int",
         "mixer_stack": "convmixer_fast::MixerStack const&, long, long, int",
     }.items()
 }

@@ -1,4 +1,4 @@
-// convmixer_fast._cpu: the CPU engine for Python. Checks arguments, lets go of the GIL, calls.
+// convmixer_fast._cpu: the CPU engine for Python. Checks arguments, releases the GIL, calls.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,14 +8,15 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/channel_mix.h"
-#include "cpu/depthwise.h"
-#include "cpu/epilogue.h"
-#include "cpu/fingerprint.h"
-#include "cpu/isa.h"
-#include "cpu/mixer.h"
-#include "cpu/peak.h"
-#include "cpu/threads.h"
+#include "cpu/depthwise/depthwise.h"
+#include "cpu/engine/fingerprint.h"
+#include "cpu/engine/isa.h"
+#include "cpu/engine/stack.h"
+#include "cpu/engine/threads.h"
+#include "cpu/epilogue/pass.h"
+#include "cpu/gemm/panel_gemm.h"
+#include "cpu/gemm/pointwise.h"
+#include "cpu/peak/peak.h"
 
 #include "build_config.h"
 
@@ -24,7 +25,7 @@ namespace cmf = convmixer_fast;
 
 namespace {
 
-// Signals are looked at about every tenth of a second of one core.
+// Signals are checked about every tenth of a second of one core.
 constexpr double kInterruptMultiplyAdds = 4e9;
 
 using Four = std::array<std::int64_t, 4>;
@@ -45,6 +46,11 @@ void check_settings(int act, int layout, int threads) {
   require(layout == 0 || layout == 1,
           "layout: must be 0 (planar) or 1 (channels-last), got " + std::to_string(layout));
   require(threads >= 1, "threads: must be at least 1, got " + std::to_string(threads));
+}
+
+void check_strassen(int levels) {
+  require(levels >= cmf::kFastestLevels && levels <= 1,
+          "strassen_levels: must be -1 (the fastest), 0 or 1, got " + std::to_string(levels));
 }
 
 void depthwise_mix(std::uintptr_t x, const Four& x_strides, std::uintptr_t y, const Four& y_strides,
@@ -103,8 +109,8 @@ void depthwise_mix(std::uintptr_t x, const Four& x_strides, std::uintptr_t y, co
   cmf::depthwise_mix(problem, static_cast<cmf::Layout>(layout), threads);
 }
 
-void epilogue(std::uintptr_t h, const std::array<std::int64_t, 3>& shape, std::uintptr_t scale,
-              std::uintptr_t shift, int act, int layout, int threads) {
+void epilogue_(std::uintptr_t h, const std::array<std::int64_t, 3>& shape, std::uintptr_t scale,
+               std::uintptr_t shift, int act, int layout, int threads) {
   for (std::int64_t size : shape) {
     require(size >= 0, "shape: sizes must not be negative, got " + std::to_string(size));
   }
@@ -123,19 +129,19 @@ void epilogue(std::uintptr_t h, const std::array<std::int64_t, 3>& shape, std::u
                                  pointer<const float>(shift),
                                  static_cast<cmf::Activation>(act)};
   const py::gil_scoped_release release;
-  cmf::epilogue(problem, static_cast<cmf::Layout>(layout), threads);
+  cmf::apply_epilogue(problem, static_cast<cmf::Layout>(layout), threads);
 }
 
-void channel_mix(std::uintptr_t x, const Four& x_strides, std::uintptr_t z, const Four& shape,
-                 std::int64_t patch, std::int64_t c_out, std::uintptr_t weight, std::uintptr_t bias,
-                 std::uintptr_t scale, std::uintptr_t shift, int act, int strassen_levels,
-                 int threads) {
+void pointwise(std::uintptr_t x, const Four& x_strides, std::uintptr_t z, const Four& shape,
+               std::int64_t patch, std::int64_t c_out, std::uintptr_t weight, std::uintptr_t bias,
+               std::uintptr_t scale, std::uintptr_t shift, int act, int strassen_levels, int threads) {
   for (std::int64_t size : shape) {
     require(size >= 0, "shape: sizes must not be negative, got " + std::to_string(size));
   }
   require(patch >= 1, "patch: must be at least 1, got " + std::to_string(patch));
   require(c_out >= 0, "c_out: must not be negative, got " + std::to_string(c_out));
   check_settings(act, 0, threads);
+  check_strassen(strassen_levels);
   if (shape[0] == 0 || c_out == 0 || shape[2] < patch || shape[3] < patch) return;
   require(shape[1] >= 1, "shape: there must be at least 1 channel, got " + std::to_string(shape[1]));
   const std::pair<const char*, std::uintptr_t> addresses[] = {{"x_ptr", x},
@@ -147,7 +153,7 @@ void channel_mix(std::uintptr_t x, const Four& x_strides, std::uintptr_t z, cons
     require(address != 0, name + std::string(": must not be null"));
   }
   require(x != z, "z_ptr: must not be x_ptr, the operator does not work in place");
-  cmf::ChannelMix problem;
+  cmf::Pointwise problem;
   problem.x = pointer<const float>(x);
   for (int axis = 0; axis < 4; ++axis) problem.x_stride[axis] = x_strides[axis];
   problem.z = pointer<float>(z);
@@ -164,7 +170,7 @@ void channel_mix(std::uintptr_t x, const Four& x_strides, std::uintptr_t z, cons
   problem.act = static_cast<cmf::Activation>(act);
   problem.strassen_levels = strassen_levels;
   const py::gil_scoped_release release;
-  cmf::channel_mix(problem, threads);
+  cmf::pointwise(problem, threads);
 }
 
 void check_mixer(std::int64_t c, std::int64_t k) {
@@ -199,6 +205,7 @@ void mixer_stack(std::uintptr_t x, std::uintptr_t z, const Four& shape, std::int
     require(size >= 0, "shape: sizes must not be negative, got " + std::to_string(size));
   }
   check_settings(act, 0, threads);
+  check_strassen(strassen_levels);
   if (n == 0 || c == 0 || h == 0 || w == 0) return;
   check_mixer(c, k);
   require(!packed.empty(), "packed_ptrs: there must be at least 1 block");
@@ -226,7 +233,7 @@ void mixer_stack(std::uintptr_t x, std::uintptr_t z, const Four& shape, std::int
   stack.strassen_levels = strassen_levels;
   stack.depth = static_cast<std::int64_t>(blocks.size());
   stack.act = static_cast<cmf::Activation>(act);
-  // As many images at a time as keep all threads busy, so that Ctrl-C is heard between them.
+  // As many images at a time as keep all threads busy: Ctrl-C is handled between them.
   const std::int64_t together = cmf::mixer_images(h, w);
   const double work = 1.0 * together * c * h * w * (c + k * k) * stack.depth;
   const std::int64_t rounds = 1 + static_cast<std::int64_t>(kInterruptMultiplyAdds / work);
@@ -253,6 +260,7 @@ void mixer_band(std::uintptr_t x, const std::array<std::int64_t, 3>& x_strides,
     require(margin >= 0, "margins: must not be negative, got " + std::to_string(margin));
   }
   check_settings(act, 0, threads);
+  check_strassen(strassen_levels);
   if (n == 0 || c == 0 || h == 0 || w == 0) return;
   check_mixer(c, k);
   const std::pair<const char*, std::uintptr_t> addresses[] = {
@@ -286,7 +294,7 @@ void mixer_band(std::uintptr_t x, const std::array<std::int64_t, 3>& x_strides,
   cmf::mixer_band(band, threads);
 }
 
-// Read by hand: pybind11's own way takes as long as the hash.
+// Without pybind11's conversion, which takes as long as the hash.
 std::uint64_t fingerprint(const py::list& pieces) {
   std::vector<cmf::Piece> list;
   list.reserve(pieces.size());
@@ -335,11 +343,11 @@ PYBIND11_MODULE(_cpu, m) {
         "padding. Strides are in floats, in the order n, c, h, w, as shape is. act indexes "
         "activations(); layout 0 is planar (w stride 1, weight [c][k*k]), 1 channels-last (c "
         "stride 1, weight [k*k][c]); bias_ptr 0 means none. y must not overlap x.");
-  m.def("epilogue", &epilogue, py::arg("h_ptr"), py::arg("shape"), py::arg("scale_ptr"),
+  m.def("epilogue_", &epilogue_, py::arg("h_ptr"), py::arg("shape"), py::arg("scale_ptr"),
         py::arg("shift_ptr"), py::arg("act"), py::arg("layout"), py::arg("threads"),
         "h = scale * act(h) + shift in place, float32. shape is (n, c, pixels); h is dense, "
         "[n][c][pixels] in layout 0 (planar), [n][pixels][c] in layout 1 (channels-last).");
-  m.def("channel_mix", &channel_mix, py::arg("x_ptr"), py::arg("x_strides"), py::arg("z_ptr"),
+  m.def("pointwise", &pointwise, py::arg("x_ptr"), py::arg("x_strides"), py::arg("z_ptr"),
         py::arg("shape"), py::arg("patch"), py::arg("c_out"), py::arg("weight_ptr"),
         py::arg("bias_ptr"), py::arg("scale_ptr"), py::arg("shift_ptr"), py::arg("act"),
         py::arg("strassen_levels"), py::arg("threads"),
@@ -359,13 +367,14 @@ PYBIND11_MODULE(_cpu, m) {
         "overlap it otherwise. weight_ptrs: the pointwise weights [c][c]. Raises KeyboardInterrupt between images.");
   m.def("joined_pixels", &cmf::joined_pixels, py::arg("c_in"), py::arg("c_out"),
         py::arg("strassen_levels"),
-        "How many neighbouring pixels of a map may be multiplied together, 1 where none are.");
+        "The number of neighbouring pixels of a map that may be multiplied together; 1 for the direct "
+        "GEMM.");
   m.def("mixer_band", &mixer_band, py::arg("x_ptr"), py::arg("x_strides"), py::arg("margins"),
         py::arg("z_ptr"), py::arg("z_strides"), py::arg("shape"), py::arg("k"),
         py::arg("packed_ptr"), py::arg("weight_ptr"), py::arg("act"), py::arg("strassen_levels"),
         py::arg("map_pixels"), py::arg("threads"),
-        "One ConvMixer block on a band of a larger float32 map. x_ptr is the first pixel of x that "
-        "is put out, x_strides n, c, h in floats (w stride 1), margins the rows above and below and "
+        "One ConvMixer block on a band of a larger float32 map. x_ptr is the pixel of x at the "
+        "output's first, x_strides n, c, h in floats (w stride 1), margins the rows above and below and "
         "the columns left and right of it that are the map's own; z_strides n, c, a channel's "
         "pixels are contiguous. z must not overlap x.");
   m.def("fingerprint", &fingerprint, py::arg("pieces"),
@@ -383,7 +392,7 @@ PYBIND11_MODULE(_cpu, m) {
       "for the instruction set in use.");
   m.def("isa", [] { return std::string(cmf::active_isa().name); }, "The instruction set in use.");
   m.def("isas", &cmf::usable_isas, "The instruction sets built and supported here, best last.");
-  m.def("set_isa", &cmf::set_isa, py::arg("name"), "Uses that instruction set from now on (tests).");
+  m.def("set_isa", &cmf::set_isa, py::arg("name"), "Selects that instruction set for all later calls (tests).");
   m.def("threading_backend", &cmf::threading_backend,
         "'gomp:<file of the OpenMP runtime in use>' or 'std::thread'.");
   m.def("build_info", &build_info, "Compiler, flags per instruction set, version, C++ standard.");

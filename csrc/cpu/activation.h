@@ -1,4 +1,4 @@
-// How is an activation computed on a vector? Exactly, in float32, without calls.
+// Activations of vectors, float32, to about 1 unit in the last place and without calls.
 //
 // Every function keeps what IEEE arithmetic gives PyTorch's formula: NaN stays NaN, relu(NaN) is
 // NaN, gelu(+inf) = +inf, and gelu, silu and hardswish of -inf are NaN (-inf * 0).
@@ -6,8 +6,8 @@
 // where the machine has a fused multiply-add.
 #pragma once
 
-#include "../activation_id.h"
-#include "simd.h"
+#include "common/activation.h"
+#include "cpu/simd.h"
 
 namespace convmixer_fast::CONVMIXER_FAST_ISA {
 
@@ -60,7 +60,7 @@ static CMF_INLINE void gelu_by_power(typename Simd<L>::Float (&x)[G]) {
   });
 }
 
-// GELU of G vectors in step, as the instruction set does it best.
+// GELU of G vectors in step, by the fastest method of the instruction set.
 template <int L>
 struct Gelu {
   template <int G, class Float>
@@ -76,7 +76,7 @@ struct Gelu {
 // depthwise half at 768 channels and k = 7 1.05-1.13x.
 //
 // g is right to 1.4e-8: each polynomial is the one of least largest error, its coefficients rounded from the
-// highest down and those below fitted anew. The first begins u / 2 exactly:
+// highest down and those below fitted again. The first begins u / 2 exactly:
 // small values keep their digits. From 5.96 on, where g is 7.6e-9, the last is 0, which times the infinity of
 // -inf is NaN as it has to be. Errors on [-9, 9]: at most 2.4e-7, root mean square 4.8e-8; left of -1.5 at
 // most 1.1e-8.
@@ -149,7 +149,7 @@ struct Gelu<16> {
   }
 };
 
-// Two of these as one of those: a value is the same whatever vector it comes in.
+// Two vectors of 8 as one of 16: a value does not depend on the width of its vector.
 template <>
 struct Gelu<8> {
   template <int G>

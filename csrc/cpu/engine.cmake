@@ -77,8 +77,7 @@ file(CONFIGURE OUTPUT build_config.h @ONLY CONTENT [[
 @HAVE@]])
 
 if(PART STREQUAL "_cpu")
-  file(GLOB bindings ${CMAKE_SOURCE_DIR}/steady.cpp)
-  add_extension(${CMAKE_SOURCE_DIR}/bindings/cpu.cpp ${bindings} ${SOURCES})
+  add_extension(${CMAKE_SOURCE_DIR}/bindings/cpu.cpp ${SOURCES})
 else()
   enable_testing()
   add_subdirectory(${CMAKE_SOURCE_DIR}/../tests/native native)

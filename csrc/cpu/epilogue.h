@@ -1,33 +1,25 @@
-// What follows a block's 1x1 convolution, float32, inference, in place:
-//
-//   h[n,c,p] = scale[c] * act(h[n,c,p]) + shift[c]
-//
-// one pass over memory in the place of the three or four that separate operators make.
+// What all epilogues share: the activation as a constant, and how many vectors go through it in step.
 #pragma once
 
-#include <cstdint>
+#include "cpu/activation.h"
+#include "cpu/simd.h"
 
-#include "../activation_id.h"
-#include "layout.h"
+namespace convmixer_fast::CONVMIXER_FAST_ISA {
 
-namespace convmixer_fast {
+// Vectors that go through an activation in step: GELU's chain is 90 cycles long, and an AVX2 machine
+// issues a vector of it in 7 to 14.
+constexpr int kGroup = 8;
 
-// h is dense: [n][c][pixels] when planar, [n][pixels][c] when channels-last.
-struct Epilogue {
-  float* h;
-  int64_t n, c, pixels;
-  const float* scale;
-  const float* shift;
-  Activation act;
-};
+// Calls f(Index<A>) with the activation as a constant.
+template <class F>
+static CMF_INLINE void with_activation(Activation act, F&& f) {
+  switch (act) {
+    case Activation::gelu: return f(Index<static_cast<int>(Activation::gelu)>{});
+    case Activation::relu: return f(Index<static_cast<int>(Activation::relu)>{});
+    case Activation::silu: return f(Index<static_cast<int>(Activation::silu)>{});
+    case Activation::hardswish: return f(Index<static_cast<int>(Activation::hardswish)>{});
+    case Activation::identity: return f(Index<static_cast<int>(Activation::identity)>{});
+  }
+}
 
-// One instruction set's kernels: the work is cut into `pieces`, of which `run` does begin .. end-1.
-struct EpilogueKernels {
-  int64_t (*pieces)(const Epilogue&, Layout);
-  void (*run)(const Epilogue&, Layout, int64_t begin, int64_t end);
-};
-
-// Computes the whole of it on at most `threads` threads.
-void epilogue(const Epilogue& problem, Layout layout, int threads);
-
-}  // namespace convmixer_fast
+}  // namespace convmixer_fast::CONVMIXER_FAST_ISA

@@ -1,4 +1,4 @@
-// How does an activation map lie in memory?
+// Memory layouts of activation maps.
 #pragma once
 
 namespace convmixer_fast {

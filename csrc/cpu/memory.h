@@ -1,7 +1,7 @@
-// Where do buffers come from? Aligned to cache lines, and on huge pages where they are large.
+// Buffers: aligned to cache lines, large ones on huge pages.
 //
-// The pointwise kernel streams through megabytes of weights once a tile: with pages of 4 KB the
-// translations alone cost it several per cent.
+// The GEMM streams through megabytes of weights once a tile: with pages of 4 KB the TLB misses alone cost
+// several per cent.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// What is a vector here? GNU vector-extension types: one source for every width.
+// Vectors: GNU vector-extension types, one source for every width.
 //
 // Included only by the kernel sources, which are compiled once per instruction set with
 //   CONVMIXER_FAST_ISA    the name of the set (baseline, avx2, avx512)
@@ -21,8 +21,8 @@
 
 #define CMF_INLINE inline __attribute__((always_inline))
 
-// Before a loop whose turns are already as long as they should be. Unrolled, the compiler keeps
-// what the turns share (broadcast taps) in more registers than there are, and spills.
+// Before a loop whose body is already long enough. Unrolled, the compiler keeps
+// what the iterations share (broadcast taps) in more registers than there are, and spills.
 #if defined(__clang__)
 #define CMF_ROLLED _Pragma("clang loop unroll(disable)")
 #else
@@ -46,7 +46,7 @@ constexpr bool kWide = true;
 constexpr bool kWide = false;
 #endif
 
-// Vectors in a row of a packed panel, and the neighbouring pixels they are (pointwise.h).
+// Vectors in a row of a packed panel, and the neighbouring pixels they are (panel_gemm.h).
 constexpr int kVectors = kWide ? 4 : 2;
 constexpr int kPanel = kVectors * kLanes;
 

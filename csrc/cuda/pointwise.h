@@ -14,7 +14,7 @@
 #include <cstdint>
 #include <string>
 
-#include "../activation_id.h"
+#include "../common/activation.h"
 
 namespace convmixer_fast::cuda {
 

@@ -96,7 +96,7 @@ def nvcc() -> str:
 def copy_of_the_sources(folder: Path) -> Path:
     """A copy of the sources and of the header that they include from the parent folder."""
     shutil.copytree(SOURCES, folder / "cuda")
-    shutil.copy(SOURCES.parent / "activation_id.h", folder)
+    shutil.copytree(SOURCES.parent / "common", folder / "common")
     return folder / "cuda"
 
 

@@ -69,7 +69,7 @@ def test_a_kernel_that_spills_is_an_error(
 ) -> None:
     sources = tmp_path / "cuda"
     shutil.copytree(cuda_pointwise.SOURCES, sources)
-    shutil.copy(cuda_pointwise.SOURCES.parent / "activation_id.h", tmp_path)
+    shutil.copytree(cuda_pointwise.SOURCES.parent / "common", tmp_path / "common")
     file = sources / "pointwise_mma.cuh"
     # Registers for eight blocks on a multiprocessor instead of two.
     bounds = "__launch_bounds__(kThreads, {})"

@@ -1,5 +1,5 @@
-// Are the kernels right, and do they stay inside their memory? Random problems for every
-// instruction set of this machine, held against plain loops in double precision.
+// Random problems for every instruction set of this machine, against plain loops in double precision: values,
+// and writes outside the kernels' memory.
 //
 // Tolerance, with u = 2^-24 (half a unit in the last place of 1) and t the terms of a sum: adding t
 // terms of random sign in float rounds t partial sums, whose size grows as the square root of their
@@ -14,15 +14,15 @@
 #include <numeric>
 #include <set>
 
-#include "cpu/channel_mix.h"
-#include "cpu/depthwise.h"
-#include "cpu/epilogue.h"
-#include "cpu/fingerprint.h"
-#include "cpu/isa.h"
+#include "cpu/depthwise/depthwise.h"
+#include "cpu/engine/fingerprint.h"
+#include "cpu/engine/isa.h"
+#include "cpu/engine/stack.h"
+#include "cpu/epilogue/pass.h"
+#include "cpu/gemm/panel_gemm.h"
+#include "cpu/gemm/pointwise.h"
 #include "cpu/memory.h"
-#include "cpu/mixer.h"
-#include "cpu/peak.h"
-#include "cpu/pointwise.h"
+#include "cpu/peak/peak.h"
 #include "support.h"
 
 namespace convmixer_fast_test {
@@ -299,7 +299,7 @@ void test_epilogue(Random& random, const std::vector<std::string>& isas) {
     Floats first;
     for (int threads : {1, 2, 3}) {
       Floats out = h;
-      cmf::epilogue({out.data(), n, c, pixels, scale.data(), shift.data(), act}, layout, threads);
+      cmf::apply_epilogue({out.data(), n, c, pixels, scale.data(), shift.data(), act}, layout, threads);
       if (threads > 1) {
         require_same(out, first, problem + " isa=" + isa, text(threads, " threads"));
         continue;
@@ -319,17 +319,17 @@ int64_t strassen_channels(Random& random) {
   return random.chance(50) ? 4 * random.integer(160, 200) : 2 * random.integer(128, 400);
 }
 
-void test_pointwise(Random& random, const std::vector<std::string>& isas) {
+void test_panel_gemm(Random& random, const std::vector<std::string>& isas) {
   // Now and then longer than the pieces that the kernel cuts a sum into.
   int64_t c_in = random_channels(random);
   if (random.chance(50)) c_in = random.chance(80) ? strassen_channels(random) : random.integer(500, 1100);
-  // Two levels of Strassen's algorithm need groups of 24 channels, or of 48.
+  // Strassen's algorithm needs a group of 12 channels, or of 24.
   int64_t c_out = random_channels(random);
   if (c_in > 500 && random.chance(60)) c_out = random.integer(20, 110);
   int64_t plane = random.integer(1, random.chance(50) ? 12 : 400);
   if (random.chance(10)) plane = random.integer(500, 800);
   plane = std::max<int64_t>(1, std::min(plane, 5000000 / (c_in * c_out)));
-  // Two levels on more than a tile of pixels, or on more than a chunk of input channels.
+  // Strassen's algorithm on more than a tile of pixels, or on more than a chunk of input channels.
   if (random.chance(3)) {
     const bool pixels = random.chance(50);
     c_in = 4 * (pixels ? random.integer(160, 170) : random.integer(385, 400));
@@ -350,7 +350,7 @@ void test_pointwise(Random& random, const std::vector<std::string>& isas) {
   const Floats bias = random.chance(80) ? normals(random, c_out) : Floats{};
   const Floats scale = scales(random, c_out), shift = normals(random, c_out);
   const std::string problem =
-      text("pointwise c_in=", c_in, " c_out=", c_out, " plane=", plane, " act=",
+      text("panels c_in=", c_in, " c_out=", c_out, " plane=", plane, " act=",
            cmf::kActivationNames[static_cast<int>(act)], bias.empty() ? " no bias" : "");
   std::vector<Expected> expected;
   for (int64_t co = 0; co < c_out; ++co) {
@@ -366,7 +366,7 @@ void test_pointwise(Random& random, const std::vector<std::string>& isas) {
   const int64_t gap = random.one_of({0, 1, 32});
   for (const std::string& isa : isas) {
     cmf::set_isa(isa);
-    const cmf::PointwiseKernels& kernels = cmf::active_isa().pointwise;
+    const cmf::GemmKernels& kernels = cmf::active_isa().gemm;
     const int64_t stride = (c_in + gap) * kernels.panel;
     const int64_t panels = (plane + kernels.panel - 1) / kernels.panel;
     const cmf::Floats memory = cmf::aligned_floats(panels * stride);
@@ -378,16 +378,15 @@ void test_pointwise(Random& random, const std::vector<std::string>& isas) {
             y[k * plane + pixel];
       }
     }
-    std::set<int> done;
-    for (int levels : {cmf::kFastestLevels, 0, 1, 2}) {
-      // What another number has been multiplied like.
-      const int taken = kernels.strassen_levels(c_in, c_out, plane, levels);
-      if (!done.insert(taken).second) continue;
-      const int64_t groups = (c_out + kernels.group(taken) - 1) / kernels.group(taken);
+    std::set<bool> done;
+    for (int levels : {cmf::kFastestLevels, 0, 1}) {
+      // Another number may select the same algorithm.
+      if (!done.insert(kernels.uses_strassen(c_in, c_out, plane, levels)).second) continue;
+      const int64_t groups = (c_out + kernels.group - 1) / kernels.group;
       const cmf::Floats scratch =
           cmf::aligned_floats(kernels.scratch_floats(c_in, c_out, levels));
       auto problem_of = [&](Floats& z) {
-        cmf::Pointwise p;
+        cmf::PanelGemm p;
         p.panel_stride = stride;
         p.weight = weight.data();
         p.bias = data_or_null(bias);
@@ -405,7 +404,7 @@ void test_pointwise(Random& random, const std::vector<std::string>& isas) {
       // All groups of a tile together, then each by itself.
       for (int64_t groups_each : {groups, int64_t{1}}) {
         Floats z = untouched_floats(c_out * plane);
-        cmf::Pointwise p = problem_of(z);
+        cmf::PanelGemm p = problem_of(z);
         for (int64_t at = 0; at < plane; at += kernels.tile) {
           p.panels = panel + at / kernels.panel * stride;
           for (int64_t group = 0; group < groups; group += groups_each) {
@@ -422,7 +421,7 @@ void test_pointwise(Random& random, const std::vector<std::string>& isas) {
         for (int64_t i = 0; i < c_out * plane; ++i) check(z[i], expected[i], where, i);
         first = std::move(z);
       }
-      // Alone an image of one or two panels is multiplied by weights where they are, three together by copies.
+      // The weights are read in place for one image of one or two panels, packed for three images together.
       const int64_t images = 3;
       if (images * panels * kernels.panel > kernels.tile) continue;
       const cmf::Floats together = cmf::aligned_floats(images * panels * stride);
@@ -431,7 +430,7 @@ void test_pointwise(Random& random, const std::vector<std::string>& isas) {
         std::copy_n(panel, panels * stride, together.get() + i * panels * stride);
         alike.insert(alike.end(), first.begin(), first.end());
       }
-      cmf::Pointwise p = problem_of(z);
+      cmf::PanelGemm p = problem_of(z);
       p.panels = together.get();
       p.images = images;
       kernels.run(p, 0, plane, 0, groups, scratch.get());
@@ -441,7 +440,7 @@ void test_pointwise(Random& random, const std::vector<std::string>& isas) {
 }
 
 // 1x1 convolutions of maps with any strides, and patches as a stem cuts them.
-void test_channel_mix(Random& random, const std::vector<std::string>& isas) {
+void test_pointwise_of_maps(Random& random, const std::vector<std::string>& isas) {
   const int64_t patch = random.chance(50) ? 1 : random.integer(2, 9), n = random.integer(1, 4);
   int64_t c = patch == 1 ? random_channels(random) : random.integer(1, 4);
   if (patch == 1 && random.chance(20)) c = strassen_channels(random);
@@ -459,7 +458,7 @@ void test_channel_mix(Random& random, const std::vector<std::string>& isas) {
   const Floats bias = random.chance(80) ? normals(random, c_out) : Floats{};
   const Floats scale = scales(random, c_out), shift = normals(random, c_out);
   const std::string problem =
-      text("channel_mix n=", n, " c=", c, " h=", h, " w=", w, " patch=", patch, " c_out=", c_out,
+      text("pointwise of maps n=", n, " c=", c, " h=", h, " w=", w, " patch=", patch, " c_out=", c_out,
            " act=", cmf::kActivationNames[static_cast<int>(act)], bias.empty() ? " no bias" : "");
   std::vector<Expected> expected;
   for (int64_t i = 0; i < n * c_out * plane; ++i) {
@@ -478,7 +477,7 @@ void test_channel_mix(Random& random, const std::vector<std::string>& isas) {
     Floats first;
     for (int threads : {1, 2, 3}) {
       Floats z = untouched_floats(n * c_out * plane);
-      cmf::ChannelMix m;
+      cmf::Pointwise m;
       m.x = x.data();
       for (int axis = 0; axis < 4; ++axis) m.x_stride[axis] = xs.stride[axis];
       m.z = z.data();
@@ -493,8 +492,8 @@ void test_channel_mix(Random& random, const std::vector<std::string>& isas) {
       m.scale = scale.data();
       m.shift = shift.data();
       m.act = act;
-      m.strassen_levels = 2;
-      cmf::channel_mix(m, threads);
+      m.strassen_levels = 1;
+      cmf::pointwise(m, threads);
       if (threads > 1) {
         require_same(z, first, problem + " isa=" + isa, text(threads, " threads"));
         continue;
@@ -512,7 +511,7 @@ struct BlockParameters {
   Floats weight, bias, scale, shift;
 };
 
-// The definition in mixer.h of one block on contiguous maps.
+// The definition in stack.h of one block on contiguous maps.
 std::vector<Expected> block_expected(const BlockParameters& b, Activation act, const Floats& x,
                                      int64_t n, int64_t c, int64_t h, int64_t w, int64_t k) {
   std::vector<Expected> y(x.size()), z(x.size());
@@ -619,7 +618,7 @@ void test_rows(const Floats& x, int64_t n, int64_t c, int64_t h, int64_t w, int6
   cmf::MixerBand band = band_of(window, z, n, c, h, w, k, act, weight, packed, first, h, 0, w);
   band.z_stride[1] = rows * w;
   band.z_stride[0] = c * rows * w;
-  band.strassen_levels = 2;
+  band.strassen_levels = 1;
   cmf::mixer_band(band, 2);
   for (int64_t i = 0; i < n * c; ++i) {
     const float* plane = whole.data() + i * h * w;
@@ -663,7 +662,7 @@ void test_mixer(Random& random, const std::vector<std::string>& isas) {
       weights.push_back(b.weight.data());
     }
     auto run = [&](const Floats& in, int64_t first_block, int64_t count, int threads,
-                   int64_t images, int levels = 2) {
+                   int64_t images, int levels = 1) {
       Floats z = untouched_floats(n * c * h * w);
       cmf::MixerStack stack;
       stack.x = in.data();
@@ -701,7 +700,7 @@ void test_mixer(Random& random, const std::vector<std::string>& isas) {
     }
     test_band(random, x, n, c, h, w, k, act, blocks[0].weight, packed[0], run(x, 0, 1, 1, n, 0),
               problem);
-    const int64_t joined = cmf::joined_pixels(c, c, 2) / std::gcd(cmf::joined_pixels(c, c, 2), w);
+    const int64_t joined = cmf::joined_pixels(c, c, 1) / std::gcd(cmf::joined_pixels(c, c, 1), w);
     const int64_t first = h / joined > 0 ? random.integer(0, h / joined - 1) * joined : 0;
     test_rows(x, n, c, h, w, k, act, blocks[0].weight, packed[0], first, run(x, 0, 1, 1, n),
               problem);
@@ -741,9 +740,9 @@ std::string test_kernels(const Options& options) {
     Random own(random.bits());
     switch (i % 9) {
       case 0: case 3: case 6: test_depthwise(own, isas); break;
-      case 8: test_channel_mix(own, isas); break;
+      case 8: test_pointwise_of_maps(own, isas); break;
       case 1: case 4: test_mixer(own, isas); break;
-      case 2: case 5: test_pointwise(own, isas); break;
+      case 2: case 5: test_panel_gemm(own, isas); break;
       default: test_epilogue(own, isas); test_fingerprint(own); break;
     }
   }

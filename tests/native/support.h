@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "activation_id.h"
+#include "common/activation.h"
 
 namespace convmixer_fast_test {
 

@@ -10,13 +10,13 @@
 #include <unistd.h>
 #endif
 
-#include "cpu/depthwise.h"
-#include "cpu/epilogue.h"
-#include "cpu/fingerprint.h"
-#include "cpu/isa.h"
-#include "cpu/mixer.h"
-#include "cpu/pointwise.h"
-#include "cpu/threads.h"
+#include "cpu/depthwise/depthwise.h"
+#include "cpu/engine/fingerprint.h"
+#include "cpu/engine/isa.h"
+#include "cpu/engine/stack.h"
+#include "cpu/engine/threads.h"
+#include "cpu/epilogue/pass.h"
+#include "cpu/gemm/panel_gemm.h"
 #include "support.h"
 
 namespace convmixer_fast_test {
@@ -185,7 +185,7 @@ struct Problem {
 
   Floats epilogue(Layout layout, int threads) const {
     Floats y = x;
-    cmf::epilogue({y.data(), n, c, h * w, scale.data(), shift.data(), act}, layout, threads);
+    cmf::apply_epilogue({y.data(), n, c, h * w, scale.data(), shift.data(), act}, layout, threads);
     return y;
   }
 
@@ -211,7 +211,7 @@ struct Problem {
     stack.k = k;
     stack.blocks = blocks.data();
     stack.weights = weights.data();
-    stack.strassen_levels = 2;
+    stack.strassen_levels = 1;
     stack.depth = depth;
     stack.act = act;
     cmf::mixer_stack(stack, 0, n, threads);

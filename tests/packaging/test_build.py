@@ -129,7 +129,7 @@ def test_extension_can_be_demanded(project: Path, tmp_path: Path) -> None:
 
 def test_failed_compilation_is_recorded(project: Path, tmp_path: Path) -> None:
     broken = Path(shutil.copytree(project, tmp_path / "broken", ignore=SKIPPED))
-    with open(broken / "csrc" / "cpu" / "threads.cpp", "a") as source:
+    with open(broken / "csrc" / "cpu" / "engine" / "threads.cpp", "a") as source:
         source.write("\n#error the moon is in the wrong house\n")
     # The kernels take long and are not what fails.
     opening = "namespace convmixer_fast::CONVMIXER_FAST_ISA {"

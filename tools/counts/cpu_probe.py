@@ -50,13 +50,13 @@ def main():
             engine.depthwise_mix(
                 x, s, y, s, shape, k, floats(c * k * k), *vectors, act, int(last), 1
             )
-        elif case["op"] == "channel_mix":
+        elif case["op"] == "pointwise":
             out = case["c_out"]
             vectors = [floats(out) for _ in range(3)]
             weight = floats(out * c * k * k)
             s = strides(*shape, case.get("channels_last", False))
             levels = case["strassen"]
-            engine.channel_mix(x, s, y, shape, k, out, weight, *vectors, act, levels, 1)
+            engine.pointwise(x, s, y, shape, k, out, weight, *vectors, act, levels, 1)
         else:
             packed, weights = [], []
             for _ in range(case["depth"]):

@@ -24,7 +24,7 @@ SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 #: instructions) are errors.
 FLAGS = ("-std=c++17", "-O3", "-Xptxas=-warn-spills,-warn-lmem-usage,-Werror")
 ARCHITECTURES = (80, 86, 89, 90, 120)
-#: As in pointwise.h and activation_id.h: the order is the number.
+#: As in pointwise.h and common/activation.h: the order is the number.
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}
 ACTIVATIONS = ("gelu", "relu", "silu", "hardswish", "identity")
 THREADS = 128

@@ -1,23 +1,23 @@
-#include "channel_mix.h"
+#include "cpu/gemm/pointwise.h"
 
 #include <algorithm>
 #include <cstring>
 
-#include "isa.h"
-#include "memory.h"
-#include "pointwise.h"
-#include "threads.h"
+#include "cpu/engine/isa.h"
+#include "cpu/engine/threads.h"
+#include "cpu/gemm/panel_gemm.h"
+#include "cpu/memory.h"
 
 namespace convmixer_fast {
 namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Below this a region of several threads costs more than it saves (depthwise.cpp).
+// Below this a parallel region costs more than it saves (depthwise.cpp).
 constexpr double kSerialMultiplyAdds = 1 << 17;
 
 // Pixels [begin, end) of image n into panels, zeros after the last one.
-void pack(const ChannelMix& p, int64_t n, int64_t begin, int64_t end, int64_t panel,
+void pack(const Pointwise& p, int64_t n, int64_t begin, int64_t end, int64_t panel,
           int64_t panel_stride, float* to) {
   const int64_t across = p.w / p.patch, pixels = end - begin;
   const float* image = p.x + n * p.x_stride[0];
@@ -52,15 +52,14 @@ void pack(const ChannelMix& p, int64_t n, int64_t begin, int64_t end, int64_t pa
 
 }  // namespace
 
-void channel_mix(const ChannelMix& p, int threads) {
+void pointwise(const Pointwise& p, int threads) {
   const int64_t down = p.h / p.patch, across = p.w / p.patch, plane = down * across;
   if (p.n == 0 || p.c_out == 0 || plane == 0) return;
-  const PointwiseKernels& kernels = active_isa().pointwise;
+  const GemmKernels& kernels = active_isa().gemm;
   const int64_t c_in = p.c * p.patch * p.patch;
   const int64_t tiles = ceil_div(plane, kernels.tile);
-  const int64_t groups = ceil_div(
-      p.c_out, kernels.group(kernels.strassen_levels(c_in, p.c_out, plane, p.strassen_levels)));
-  // Where there are too few tiles for the threads, each is cut by output channels as well.
+  const int64_t groups = ceil_div(p.c_out, kernels.group);
+  // Fewer tiles than threads: each is cut by output channels as well.
   if (1.0 * p.n * plane * c_in * p.c_out < kSerialMultiplyAdds) threads = 1;
   const int64_t cuts = channel_cuts(p.n * tiles, threads, groups);
   const int64_t panel_stride = c_in * kernels.panel + 32;
@@ -75,7 +74,7 @@ void channel_mix(const ChannelMix& p, int threads) {
         const int64_t cut = item % cuts, tile = item / cuts % tiles, n = item / cuts / tiles;
         const int64_t begin = tile * kernels.tile, end = std::min(begin + kernels.tile, plane);
         pack(p, n, begin, end, kernels.panel, panel_stride, memory.get());
-        Pointwise one;
+        PanelGemm one;
         one.panels = memory.get();
         one.panel_stride = panel_stride;
         one.weight = p.weight;

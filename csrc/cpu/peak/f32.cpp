@@ -1,10 +1,9 @@
-// The register-only loop of one instruction set: compiled once for each (simd.h).
+// The register-only float32 loop of one instruction set. Compiled once for each (simd.h).
 //
 // 12 independent accumulators: more than latency (4 cycles) times multiply-adds a cycle (2). They are
 // variables, not an array: compilers keep an array that assembly touches in memory.
-#include "peak.h"
-
-#include "simd.h"
+#include "cpu/peak/peak.h"
+#include "cpu/simd.h"
 
 namespace convmixer_fast::CONVMIXER_FAST_ISA {
 namespace {
@@ -12,7 +11,7 @@ namespace {
 using S = Simd<kLanes>;
 using Float = S::Float;
 
-// The compiler must neither merge turns nor leave any out.
+// Keeps the compiler from merging or dropping turns.
 CMF_INLINE void opaque(Float& value) {
 #if defined(__x86_64__) && !defined(CONVMIXER_FAST_WIDE)
   asm volatile("" : "+v"(value));

@@ -1,4 +1,4 @@
-// The fused depthwise half of a ConvMixer block (its spatial mixing), float32, inference:
+// The fused depthwise half of a ConvMixer block, float32, inference:
 //
 //   y[n,c,h,w] = x[n,c,h,w] + scale[c] * act(bias[c] + sum_{i,j} weight[c,i,j] *
 //                                             x[n, c, h + i - (k-1)/2, w + j - (k-1)/2]) + shift[c]
@@ -13,8 +13,8 @@
 
 #include <cstdint>
 
-#include "../activation_id.h"
-#include "layout.h"
+#include "common/activation.h"
+#include "cpu/layout.h"
 
 namespace convmixer_fast {
 
@@ -35,12 +35,12 @@ struct DepthwiseMix {
   const float* scale;
   const float* shift;
   Activation act;
-  // Planar only: so many rows and columns around x's are the image's own and lie in memory where x's
-  // strides put them; what is beyond them are zeros.
+  // Planar only: that many rows and columns around x are the image's own and lie in memory where x's strides
+  // put them; beyond them are zeros.
   int64_t above = 0, below = 0, left = 0, right = 0;
 };
 
-// How a DepthwiseMix is cut: every block is `rows` x `cols` output pixels of `channels` channels
+// The blocks of a DepthwiseMix: every one is `rows` x `cols` output pixels of `channels` channels
 // of one image, copied with its halo into a zero-padded scratch and computed from there.
 struct DepthwiseBlocks {
   int64_t channels, rows, cols;
@@ -56,9 +56,9 @@ struct DepthwiseKernels {
   void (*run)(const DepthwiseMix&, Layout, const DepthwiseBlocks&, int64_t begin, int64_t end,
               float* scratch);
 
-  // Channels begin .. end-1 of one planar image into packed panels (pointwise.h), pixels from the
-  // last one on as zeros; y is not used. `sums` has room for a plane and one vector; where x's rows
-  // have gaps, for two planes. `shared`: other cores read the panels next.
+  // Channels begin .. end-1 of one planar image into packed panels (panel_gemm.h), zeros after the
+  // last pixel; y is not used. `sums` has room for a plane and one vector; where x's rows have gaps, for
+  // two planes. `shared`: other cores read the panels next.
   void (*run_panels)(const DepthwiseMix&, const DepthwiseBlocks&, int64_t begin, int64_t end,
                      float* scratch, float* sums, float* panels, int64_t panel_stride, bool shared);
 };

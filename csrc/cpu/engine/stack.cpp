@@ -1,4 +1,4 @@
-#include "mixer.h"
+#include "cpu/engine/stack.h"
 
 #include <algorithm>
 #include <atomic>
@@ -6,11 +6,11 @@
 #include <mutex>
 #include <vector>
 
-#include "depthwise.h"
-#include "isa.h"
-#include "memory.h"
-#include "pointwise.h"
-#include "threads.h"
+#include "cpu/depthwise/depthwise.h"
+#include "cpu/engine/isa.h"
+#include "cpu/engine/threads.h"
+#include "cpu/gemm/panel_gemm.h"
+#include "cpu/memory.h"
 
 namespace convmixer_fast {
 namespace {
@@ -39,11 +39,11 @@ struct Offsets {
   }
 };
 
-// The fewest channels of a thread's own: every thread makes Strassen's sums of all panels for itself.
+// The fewest channels of a thread's own: every thread makes Strassen's sums of all panels again.
 constexpr int64_t kOwnedChannels = 128;
 
-// The most threads that write panels past the caches: measured with two. Memory's rate is for all of them
-// together, that of the caches for each.
+// The most threads that write panels past the caches: measured with two. Memory bandwidth is shared by all
+// of them, cache bandwidth is not.
 constexpr int kStreamingThreads = 4;
 
 // The most pieces of a thread's share of the channels of a tile.
@@ -56,15 +56,15 @@ struct Scratch {
   float* plane;
 };
 
-// A stack cut for the machine: everything that does not change from block to block. A band is the one
-// block of a stack, with other strides and something around it.
+// The partition of a stack for the machine: everything that does not change from block to block. A band is a
+// stack of one block with other strides and a margin.
 class Plan {
  public:
   explicit Plan(const MixerStack& stack, const MixerBand* band = nullptr)
       : s_(stack),
         band_(band),
         depthwise_(active_isa().depthwise),
-        pointwise_(active_isa().pointwise),
+        gemm_(active_isa().gemm),
         offsets_(stack.c, stack.k),
         plane_(stack.h * stack.w),
         x_image_(band == nullptr ? stack.c * plane_ : band->x_stride[0]),
@@ -75,20 +75,18 @@ class Plan {
     blocks_ = depthwise_.blocks(image_problem(nullptr, nullptr), Layout::planar);
     // Two cache lines more than the values: panels of a power-of-two channel count would share a
     // few sets of the caches.
-    panel_stride_ = stack.c * pointwise_.panel + 32;
-    group_ = pointwise_.group(
-        pointwise_.strassen_levels(stack.c, stack.c, whole_plane_, stack.strassen_levels));
-    groups_ = ceil_div(stack.c, group_);
-    keeps_sums_ = pointwise_.keeps_sums(stack.c, stack.c, whole_plane_, stack.strassen_levels);
+    panel_stride_ = stack.c * gemm_.panel + 32;
+    groups_ = ceil_div(stack.c, gemm_.group);
+    keeps_sums_ = gemm_.keeps_sums(stack.c, stack.c, whole_plane_, stack.strassen_levels);
   }
 
   // Of one image.
-  int64_t panels_floats() const { return ceil_div(plane_, pointwise_.panel) * panel_stride_; }
+  int64_t panels_floats() const { return ceil_div(plane_, gemm_.panel) * panel_stride_; }
 
   Scratch scratch() const {
     const int64_t depthwise = ceil_div(blocks_.scratch_floats, 16) * 16;
-    const int64_t pointwise = ceil_div(pointwise_.scratch_floats(s_.c, s_.c, s_.strassen_levels), 16) * 16;
-    const int64_t kernel = depthwise > pointwise ? depthwise : pointwise;
+    const int64_t gemm = ceil_div(gemm_.scratch_floats(s_.c, s_.c, s_.strassen_levels), 16) * 16;
+    const int64_t kernel = depthwise > gemm ? depthwise : gemm;
     Scratch scratch{aligned_floats(kernel + planes_ * plane_), nullptr, nullptr};
     scratch.kernel = scratch.memory.get();
     scratch.plane = scratch.kernel + kernel;
@@ -96,21 +94,23 @@ class Plan {
   }
 
   // Channels [begin, end) of the depthwise half of an image, into their places in the panels.
-  void spatial(const float* block, const float* image, int64_t begin, int64_t end,
-               const Scratch& scratch, float* panels, bool shared) const {
+  void depthwise_half(const float* block, const float* image, int64_t begin, int64_t end,
+                      const Scratch& scratch, float* panels, bool shared) const {
     const DepthwiseMix p = image_problem(block, image);
     depthwise_.run_panels(p, blocks_, begin, end, scratch.kernel, scratch.plane, panels,
                           panel_stride_, shared);
   }
 
   // Of pixels.
-  int64_t tiles() const { return ceil_div(plane_, pointwise_.tile); }
+  int64_t tiles() const { return ceil_div(plane_, gemm_.tile); }
 
-  void channels(int64_t b, const float* panels, int64_t images, float* first, int64_t tile,
-                int64_t group_begin, int64_t group_end, bool again, const Scratch& scratch) const {
+  // One tile of the pointwise half of block b, from panels into maps from `first` on.
+  void pointwise_half(int64_t b, const float* panels, int64_t images, float* first, int64_t tile,
+                      int64_t group_begin, int64_t group_end, bool again,
+                      const Scratch& scratch) const {
     const float* block = s_.blocks[b];
-    Pointwise p;
-    p.panels = panels + tile * pointwise_.tile / pointwise_.panel * panel_stride_;
+    PanelGemm p;
+    p.panels = panels + tile * gemm_.tile / gemm_.panel * panel_stride_;
     p.panel_stride = panel_stride_;
     p.images = images;
     p.weight = s_.weights[b];
@@ -125,14 +125,13 @@ class Plan {
     p.act = s_.act;
     p.strassen_levels = s_.strassen_levels;
     p.again = again;
-    const int64_t begin = tile * pointwise_.tile;
-    const int64_t end = begin + pointwise_.tile < plane_ ? begin + pointwise_.tile : plane_;
-    pointwise_.run(p, begin, end, group_begin, group_end, scratch.kernel);
+    const int64_t begin = tile * gemm_.tile;
+    const int64_t end = begin + gemm_.tile < plane_ ? begin + gemm_.tile : plane_;
+    gemm_.run(p, begin, end, group_begin, group_end, scratch.kernel);
   }
 
-  // Images [begin, begin + count) through the blocks, on the calling thread. After a block ends early
-  // where others would help with the rest and there are two blocks left or more. Returns how many
-  // blocks are done.
+  // Images [begin, begin + count) through the blocks, on the calling thread. Ends early after a block if
+  // other threads are idle and at least two blocks are left. Returns the number of blocks done.
   int64_t whole_images(int64_t begin, int64_t count, const Scratch& scratch, float* panels,
                        const std::atomic<bool>& help) const {
     const int64_t map = s_.c * plane_;
@@ -141,10 +140,10 @@ class Plan {
     for (int64_t b = 0; b < s_.depth; ++b, in = out) {
       if (b > 0 && s_.depth - b >= 2 && help.load(std::memory_order_relaxed)) return b;
       for (int64_t i = 0; i < count; ++i) {
-        spatial(s_.blocks[b], in + i * map, 0, s_.c, scratch, panels + i * panels_floats(), false);
+        depthwise_half(s_.blocks[b], in + i * map, 0, s_.c, scratch, panels + i * panels_floats(), false);
       }
       for (int64_t t = 0; t < tiles(); ++t) {
-        channels(b, panels, count, out, t, 0, groups_, false, scratch);
+        pointwise_half(b, panels, count, out, t, 0, groups_, false, scratch);
       }
     }
     return s_.depth;
@@ -155,25 +154,25 @@ class Plan {
                     float* panels) const {
     float* out = s_.z + image * z_image_;
     const float* in = done == 0 ? s_.x + image * x_image_ : out;
-    // With panels past the caches, against planes and tiles of pixels shared out anyhow, Zen 4, 2 threads,
+    // With panels past the caches, against planes and tiles of pixels in any assignment, Zen 4, 2 threads,
     // 1 image: 768/32 1.16x, 1024/20 1.11x, 1536/20 1.06x where the cores share no L3 (two cores pay even
     // for writing to halves of the same page), 0.98-1.01x where they do.
     const bool owned = threads > 1 && s_.c >= kOwnedChannels * threads;
-    const int64_t unit = owned ? group_ : 1;  // planes that are handed out together
+    const int64_t unit = owned ? gemm_.group : 1;  // planes that are handed out together
     const bool shared = threads > 1 && threads <= kStreamingThreads;
     const int64_t tiles = this->tiles();
     const int64_t cuts = owned ? threads : channel_cuts(tiles, threads, groups_);
-    // A core whose other hyperthread is busy is slower than its neighbour, which takes pieces of its cut then:
-    // against whole cuts, 1 image, 2 threads, Zen 3, 1.05x (1024 channels) to 1.11x (768). Where a piece
-    // makes sums anew there are none.
-    const int64_t bands = ceil_div(groups_ / cuts, pointwise_.band);
+    // Work stealing: a core whose other hyperthread is busy is slower than its neighbour, which then takes
+    // pieces of its cut: against whole cuts, 1 image, 2 threads, Zen 3, 1.05x (1024 channels) to 1.11x (768).
+    // A cut is one piece where each piece would make the sums again.
+    const int64_t bands = ceil_div(groups_ / cuts, gemm_.band);
     const int64_t pieces = threads > 1 && keeps_sums_ ? std::clamp<int64_t>(bands, 1, kPieces) : 1;
     for (int64_t b = done; b < s_.depth; ++b, in = out) {
       const float* block = s_.blocks[b];
       parallel_for(ceil_div(s_.c, unit), threads, [&](Share& share) {
         const Scratch& mine = scratches[share.thread()];
         for (Range r; share.next(r);) {
-          spatial(block, in, r.begin * unit, std::min(r.end * unit, s_.c), mine, panels, shared);
+          depthwise_half(block, in, r.begin * unit, std::min(r.end * unit, s_.c), mine, panels, shared);
         }
       });
       parallel_for(cuts * tiles * pieces, threads, [&](Share& share) {
@@ -185,10 +184,10 @@ class Plan {
             const int64_t first = groups_ * cut / cuts, last = groups_ * (cut + 1) / cuts;
             // Whole bands, but for the last piece.
             auto edge = [&](int64_t n) {
-              const int64_t all = ceil_div(last - first, pointwise_.band);
-              return std::min(first + all * n / pieces * pointwise_.band, last);
+              const int64_t all = ceil_div(last - first, gemm_.band);
+              return std::min(first + all * n / pieces * gemm_.band, last);
             };
-            channels(b, panels, 1, out, tile, edge(piece), edge(piece + 1), tile == last_tile, mine);
+            pointwise_half(b, panels, 1, out, tile, edge(piece), edge(piece + 1), tile == last_tile, mine);
             last_tile = tile;
           }
         }
@@ -227,12 +226,12 @@ class Plan {
   const MixerStack& s_;
   const MixerBand* const band_;
   const DepthwiseKernels& depthwise_;
-  const PointwiseKernels& pointwise_;
+  const GemmKernels& gemm_;
   const Offsets offsets_;
   const int64_t plane_, x_image_, z_image_, z_channel_, whole_plane_;
   const int64_t planes_;  // that the depthwise kernel needs for one channel
   DepthwiseBlocks blocks_;
-  int64_t panel_stride_, group_, groups_;
+  int64_t panel_stride_, groups_;
   bool keeps_sums_;
 };
 
@@ -256,16 +255,15 @@ void mixer_pack(const MixerBlock& block, int64_t c, int64_t k, float* packed) {
 }
 
 int64_t joined_pixels(int64_t c_in, int64_t c_out, int strassen_levels) {
-  const PointwiseKernels& pointwise = active_isa().pointwise;
+  const GemmKernels& gemm = active_isa().gemm;
   const int64_t large = int64_t{1} << 40;
-  const int levels = pointwise.strassen_levels(c_in, c_out, large, strassen_levels);
-  return levels == 0 ? 1 : pointwise.panel << levels;
+  return gemm.uses_strassen(c_in, c_out, large, strassen_levels) ? 2 * gemm.panel : 1;
 }
 
 int64_t mixer_images(int64_t h, int64_t w) {
-  const PointwiseKernels& pointwise = active_isa().pointwise;
-  const int64_t padded = ceil_div(h * w, pointwise.panel) * pointwise.panel;
-  return padded == 0 || padded > pointwise.tile ? 1 : pointwise.tile / padded;
+  const GemmKernels& gemm = active_isa().gemm;
+  const int64_t padded = ceil_div(h * w, gemm.panel) * gemm.panel;
+  return padded == 0 || padded > gemm.tile ? 1 : gemm.tile / padded;
 }
 
 void mixer_stack(const MixerStack& stack, int64_t begin, int64_t end, int threads) {
@@ -277,8 +275,8 @@ void mixer_stack(const MixerStack& stack, int64_t begin, int64_t end, int thread
     int64_t image, done;
   };
   std::vector<Rest> rests;
-  // As long as there is one for each thread: as many images as fit into a tile, which share the work
-  // on the weights.
+  // While each thread has one: as many images together as fit into a tile, which share the packing of the
+  // weights.
   while (end - begin >= threads) {
     const int64_t together = std::min(most, (end - begin) / threads);
     const int64_t items = (end - begin) / together / threads * threads;

@@ -1,9 +1,9 @@
-// Who computes? At most `threads` threads of the pool that PyTorch itself uses.
+// Parallel regions on at most `threads` threads of the pool that PyTorch itself uses, with work stealing.
 //
 // PyTorch's own operators run on the OpenMP runtime that it ships. A second pool would fight it
 // for the cores, so parallel regions go through the OpenMP runtime that is already loaded in the
 // process, found at run time; this library links none. Where there is none, or none that may be
-// used (a child of fork: the runtime's threads did not follow), plain threads serve.
+// used (a child of fork: the runtime's threads did not follow), plain threads are used.
 #pragma once
 
 #include <atomic>
@@ -48,7 +48,7 @@ class Items {
   }
 
  private:
-  // On a cache line of its own: its thread alone writes to it, as long as it has work.
+  // On a cache line of its own: only its thread writes to it while it has work.
   struct alignas(64) Part {
     std::atomic<std::int64_t> next{0};
     std::int64_t end = 0;
@@ -57,10 +57,9 @@ class Items {
   std::vector<Part> parts_;
 };
 
-// What one thread computes of the items of a parallel_for, handed out in order, a few at a time: its
-// own part, then what is left of the others'. A thread has the same part in regions of the same count,
-// so what it wrote in one is in its caches in the next; one that is late or missing leaves its part to
-// the others.
+// Work stealing: one thread's share of the items of a parallel_for, handed out in order, a few at a time: first
+// its own part, then the rest of the others'. A thread has the same part in regions of the same count, so what
+// it wrote in one is in its caches in the next; the part of a late or missing thread is taken by the others.
 class Share {
  public:
   Share(Items& items, int thread) : items_(items), thread_(thread) {}

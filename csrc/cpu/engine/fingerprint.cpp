@@ -1,4 +1,4 @@
-#include "fingerprint.h"
+#include "cpu/engine/fingerprint.h"
 
 #include <algorithm>
 #include <cstring>

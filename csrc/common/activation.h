@@ -1,4 +1,4 @@
-// Which activations are there? The order is the number that crosses the Python boundary.
+// The activations, shared by the CPU and the CUDA kernels. The order is the number that Python passes.
 #pragma once
 
 namespace convmixer_fast {

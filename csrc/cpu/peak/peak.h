@@ -1,11 +1,11 @@
-// How fast can this machine multiply and add? The measure that every kernel is held against.
+// The machine's multiply-add rate: the limit that every kernel is measured against.
 #pragma once
 
 #include <cstdint>
 
 namespace convmixer_fast {
 
-// One instruction set's loop of independent multiply-adds on registers alone, `turns` times round;
+// One instruction set's loop of independent multiply-adds on registers alone, `turns` times;
 // returns how many float multiply-adds that was. `sink` takes a value that depends on all of them.
 using PeakKernel = double (*)(int64_t turns, float* sink);
 

@@ -1,4 +1,4 @@
-#include "threads.h"
+#include "cpu/engine/threads.h"
 
 #include <exception>
 #include <mutex>
@@ -161,7 +161,7 @@ void run_on_plain_threads(Region& region, int threads) {
     helpers.reserve(static_cast<std::size_t>(threads - 1));
     for (int i = 1; i < threads; ++i) helpers.emplace_back([&region, i] { region.work(i); });
   } catch (...) {
-    // No thread more to be had: those there are share the work.
+    // No more threads are available: the existing ones share the work.
   }
   region.work(0);
   for (std::thread& helper : helpers) helper.join();
@@ -171,8 +171,8 @@ void run_on_plain_threads(Region& region, int threads) {
 
 void parallel_for(std::int64_t count, int threads, Worker worker, void* context) {
   if (count <= 0) return;
-  // Never fewer threads than asked for, but for one: an OpenMP runtime ends the threads that a
-  // smaller region leaves out and starts them anew for the next.
+  // All threads asked for, or one: an OpenMP runtime ends the threads that a
+  // smaller region leaves out and starts them again for the next.
   const bool serial = threads <= 1 || count == 1 || inside_region;
   const OpenMp* runtime = serial ? nullptr : openmp();
   if (serial || (runtime != nullptr && runtime->in_parallel() != 0)) threads = 1;

@@ -1,14 +1,13 @@
-// The epilogue kernels of one instruction set: compiled once for each (simd.h).
+// The float32 epilogue pass of one instruction set. Compiled once for each (simd.h).
 //
 // for each piece of at most 16 KB (half of L1)
 //   for each group of vectors: loads, the activation of all in step, multiply-adds, stores
 // planar: a piece lies within one plane and has one scale and shift; channels-last: a piece is
 // whole pixels, and scale and shift are read along with the values. Ends that fill no group go
 // through a buffer that does.
-#include "epilogue.h"
-
-#include "finish.h"
-#include "simd.h"
+#include "cpu/epilogue.h"
+#include "cpu/epilogue/pass.h"
+#include "cpu/simd.h"
 
 namespace convmixer_fast::CONVMIXER_FAST_ISA {
 namespace {

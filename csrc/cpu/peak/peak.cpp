@@ -1,11 +1,11 @@
-#include "peak.h"
+#include "cpu/peak/peak.h"
 
 #include <algorithm>
 #include <chrono>
 #include <thread>
 #include <vector>
 
-#include "isa.h"
+#include "cpu/engine/isa.h"
 
 namespace convmixer_fast {
 namespace {
@@ -18,7 +18,7 @@ double seconds_since(Clock::time_point start) {
 
 // The median rate of one thread. A spell of 2^16 turns is about 200 microseconds: shorter than a
 // scheduler's slice, so that most spells are undisturbed on a busy machine too. Not the best spell:
-// where the clock rises for moments, no work that lasts can be done at that rate.
+// a clock that rises for moments does not last for real work.
 double one_thread(double seconds) {
   const PeakKernel kernel = active_isa().peak;
   std::vector<double> rates;

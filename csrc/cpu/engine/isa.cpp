@@ -1,4 +1,4 @@
-#include "isa.h"
+#include "cpu/engine/isa.h"
 
 #include <atomic>
 #include <cstdlib>
@@ -11,14 +11,14 @@ namespace convmixer_fast {
 namespace baseline {
 extern const DepthwiseKernels depthwise_kernels;
 extern const EpilogueKernels epilogue_kernels;
-extern const PointwiseKernels pointwise_kernels;
+extern const GemmKernels gemm_kernels;
 extern const PeakKernel peak_kernels;
 }
 #ifdef CONVMIXER_FAST_HAVE_AVX2
 namespace avx2 {
 extern const DepthwiseKernels depthwise_kernels;
 extern const EpilogueKernels epilogue_kernels;
-extern const PointwiseKernels pointwise_kernels;
+extern const GemmKernels gemm_kernels;
 extern const PeakKernel peak_kernels;
 }
 #endif
@@ -26,28 +26,28 @@ extern const PeakKernel peak_kernels;
 namespace avx512 {
 extern const DepthwiseKernels depthwise_kernels;
 extern const EpilogueKernels epilogue_kernels;
-extern const PointwiseKernels pointwise_kernels;
+extern const GemmKernels gemm_kernels;
 extern const PeakKernel peak_kernels;
 }
 #endif
 
 namespace {
 
-// From the plainest to the best. __builtin_cpu_supports also asks whether the operating system
-// saves the wide registers.
+// From the plainest to the best. __builtin_cpu_supports includes the check that the operating system saves
+// the wide registers.
 const std::vector<Isa>& built_isas() {
 #if defined(__x86_64__)
-  // Not every compiler's runtime has asked the processor by itself before this.
+  // Not every compiler's runtime initialises its CPU model before this.
   __builtin_cpu_init();
 #endif
   static const std::vector<Isa> isas = {
       {"baseline", [] { return true; }, baseline::depthwise_kernels, baseline::epilogue_kernels,
-       baseline::pointwise_kernels, baseline::peak_kernels},
+       baseline::gemm_kernels, baseline::peak_kernels},
 #ifdef CONVMIXER_FAST_HAVE_AVX2
       {"avx2",
        [] { return __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0; },
        avx2::depthwise_kernels, avx2::epilogue_kernels,
-       avx2::pointwise_kernels, avx2::peak_kernels},
+       avx2::gemm_kernels, avx2::peak_kernels},
 #endif
 #ifdef CONVMIXER_FAST_HAVE_AVX512
       {"avx512",
@@ -57,7 +57,7 @@ const std::vector<Isa>& built_isas() {
                 __builtin_cpu_supports("avx512bw") != 0 && __builtin_cpu_supports("fma") != 0;
        },
        avx512::depthwise_kernels, avx512::epilogue_kernels,
-       avx512::pointwise_kernels, avx512::peak_kernels},
+       avx512::gemm_kernels, avx512::peak_kernels},
 #endif
   };
   return isas;

@@ -1,14 +1,14 @@
-#include "depthwise.h"
+#include "cpu/depthwise/depthwise.h"
 
-#include "isa.h"
-#include "memory.h"
-#include "threads.h"
+#include "cpu/engine/isa.h"
+#include "cpu/engine/threads.h"
+#include "cpu/memory.h"
 
 namespace convmixer_fast {
 namespace {
 
-// A region of several threads costs a few microseconds to open: about what one core computes in
-// 2^17 multiply-adds. Below that one thread is faster.
+// A parallel region costs a few microseconds to open: 2^17 multiply-adds of one core. Below that one thread is
+// faster.
 constexpr double kSerialMultiplyAdds = 1 << 17;
 
 }  // namespace
