@@ -8,7 +8,8 @@ settings of the distribution are in pyproject.toml. Environment:
         (unset: install without it and record the reason)
     CONVMIXER_FAST_WERROR       1: -Wall -Wextra -Werror
     CONVMIXER_FAST_CUTLASS      the include folder of CUTLASS 3.x, for the Hopper kernels
-                                (unset: that of nvidia-cutlass, a build requirement)
+                                (unset: that of nvidia-cutlass, a build requirement
+                                where a list or GPU asks for 9.0a)
     CONVMIXER_FAST_BUILD_CACHE  a folder that keeps the objects of CUDA sources between builds
     TORCH_CUDA_ARCH_LIST        what to compile CUDA kernels for, in torch's words: "8.0;8.6+PTX"
                                 (unset: the visible GPUs; without one those of
@@ -252,7 +253,12 @@ def is_asked_for_requirements() -> bool:
 
 
 def build_requirements() -> list[str]:
-    """nvidia-cutlass, where the kernels for 9.0a are built and lack nothing else."""
+    """nvidia-cutlass, where a list or a visible GPU asks for the kernels of 9.0a.
+
+    Not for the list of architectures that is built without either: the package brings much along.
+    """
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST") and not shutil.which("nvidia-smi"):
+        return []
     omitted = Part("_cuda", "").info.get("omitted", {})
     return ["nvidia-cutlass"] if "nvidia-cutlass" in omitted.get("wgmma", "") else []
 

@@ -556,7 +556,9 @@ def test_visible_gpus_are_built_for_where_no_list_is_given(
     assert "--id=1,0" in (tmp_path / "asked").read_text().splitlines()[-1]
 
 
-@pytest.mark.parametrize(("asked", "required"), [("9.0a", ["nvidia-cutlass"]), ("8.0", [])])
+@pytest.mark.parametrize(
+    ("asked", "required"), [("9.0a", ["nvidia-cutlass"]), ("8.0", []), ("", [])]
+)
 def test_nvidia_cutlass_is_a_build_requirement_where_9_0a_is_built(
     project: Path, nvcc: Nvcc, asked: str, required: list[str]
 ) -> None:
