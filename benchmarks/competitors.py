@@ -19,7 +19,8 @@ import torch
 from devices import Inputs
 from torch import Tensor, nn
 
-from convmixer_fast import graphs, optimize
+from convmixer_fast import optimize
+from convmixer_fast.modules import cuda_graph
 from convmixer_fast.testing import ERROR_RATIO, ErrorReport, error_report
 
 Run = Callable[[], Tensor]
@@ -155,8 +156,8 @@ def tensorrt(model: nn.Module, inputs: Inputs) -> Run:
 
 def ours_as_graph(model: nn.Module, inputs: Inputs) -> Run:
     """Ours with `optimize(cuda_graph=True)`, for batches up to the largest graph."""
-    if len(inputs.first) > graphs.MAX_BATCH:
-        raise Unavailable(f"CUDA graphs are for at most {graphs.MAX_BATCH} images")
+    if len(inputs.first) > cuda_graph.MAX_BATCH:
+        raise Unavailable(f"CUDA graphs are for at most {cuda_graph.MAX_BATCH} images")
     return eager(optimize(model, inplace=False, cuda_graph=True), inputs)
 
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from work import Limits
 
-from convmixer_fast import _native
-from convmixer_fast.doctor import cpu_name
-from convmixer_fast.timing import event_clock, wall_seconds
+from convmixer_fast.backends.cpu import native
+from convmixer_fast.diagnostics.doctor import cpu_name
+from convmixer_fast.diagnostics.timing import event_clock, wall_seconds
 
 Run = Callable[[], Any]
 Clock = Callable[[Run, int], float]
@@ -208,7 +208,7 @@ class Cpu:
         return CpuMeter(run)
 
     def limits(self, threads: Sequence[int]) -> tuple[dict[str, Run], Callable[[Any], Any]]:
-        engine = _native.load()
+        engine = native.load()
         rates: dict[int, list[float]] = {}
         runs: dict[str, Run] = {}
         if engine is not None:

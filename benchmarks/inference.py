@@ -39,7 +39,7 @@ from machine import this_machine
 from recording import Recorder
 
 from convmixer_fast import ConvMixer, Predictor, save_checkpoint
-from convmixer_fast.doctor import usable_cores
+from convmixer_fast.diagnostics.doctor import usable_cores
 from convmixer_fast.inference import ImageError, ResultFile, load_image
 from convmixer_fast.testing import trained_like_
 

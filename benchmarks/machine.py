@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 import convmixer_fast
-from convmixer_fast import _native
-from convmixer_fast.doctor import cpu_name, usable_cores, version_of
+from convmixer_fast.backends.cpu import native
+from convmixer_fast.diagnostics.doctor import cpu_name, usable_cores, version_of
 
 # Cloud machines often report only "AMD EPYC"; family and model identify the generation. The table
 # is that of Linux, arch/x86/kernel/cpu/amd.c (bsp_init_amd).
@@ -95,9 +95,9 @@ def this_machine(gpu: str = "") -> dict[str, Any]:
     except OSError:
         fields = {}
     numbers = [int(v) if (v := fields.get(k, "")).isdigit() else None for k in _FIELDS]
-    cpu, cores, isa = cpu_name(), usable_cores(), _native.isa()
+    cpu, cores, isa = cpu_name(), usable_cores(), native.isa()
     name = machine_name(cpu, cores, *numbers)
-    engine = _native.load()
+    engine = native.load()
     if engine is not None and isa != engine.isas()[-1]:
         name += f"-{isa}"
     if gpu:
@@ -127,7 +127,7 @@ def this_software(gpu: str = "") -> dict[str, Any]:
 
     The versions include the system's kernel, and with a GPU the compilers of its kernels.
     """
-    engine = _native.load()
+    engine = native.load()
     digest = ""
     if engine is not None:
         digest = hashlib.blake2b(Path(engine.__file__).read_bytes(), digest_size=4).hexdigest()
@@ -148,6 +148,6 @@ def this_software(gpu: str = "") -> dict[str, Any]:
         **{name: version for name, version in versions.items() if version},
         "convmixer_fast": convmixer_fast.__version__,
         "engine": digest or "none",
-        "compiler": _native.build_info().get("compiler", ""),
+        "compiler": native.build_info().get("compiler", ""),
         **({"environment": " ".join(asked)} if asked else {}),
     }

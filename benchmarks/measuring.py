@@ -12,7 +12,7 @@ from devices import Device
 from presets import Preset
 from work import Limits, Work
 
-from convmixer_fast.timing import interleaved_times, spread
+from convmixer_fast.diagnostics.timing import interleaved_times, spread
 
 #: Shortest turn in seconds; shorter calls are repeated within it.
 TURN_SECONDS = 0.1

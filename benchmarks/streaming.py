@@ -128,7 +128,7 @@ import json, sys
 import torch
 import convmixer_fast as cf
 from convmixer_fast.inference import StreamStats
-from convmixer_fast.timing import interleaved_times, spread
+from convmixer_fast.diagnostics.timing import interleaved_times, spread
 
 name, height, width, tile, rounds, threads = sys.argv[1], *map(int, sys.argv[2:])
 torch.set_num_threads(threads)

@@ -14,9 +14,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from convmixer_fast import gpu_report
-from convmixer_fast.ops import gpu
-from convmixer_fast.timing import gpu_seconds
+from convmixer_fast.backends import gpu
+from convmixer_fast.diagnostics import gpu_report
+from convmixer_fast.diagnostics.timing import gpu_seconds
 
 PROBLEMS = [p for p in gpu_report.problems() if p.op == "pointwise_mix"]
 

@@ -30,9 +30,10 @@ from recording import BenchmarkRecorder
 from torch import Tensor, nn
 from work import depthwise_half, of_blocks, pointwise_half
 
-from convmixer_fast import _native, optimize
+from convmixer_fast import optimize
 from convmixer_fast.arch import ACTIVATIONS
-from convmixer_fast.ops.packing import batch_norm_affine
+from convmixer_fast.backends.cpu import native
+from convmixer_fast.modules.packing import batch_norm_affine
 from convmixer_fast.reference import reference_block
 from convmixer_fast.testing import assert_numerics, trained_like_
 
@@ -54,12 +55,12 @@ def _ours(block: nn.Sequential, x: Tensor, shape: BlockShape) -> dict[str, Run |
     spatial = (depthwise.weight, depthwise.bias, *batch_norm_affine(first, x.dtype))
     channel = (pointwise.weight, pointwise.bias, *batch_norm_affine(second, x.dtype))
     weight, *rest = channel
-    packed = _native.mixer_pack(*spatial, *rest)
+    packed = native.mixer_pack(*spatial, *rest)
     act = shape.act
     return {
-        "depthwise half": lambda: _native.depthwise_mix(x, *spatial, act),
-        "channel half": lambda: _native.channel_mix(x, *channel, act),
-        "block": lambda: _native.mixer_stack(x, [weight], [packed], shape.kernel_size, act),
+        "depthwise half": lambda: native.depthwise_mix(x, *spatial, act),
+        "channel half": lambda: native.channel_mix(x, *channel, act),
+        "block": lambda: native.mixer_stack(x, [weight], [packed], shape.kernel_size, act),
     }
 
 
@@ -88,8 +89,8 @@ def test_block_and_its_halves(
     record: BenchmarkRecorder,
 ) -> None:
     on_cpu = device.kind == "cpu"
-    if on_cpu and _native.load() is None:
-        pytest.skip(_native.why_unavailable())
+    if on_cpu and native.load() is None:
+        pytest.skip(native.why_unavailable())
     group = f"{shape}, batch {block_batch}, {device.label}"
     record.wanted("kernels", group)
     device.enter()

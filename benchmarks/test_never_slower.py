@@ -36,8 +36,8 @@ from settings import SETTINGS
 from work import Work, of_model
 
 from convmixer_fast import explain
+from convmixer_fast.diagnostics.timing import wall_seconds
 from convmixer_fast.testing import assert_numerics
-from convmixer_fast.timing import wall_seconds
 
 #: A system is not called again if a call takes so many seconds and so many times the fastest's.
 LONG, FAR = 1.0, 1.5

@@ -12,9 +12,9 @@ from fakes.triton import installed
 from recording import BenchmarkRecorder
 
 from convmixer_fast import MixerBlock, MixerStack, create_model, optimize_for_inference
-from convmixer_fast.ops import gpu
-from convmixer_fast.route import Route
-from convmixer_fast.timing import interleaved_times, spread
+from convmixer_fast.backends import gpu
+from convmixer_fast.diagnostics.timing import interleaved_times, spread
+from convmixer_fast.modules.route import Route
 
 
 def _process(code: str) -> None:

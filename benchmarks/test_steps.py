@@ -24,8 +24,9 @@ from recording import BenchmarkRecorder
 from torch import Tensor, nn
 from work import of_model
 
-from convmixer_fast import _native, optimize
-from convmixer_fast.ops.packing import batch_norm_affine
+from convmixer_fast import optimize
+from convmixer_fast.backends.cpu import native
+from convmixer_fast.modules.packing import batch_norm_affine
 from convmixer_fast.testing import assert_numerics
 
 STRASSEN = "CONVMIXER_FAST_STRASSEN"
@@ -44,7 +45,7 @@ def _steps(model: Case, x: Tensor) -> dict[str, Run]:
                 (pointwise.weight, pointwise.bias, *batch_norm_affine(second, x.dtype)),
             )
         )
-    packed = [_native.mixer_pack(*spatial, *channel[1:]) for spatial, channel in halves]
+    packed = [native.mixer_pack(*spatial, *channel[1:]) for spatial, channel in halves]
     weights = [channel[0] for _, channel in halves]
 
     def head(features: Tensor) -> Tensor:
@@ -54,17 +55,17 @@ def _steps(model: Case, x: Tensor) -> dict[str, Run]:
     def depthwise_fused() -> Tensor:
         y = plain.stem(x)
         for (spatial, _), block in zip(halves, plain.blocks, strict=True):
-            y = block[1:](_native.depthwise_mix(y, *spatial, act))
+            y = block[1:](native.depthwise_mix(y, *spatial, act))
         return head(y)
 
     def both_fused() -> Tensor:
         y = plain.stem(x)
         for spatial, channel in halves:
-            y = _native.channel_mix(_native.depthwise_mix(y, *spatial, act), *channel, act)
+            y = native.channel_mix(native.depthwise_mix(y, *spatial, act), *channel, act)
         return head(y)
 
     def stack() -> Tensor:
-        return head(_native.mixer_stack(plain.stem(x), weights, packed, k, act))
+        return head(native.mixer_stack(plain.stem(x), weights, packed, k, act))
 
     def with_levels(levels: str, run: Run) -> Run:
         def call() -> Tensor:
@@ -111,8 +112,8 @@ def test_steps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     on_cpu = device.kind == "cpu"
-    if on_cpu and _native.load() is None:
-        pytest.skip(_native.why_unavailable())
+    if on_cpu and native.load() is None:
+        pytest.skip(native.why_unavailable())
     group = f"{variant}, batch {step_batch}, {device.label}"
     record.wanted("steps", group)
     # The steps set it; the fixture restores it.

@@ -5,14 +5,14 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from .arch import ACTIVATIONS, VARIANTS, Arch
-from .blocks import DepthwiseMix, MixerBlock, MixerStack, PointwiseMix, refresh
 from .checkpoint import CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint
-from .explain import explain
-from .for_inference import optimize_for_inference
-from .model import ConvMixer, create_model, list_models
+from .diagnostics.explain import explain
+from .diagnostics.tune import tune
+from .modules.blocks import DepthwiseMix, MixerBlock, MixerStack, PointwiseMix, refresh
+from .modules.for_inference import optimize_for_inference
+from .modules.model import ConvMixer, create_model, list_models
+from .modules.optimize import optimization_report, optimize, restore, to_reference
 from .ops import BackendError, available_backends, use_backend
-from .optimize import optimization_report, optimize, restore, to_reference
-from .tune import tune
 
 if TYPE_CHECKING:
     from .inference import Predictor, stream

@@ -20,13 +20,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .arch import Arch, find_variant
-from .doctor import cpu_name
-from .explain import explain
+from .diagnostics.doctor import cpu_name
+from .diagnostics.explain import explain
+from .diagnostics.timing import interleaved_times
 from .inference import Preprocessing
-from .model import ConvMixer, create_model
+from .modules.model import ConvMixer, create_model
 from .reference import ReferenceConvMixer
 from .testing import error_report, trained_like_
-from .timing import interleaved_times
 
 #: The network of the digits: scans of 8x8 pixels, one pixel a patch.
 DIGITS_ARCH = Arch(64, 4, kernel_size=5, patch_size=1, in_chans=1, num_classes=10, act="gelu")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from convmixer_fast import explain
+from convmixer_fast.diagnostics.timing import interleaved_times
 from convmixer_fast.testing import assert_numerics
-from convmixer_fast.timing import interleaved_times
 
 
 def compare(plain: nn.Module, fast: nn.Module, x: Tensor, rounds: int) -> None:

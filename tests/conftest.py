@@ -10,9 +10,10 @@ import pytest
 import torch
 from hypothesis import settings
 
-from convmixer_fast import _native_cuda
-from convmixer_fast.kernels import support
-from convmixer_fast.ops import backends, gpu
+from convmixer_fast.backends import gpu
+from convmixer_fast.backends.cuda import native as native_cuda
+from convmixer_fast.backends.triton import support
+from convmixer_fast.ops import registry
 
 # On CI the same examples every time: a change fails by its own fault. Elsewhere, new ones.
 settings.register_profile("ci", derandomize=True)
@@ -43,11 +44,11 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 #: What tests replace by fakes; a fake that is not removed changes every later test.
 _REPLACEABLE = (
-    (_native_cuda, "_find"),
-    (_native_cuda, "is_emulated"),
-    (_native_cuda, "pointwise_mix"),
-    (backends, "_auto_is_triton"),
-    (backends, "requested_backend"),
+    (native_cuda, "_find"),
+    (native_cuda, "is_emulated"),
+    (native_cuda, "pointwise_mix"),
+    (registry, "_auto_is_triton"),
+    (registry, "requested_backend"),
     (gpu, "kernels"),
     (support, "architecture"),
 )

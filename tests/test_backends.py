@@ -6,20 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from convmixer_fast import (
-    BackendError,
-    ConvMixer,
-    _native,
-    available_backends,
-    explain,
-    use_backend,
-)
-from convmixer_fast.ops import backends
+from convmixer_fast import BackendError, ConvMixer, available_backends, explain, use_backend
+from convmixer_fast.backends.cpu import native
+from convmixer_fast.ops import registry
 from convmixer_fast.testing import trained_like_
 
-needs_extension = pytest.mark.skipif(
-    not _native.load(), reason=_native.why_unavailable() or "built"
-)
+needs_extension = pytest.mark.skipif(not native.load(), reason=native.why_unavailable() or "built")
 
 
 @pytest.fixture
@@ -32,7 +24,7 @@ X = torch.randn(2, 3, 16, 16)
 
 def test_available_backends_lists_all_with_reasons():
     available = available_backends()
-    assert tuple(available) == backends.BACKENDS
+    assert tuple(available) == registry.BACKENDS
     assert available["reference"] == ""
     assert available["triton"]
     assert available["cuda"]
@@ -63,8 +55,8 @@ def test_auto_falls_through_and_says_why(model):
 def test_without_the_extension_pytorch_serves_and_explain_says_so(model, monkeypatch):
     with torch.no_grad():
         want = model(X)
-    monkeypatch.setattr(_native, "load", lambda: None)
-    monkeypatch.setattr(_native, "why_unavailable", lambda: "the moon is in the wrong house")
+    monkeypatch.setattr(native, "load", lambda: None)
+    monkeypatch.setattr(native, "why_unavailable", lambda: "the moon is in the wrong house")
     assert available_backends()["cpu"] == "the moon is in the wrong house"
     rows = explain(model, X)
     assert all(
@@ -120,9 +112,9 @@ def test_unknown_names_are_refused(model, monkeypatch):
 def test_use_backend_ends_with_its_block():
     with use_backend("reference"):
         with use_backend("cpu"):
-            assert backends.requested_backend() == "cpu"
-        assert backends.requested_backend() == "reference"
-    assert backends.requested_backend() == "auto"
+            assert registry.requested_backend() == "cpu"
+        assert registry.requested_backend() == "reference"
+    assert registry.requested_backend() == "auto"
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -23,9 +23,9 @@ import work
 from fakes.torch_cuda import NAME, FakeTorchCuda
 
 from convmixer_fast.arch import VARIANTS, Arch
+from convmixer_fast.diagnostics.timing import event_clock, interleaved_times
 from convmixer_fast.reference import ReferenceConvMixer
 from convmixer_fast.testing import trained_like_
-from convmixer_fast.timing import event_clock, interleaved_times
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"

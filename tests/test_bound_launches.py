@@ -15,8 +15,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from triton.runtime.jit import JITFunction
 
-from convmixer_fast.kernels import support
-from convmixer_fast.ops import first_use
+from convmixer_fast.backends import self_check
+from convmixer_fast.backends.triton import support
 
 SHAPE = (2, 16, 5, 6)
 
@@ -28,7 +28,7 @@ def test_a_repeated_call_looks_no_kernel_up(dtype, monkeypatch):
     images = [
         torch.randn(SHAPE).to(dtype).contiguous(memory_format=torch.channels_last) for _ in range(3)
     ]
-    first_use.forget()
+    self_check.forget()
     try:
         with torch.no_grad(), triton_simulator().triton_on_cpu(cc=80) as log, support.emulated():
             with use_backend("triton"):
@@ -40,7 +40,7 @@ def test_a_repeated_call_looks_no_kernel_up(dtype, monkeypatch):
                 got = [stack(x) for x in images]
             assert len(log) - before == 4 * len(images)
     finally:
-        first_use.forget()
+        self_check.forget()
     for ours, theirs in zip(got, want, strict=True):
         assert ours.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(ours, theirs)

@@ -8,16 +8,18 @@ import pytest
 import torch
 from gpu_cases import POINTWISE_CASES, MatrixCase, check, draw
 
-from convmixer_fast import ConvMixer, _native_cuda, explain, use_backend
+from convmixer_fast import ConvMixer, explain, use_backend
 from convmixer_fast.arch import ACTIVATIONS
-from convmixer_fast.kernels.configs import CudaConfig
-from convmixer_fast.ops import backends, first_use, gpu, pointwise
-from convmixer_fast.ops.cases import case_of
+from convmixer_fast.backends import gpu, self_check
+from convmixer_fast.backends.cuda import native as native_cuda
+from convmixer_fast.backends.kernel_key import case_of
+from convmixer_fast.backends.triton.configs import CudaConfig
+from convmixer_fast.ops import pointwise, registry
 from convmixer_fast.testing import assert_numerics, trained_like_
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
-WHY_NOT = _native_cuda.why_not_here()
+WHY_NOT = native_cuda.why_not_here()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "runs")]
 
 
@@ -35,7 +37,7 @@ def run(family: str):
     def pointwise_mix(x, weight, bias, scale, shift, act, out=None):
         case = case_of("pointwise_mix", x, weight, bias, act)
         shape = (x.shape[0], x.shape[2], x.shape[3])
-        if CudaConfig(family) not in backends.cuda_candidates(case, shape):
+        if CudaConfig(family) not in registry.cuda_candidates(case, shape):
             pytest.skip(f"{family} does not take it here")
         got = gpu._RUN["pointwise_mix"](x, weight, bias, scale, shift, act, CudaConfig(family))
         return got if out is None else out.copy_(got)
@@ -43,20 +45,20 @@ def run(family: str):
     return pointwise_mix
 
 
-@pytest.mark.parametrize("family", _native_cuda.FAMILIES)
+@pytest.mark.parametrize("family", native_cuda.FAMILIES)
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
 @pytest.mark.parametrize("case", POINTWISE_CASES, ids=str)
 def test_every_shape(case: MatrixCase, dtype: torch.dtype, family: str) -> None:
     check(run(family), case, dtype, "cuda")
 
 
-@pytest.mark.parametrize("family", _native_cuda.FAMILIES)
+@pytest.mark.parametrize("family", native_cuda.FAMILIES)
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_every_activation(act: str, family: str) -> None:
     check(run(family), MatrixCase("act", 2, 96, 9, 7, 136, act=act), BF16, "cuda")
 
 
-@pytest.mark.parametrize("family", _native_cuda.FAMILIES)
+@pytest.mark.parametrize("family", native_cuda.FAMILIES)
 def test_the_same_bits_every_time(family: str) -> None:
     o = draw(MatrixCase("bits", 1, 1024, 16, 16, 1024), BF16, "cuda")
     given = (o.x, o.weight, o.bias, o.scale, o.shift, "gelu")
@@ -108,7 +110,7 @@ def test_whole_models(dim: int, k: int, act: str, dtype: torch.dtype) -> None:
         ours = model(x)
         rows = explain(model, x)
     assert "cuda" in {row.backend for row in rows}
-    assert not any(first_use.results().values())
+    assert not any(self_check.results().values())
     assert_numerics(ours, theirs, want)
 
 

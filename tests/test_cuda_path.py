@@ -12,9 +12,10 @@ from test_ops import make_operands
 
 import convmixer_fast as cf
 from convmixer_fast import BackendError, ConvMixer, explain, use_backend
-from convmixer_fast.kernels import support
-from convmixer_fast.kernels.configs import ORDER, CudaConfig, ProductConfig, lookup_order
-from convmixer_fast.ops import backends, first_use, gpu, pointwise
+from convmixer_fast.backends import gpu, self_check
+from convmixer_fast.backends.triton import support
+from convmixer_fast.backends.triton.configs import ORDER, CudaConfig, ProductConfig, lookup_order
+from convmixer_fast.ops import pointwise, registry
 from convmixer_fast.testing import assert_numerics, trained_like_
 
 IMAGES = (2, 3, 16, 16)
@@ -24,8 +25,8 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """``auto`` treats CPU tensors as it treats those on a GPU."""
-    monkeypatch.setattr(backends, "_auto_is_triton", lambda device: True)
-    monkeypatch.setattr(backends, "whole_blocks_run", lambda *args: False)
+    monkeypatch.setattr(registry, "_auto_is_triton", lambda device: True)
+    monkeypatch.setattr(registry, "whole_blocks_run", lambda *args: False)
 
 
 @pytest.fixture
@@ -106,17 +107,17 @@ def test_explain_says_who_and_why(model):
 @pytest.mark.usefixtures("as_on_a_gpu")
 def test_what_is_missing_is_named_and_triton_serves(monkeypatch):
     given = operands_for(BF16)
-    call = backends.call_of
+    call = registry.call_of
     with cuda_installed(capability=90, families=("mma.sync",)) as double:
-        choice = backends.choose(
+        choice = registry.choose(
             "pointwise_mix", given[0].device, BF16, 16, call("pointwise_mix", *given[:3], "gelu")
         )
         assert choice.backend == "triton"
         assert "not wgmma: " in choice.reason
         double.families = ("mma.sync", "wgmma")
-        backends._native_cuda.refusal.cache_clear()
+        registry.native_cuda.refusal.cache_clear()
         double.refused["wgmma"] = "the moon is in the wrong house"
-        choice = backends.choose(
+        choice = registry.choose(
             "pointwise_mix", given[0].device, BF16, 16, call("pointwise_mix", *given[:3], "gelu")
         )
         assert choice.backend == "triton"
@@ -143,8 +144,8 @@ def test_a_bad_cuda_kernel_warns_once_and_triton_serves(fault):
             assert torch.equal(cf.ops.pointwise_mix(*given, "gelu"), got)
         assert double.calls["mma.sync"] == 1
         assert double.calls["pointwise_mix"] == 3
-        call = backends.call_of("pointwise_mix", *given[:3], "gelu")
-        choice = backends.choose("pointwise_mix", given[0].device, FP16, 16, call)
+        call = registry.call_of("pointwise_mix", *given[:3], "gelu")
+        choice = registry.choose("pointwise_mix", given[0].device, FP16, 16, call)
     assert choice.backend == "triton"
     cause = "wrong numbers" if fault == "wrong" else "cudaErrorNoKernelImageForDevice"
     assert f"not cuda mma.sync: {'RuntimeError: ' * (fault == 'error')}{cause}" in choice.reason
@@ -158,7 +159,7 @@ def test_where_every_kernel_is_bad_pytorch_serves():
         double.wrong |= {"mma.sync", "pointwise_mix"}
         got = cf.ops.pointwise_mix(*given, "gelu")
         assert torch.equal(got, pointwise._reference(*given, "gelu"))
-        assert len([why for why in first_use.results().values() if why]) == 2
+        assert len([why for why in self_check.results().values() if why]) == 2
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
@@ -166,20 +167,20 @@ def test_no_cuda_kernel_while_a_graph_is_captured_unchecked(monkeypatch):
     given = operands_for(BF16)
     with cuda_installed() as double:
         with monkeypatch.context() as patch:
-            patch.setattr(first_use, "is_capturing", lambda device: True)
+            patch.setattr(self_check, "is_capturing", lambda device: True)
             cf.ops.pointwise_mix(*given, "gelu")
             assert not double.calls
         cf.ops.pointwise_mix(*given, "gelu")
         before = double.calls["mma.sync"]
         with monkeypatch.context() as patch:
-            patch.setattr(first_use, "is_capturing", lambda device: True)
+            patch.setattr(self_check, "is_capturing", lambda device: True)
             cf.ops.pointwise_mix(*given, "gelu")
         assert double.calls["mma.sync"] == before + 1
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
 def test_wgmma_stays_off_where_nothing_is_checked(monkeypatch):
-    monkeypatch.setenv(first_use.ENVIRONMENT, "0")
+    monkeypatch.setenv(self_check.ENVIRONMENT, "0")
     given = operands_for(BF16)
     with cuda_installed(capability=90) as double:
         cf.ops.pointwise_mix(*given, "gelu")
@@ -247,7 +248,7 @@ def test_by_name_what_cannot_run_raises_with_the_reason(monkeypatch):
         double.wrong.add("mma.sync")
         with pytest.warns(RuntimeWarning), pytest.raises(BackendError, match="wrong numbers"):
             cf.ops.pointwise_mix(*given, "gelu")
-    monkeypatch.setenv(backends.ENVIRONMENT, "cuda")
+    monkeypatch.setenv(registry.ENVIRONMENT, "cuda")
     with pytest.raises(BackendError, match="'cuda' was asked for but cannot run"):
         cf.ops.pointwise_mix(*given, "gelu")
 
@@ -276,7 +277,7 @@ def test_tune_measures_the_cuda_kernels_and_its_verdict_holds(model, monkeypatch
             }
             config = CudaConfig("mma.sync") if winner == "cuda" else ProductConfig()
             assert (row.verdict.winner, row.verdict.config) == (winner, config)
-            cf.ops.verdicts.forget()  # as another process: from the file
+            cf.ops.tuning_cache.forget()  # as another process: from the file
             chosen = {r.backend: r.reason for r in explain(model, x) if r.module == "blocks.1"}
             (reason,) = chosen.values()
             assert set(chosen) == {"cuda" if winner == "cuda" else "triton"}
@@ -287,7 +288,7 @@ def test_tune_measures_the_cuda_kernels_and_its_verdict_holds(model, monkeypatch
             assert (double.calls - before)[kernel] >= 2
             # In a build without it the verdict is none.
             with monkeypatch.context() as patch:
-                patch.setattr(backends, "_why_not_cuda", lambda device: "not built")
+                patch.setattr(registry, "_why_not_cuda", lambda device: "not built")
                 rows = {r.module: r for r in explain(model, x)}
             assert ("tuned" in rows["blocks.1"].reason) == (winner == "product")
             assert rows["blocks.1"].backend == "triton"
@@ -302,7 +303,7 @@ def test_a_steady_call_keeps_its_float32_bias(model, monkeypatch):
         want = model(x)
         with monkeypatch.context() as patch:
             for name in ("call_of", "choose"):
-                patch.setattr(backends, name, lambda *args: pytest.fail("looked up"))
+                patch.setattr(registry, name, lambda *args: pytest.fail("looked up"))
             known = set(double.biases)
             before = double.calls["mma.sync"]
             assert torch.equal(model(x), want)
@@ -328,9 +329,9 @@ def test_operands_that_begin_between_words_are_copied(monkeypatch):
             return kernel(*given, **named)
 
         with monkeypatch.context() as patch:  # undone before the stand-in is
-            patch.setattr(backends._native_cuda, "pointwise_mix", aligned)
+            patch.setattr(registry.native_cuda, "pointwise_mix", aligned)
             got = cf.ops.pointwise_mix(x, off[0], bias, off[1], shift, "gelu")
-        assert not any(first_use.results().values())
+        assert not any(self_check.results().values())
     assert torch.equal(got, want)
 
 
@@ -343,8 +344,8 @@ def test_a_product_that_pytorch_computes_is_ended_by_one_kernel(act, bias):
     with cuda_installed() as double:
         got = cf.ops.pointwise_mix(*given, act)
         assert set(double.calls) == {"after_product_"}
-        call = backends.call_of("pointwise_mix", *given[:3], act)
-        choice = backends.choose("pointwise_mix", x.device, FP32, 16, call)
+        call = registry.call_of("pointwise_mix", *given[:3], act)
+        choice = registry.choose("pointwise_mix", x.device, FP32, 16, call)
     assert choice.reason.startswith("PyTorch's product and one Triton kernel for the rest, checked")
     assert "float32 without TF32" in choice.reason
     torch.testing.assert_close(got, pointwise._reference(*given, act), rtol=1e-5, atol=1e-5)
@@ -366,8 +367,8 @@ def test_float64_is_multiplied_by_pytorch_and_ended_by_one_kernel(act, capabilit
     with cuda_installed(capability=capability) as double:
         got = cf.ops.pointwise_mix(*given, act)
         assert double.calls == {"after_product_": 2}
-        call = backends.call_of("pointwise_mix", *given[:3], act)
-        choice = backends.choose("pointwise_mix", given[0].device, F64, 16, call)
+        call = registry.call_of("pointwise_mix", *given[:3], act)
+        choice = registry.choose("pointwise_mix", given[0].device, F64, 16, call)
     assert (choice.backend, choice.reason) == (
         "triton",
         "PyTorch's product and one Triton kernel for the rest, checked against PyTorch; "
@@ -403,7 +404,7 @@ def test_the_check_of_float64_does_not_depend_on_the_order_of_a_sum():
     # PyTorch's convolution and its matrix product add 1536 terms in different orders.
     with cuda_installed():
         x, weight = torch.empty(1, 1536, 2, 2, dtype=F64), torch.empty(1536, 1536, 1, 1)
-        case = backends.call_of("pointwise_mix", x, weight, None, "gelu").case
+        case = registry.call_of("pointwise_mix", x, weight, None, "gelu").case
         report = gpu.measure_errors(case, pointwise._reference, ProductConfig())
     assert report.ok
     assert report.max_error <= 0.5 * report.max_bar, report
@@ -423,13 +424,13 @@ def test_a_float64_model(monkeypatch):
         model(x)
         with monkeypatch.context() as patch:
             # What was looked up for a pointwise half is kept, though the other half has no kernel.
-            choose = backends.choose
+            choose = registry.choose
 
             def other_half(op, *args):
                 assert op != "pointwise_mix" or args[3].case.op == "patch_embed"
                 return choose(op, *args)
 
-            patch.setattr(backends, "choose", other_half)
+            patch.setattr(registry, "choose", other_half)
             before = double.calls["after_product_"]
             torch.testing.assert_close(model(x), want, rtol=1e-12, atol=1e-12)
             assert double.calls["after_product_"] == before + 2
@@ -441,8 +442,8 @@ def test_a_float64_model(monkeypatch):
 
 
 def chosen(given, act="gelu"):
-    call = backends.call_of("pointwise_mix", *given[:3], act)
-    return backends.choose("pointwise_mix", given[0].device, given[0].dtype, 16, call)
+    call = registry.call_of("pointwise_mix", *given[:3], act)
+    return registry.choose("pointwise_mix", given[0].device, given[0].dtype, 16, call)
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
@@ -470,7 +471,7 @@ def test_without_triton_the_architecture_decides(capability, dtype, families, ke
         got = cf.ops.pointwise_mix(*given, "gelu")
         assert set(double.calls) == ({kernel} if kernel else set())
         if kernel:
-            assert first_use.results() == {chosen(given).case: ""}
+            assert self_check.results() == {chosen(given).case: ""}
     assert choice.backend == ("cuda" if kernel else "reference")
     start = f"one CUDA kernel ({kernel}), to be checked at its first use; "
     assert choice.reason.startswith(start if kernel else "triton: ")
@@ -505,7 +506,7 @@ def test_without_triton_and_without_the_extension_both_reasons_are_told(monkeypa
     given = operands_for(BF16)
     with cuda_installed() as double, without_triton():
         with monkeypatch.context() as patch:
-            patch.setattr(backends._native_cuda, "_find", lambda: (None, "no nvcc in this house"))
+            patch.setattr(registry.native_cuda, "_find", lambda: (None, "no nvcc in this house"))
             choice = chosen(given)
             assert torch.equal(
                 cf.ops.pointwise_mix(*given, "gelu"), pointwise._reference(*given, "gelu")

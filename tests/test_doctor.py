@@ -10,10 +10,13 @@ import pytest
 import torch
 from fakes.triton import installed
 
-from convmixer_fast import BackendError, _native, cli, doctor
+from convmixer_fast import BackendError, cli
 from convmixer_fast.arch import ACTIVATIONS
-from convmixer_fast.ops import depthwise_mix, first_use, pointwise_mix
-from convmixer_fast.ops.backends import requested_backend
+from convmixer_fast.backends import self_check
+from convmixer_fast.backends.cpu import native
+from convmixer_fast.diagnostics import doctor
+from convmixer_fast.ops import depthwise_mix, pointwise_mix
+from convmixer_fast.ops.registry import requested_backend
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +46,7 @@ def test_versions_are_those_installed(report):
     assert report["cpu"]["cores"] >= 1
     assert report["cpu"]["name"]
     assert report["cpu"]["torch_threads"] == torch.get_num_threads()
-    assert report["extension"]["usable"] == (_native.load() is not None)
+    assert report["extension"]["usable"] == (native.load() is not None)
     assert doctor.version_of("a-library-that-nobody-has") is None
 
 
@@ -116,8 +119,8 @@ def test_a_result_of_nan_is_an_illness(monkeypatch):
 
 
 def test_a_missing_extension_is_told_with_its_reason_and_no_illness(capsys, monkeypatch):
-    monkeypatch.setattr(_native, "load", lambda: None)
-    monkeypatch.setattr(_native, "why_unavailable", lambda: "no compiler was found")
+    monkeypatch.setattr(native, "load", lambda: None)
+    monkeypatch.setattr(native, "why_unavailable", lambda: "no compiler was found")
     assert cli.main(["doctor"]) == 0
     text = capsys.readouterr().out
     assert "not usable" in text
@@ -164,7 +167,7 @@ def test_gpu_kernels_that_failed_at_their_first_use_are_shown(report):
         with pytest.raises(BackendError):
             depthwise_mix(x, torch.ones(4, 1, 3, 3), None, one, one, "relu")
         pointwise_mix(x, torch.ones(4, 4, 1, 1), None, one, one, "relu")
-        kernels = {str(case): why for case, why in first_use.results().items()}
+        kernels = {str(case): why for case, why in self_check.results().items()}
     assert sorted(kernels.values()) == ["", "RuntimeError: out of resource"]
     text = doctor.render(report | {"kernels": kernels})
     (shown,) = [line for line in text.splitlines() if "out of resource" in line]

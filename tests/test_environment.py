@@ -12,9 +12,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from convmixer_fast import ConvMixer, _native, cli, environment
+from convmixer_fast import ConvMixer, cli, environment
+from convmixer_fast.backends.cpu import native
 from convmixer_fast.environment import BUILD_VARIABLES, PREFIX, VARIABLES
-from convmixer_fast.ops.backends import BACKENDS, BackendError, requested_backend
+from convmixer_fast.ops.registry import BACKENDS, BackendError, requested_backend
 
 ROOT = Path(__file__).parents[1]
 CHOSEN = [v for v in VARIABLES.values() if v.values]
@@ -50,7 +51,7 @@ def test_every_variable_in_the_source_is_in_the_table_and_in_the_docs() -> None:
 
 def test_no_other_place_reads_the_environment_of_this_package() -> None:
     for path in (ROOT / "convmixer_fast").rglob("*.py"):
-        if path.name not in ("environment.py", "doctor.py", "backends.py", "verdicts.py"):
+        if path.name not in ("environment.py", "doctor.py", "backends.py", "tuning_cache.py"):
             assert not re.search(rf"environ[^\n]*{PREFIX}", path.read_text()), path
 
 
@@ -89,14 +90,14 @@ def test_values_are_read_in_any_case_and_others_raise(
 #: Of a forward pass, in a process of its own.
 FORWARD = """
 import torch
-from convmixer_fast import ConvMixer, _native, explain
+from convmixer_fast import ConvMixer, native, explain
 model = ConvMixer(16, 1, kernel_size=3, patch_size=4, num_classes=2).eval()
 x = torch.zeros(1, 3, 16, 16)
 try:
     with torch.inference_mode():
         model(x)
-    module = _native.load()
-    print("ran", module.isa() if module else None, "|", _native.why_unavailable())
+    module = native.load()
+    print("ran", module.isa() if module else None, "|", native.why_unavailable())
 except (ValueError, RuntimeError) as error:
     print("raised", error)
 """
@@ -123,7 +124,7 @@ def test_a_switch_works_under_every_name_of_on(value: str) -> None:
     assert told == f"ran None | switched off by {PREFIX}DISABLE_NATIVE\n"
 
 
-@pytest.mark.skipif(not _native.load(), reason=_native.why_unavailable())
+@pytest.mark.skipif(not native.load(), reason=native.why_unavailable())
 @pytest.mark.parametrize("value", ["BASELINE", "Baseline", "baseline "])
 def test_an_instruction_set_is_read_in_any_case(value: str) -> None:
     told = fresh_python.run("-c", FORWARD, env={PREFIX + "ISA": value}).stdout

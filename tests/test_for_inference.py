@@ -14,18 +14,18 @@ from torch import nn
 from convmixer_fast import (
     ConvMixer,
     MixerBlock,
-    _native,
     explain,
     optimize,
     optimize_for_inference,
     refresh,
     to_reference,
 )
-from convmixer_fast.route import ModuleSnapshot
+from convmixer_fast.backends.cpu import native
+from convmixer_fast.modules.route import ModuleSnapshot
 from convmixer_fast.testing import trained_like_
 
 SHAPE = (2, 3, 20, 24)
-engine = pytest.mark.skipif(_native.load() is None, reason=_native.why_unavailable() or "built")
+engine = pytest.mark.skipif(native.load() is None, reason=native.why_unavailable() or "built")
 
 
 @pytest.fixture(autouse=True, params=["engine", "gpu kernels"])

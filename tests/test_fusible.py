@@ -18,9 +18,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from convmixer_fast import ConvMixer, MixerBlock, explain, fusible, optimize, to_reference
-from convmixer_fast.blocks import DepthwiseMix
-from convmixer_fast.ops.backends import Choice, recording
+from convmixer_fast import ConvMixer, MixerBlock, explain, optimize, to_reference
+from convmixer_fast.modules import fusible
+from convmixer_fast.modules.blocks import DepthwiseMix
+from convmixer_fast.ops.registry import Choice, recording
 from convmixer_fast.testing import trained_like_
 
 SHAPE = (2, 3, 20, 24)

@@ -19,10 +19,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import create_function_from_signature
 
-from convmixer_fast.kernels import after_product, depthwise, operands, pointwise, stem, support
-from convmixer_fast.kernels.configs import ProductConfig
-from convmixer_fast.ops import gpu
-from convmixer_fast.ops.cases import (
+from convmixer_fast.backends import gpu
+from convmixer_fast.backends.kernel_key import (
     BEYOND_INT32,
     UINT8_STEM,
     Case,
@@ -31,7 +29,16 @@ from convmixer_fast.ops.cases import (
     stride_class,
     strides_like,
 )
-from convmixer_fast.ops.packing import Packed
+from convmixer_fast.backends.triton import (
+    after_product,
+    depthwise,
+    operands,
+    pointwise,
+    stem,
+    support,
+)
+from convmixer_fast.backends.triton.configs import ProductConfig
+from convmixer_fast.modules.packing import Packed
 
 pytestmark = compiler
 

@@ -10,8 +10,8 @@ from torch import nn
 from triton_modes import compiler, interpreter, run_in_interpreter, triton_simulator
 
 from convmixer_fast import ConvMixer, explain, use_backend
-from convmixer_fast.kernels import support
-from convmixer_fast.ops import first_use
+from convmixer_fast.backends import self_check
+from convmixer_fast.backends.triton import support
 from convmixer_fast.testing import assert_numerics, trained_like_
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -68,24 +68,24 @@ def test_the_interpreter_finds_a_model_right() -> None:
 @interpreter
 @pytest.mark.parametrize(("dim", "k", "act"), [(24, 3, "gelu"), (5, 4, "relu")])
 def test_interpreter(dim: int, k: int, act: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(first_use.ENVIRONMENT, "0")
+    monkeypatch.setenv(self_check.ENVIRONMENT, "0")
     check(dim, k, act, torch.float32)
 
 
 @interpreter
 def test_interpreter_uint8_images_after_a_first_use() -> None:
-    first_use.forget()
+    self_check.forget()
     check(24, 3, "gelu", torch.float32, uint8=True, depth=1)
-    assert len(first_use.results()) == 3
-    assert not any(first_use.results().values())
-    first_use.forget()
+    assert len(self_check.results()) == 3
+    assert not any(self_check.results().values())
+    self_check.forget()
 
 
 @compiler
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_simulator(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     sim = triton_simulator()
-    monkeypatch.setenv(first_use.ENVIRONMENT, "0")
+    monkeypatch.setenv(self_check.ENVIRONMENT, "0")
     with support.emulated(), sim.triton_on_cpu(cc=80, strict=True) as log:
         check(64, 5, "gelu", dtype)
     assert len(log) == 7
@@ -96,7 +96,7 @@ def test_simulator(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_simulator_uint8_images(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     sim = triton_simulator()
-    monkeypatch.setenv(first_use.ENVIRONMENT, "0")
+    monkeypatch.setenv(self_check.ENVIRONMENT, "0")
     with support.emulated(), sim.triton_on_cpu(cc=80, strict=True) as log:
         check(64, 3, "gelu", dtype, uint8=True, depth=1)
     assert len(log) == 3
@@ -113,7 +113,7 @@ def test_simulator_at_published_widths(
     dim: int, k: int, act: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sim = triton_simulator()
-    monkeypatch.setenv(first_use.ENVIRONMENT, "0")
+    monkeypatch.setenv(self_check.ENVIRONMENT, "0")
     # The counters of memory accesses are not needed.
     with support.emulated(), sim.triton_on_cpu(cc=80, strict=True, counters=False) as log:
         check(dim, k, act, dtype)
@@ -123,11 +123,11 @@ def test_simulator_at_published_widths(
 @compiler
 def test_simulator_finds_the_first_use_right() -> None:
     sim = triton_simulator()
-    first_use.forget()
+    self_check.forget()
     with support.emulated(), sim.triton_on_cpu(cc=80, strict=True) as log:
         check(32, 3, "silu", torch.bfloat16)
-    found = first_use.results()
-    first_use.forget()
+    found = self_check.results()
+    self_check.forget()
     assert len(found) == 3
     assert not any(found.values())
     assert len(log) == 10
@@ -140,7 +140,7 @@ def test_simulator_finds_the_first_use_right() -> None:
 @pytest.mark.parametrize("uint8", [False, True])
 def test_hardware(dim: int, k: int, act: str, dtype: torch.dtype, uint8: bool) -> None:
     check(dim, k, act, dtype, "cuda", uint8)
-    assert not any(first_use.results().values())
+    assert not any(self_check.results().values())
 
 
 @pytest.mark.gpu

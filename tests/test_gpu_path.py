@@ -22,16 +22,17 @@ from convmixer_fast import (
     ConvMixer,
     MixerStack,
     PointwiseMix,
-    _native_cuda,
     available_backends,
     explain,
     optimize,
     refresh,
     use_backend,
 )
-from convmixer_fast.fusible import POINTWISE, reason_not_fusible
-from convmixer_fast.kernels import support
-from convmixer_fast.ops import backends, verdicts
+from convmixer_fast.backends import tuning_cache
+from convmixer_fast.backends.cuda import native as native_cuda
+from convmixer_fast.backends.triton import support
+from convmixer_fast.modules.fusible import POINTWISE, reason_not_fusible
+from convmixer_fast.ops import registry
 from convmixer_fast.reference import reference_block
 from convmixer_fast.testing import assert_numerics, trained_like_
 
@@ -229,7 +230,7 @@ def on_a_fake_gpu(monkeypatch, name: str = "") -> None:
     monkeypatch.setattr(support, "_capable", set())
     # With the copy engine and tcgen05, where Triton's kernel comes first.
     monkeypatch.setattr(support, "architecture", lambda device: 100)
-    monkeypatch.setattr(verdicts, "lookup", lambda case, shape: None)
+    monkeypatch.setattr(tuning_cache, "lookup", lambda case, shape: None)
 
 
 def fake_model_rows(dtype: torch.dtype) -> list[tuple]:
@@ -243,7 +244,7 @@ def fake_model_rows(dtype: torch.dtype) -> list[tuple]:
         images = torch.empty(IMAGES, device="cuda", dtype=dtype)
         maps = []
         handle = model.blocks.register_forward_hook(lambda m, a, out: maps.append(out))
-        with backends.recording(modes=1) as rows:
+        with registry.recording(modes=1) as rows:
             torch.func.functional_call(model, state, (images,))
         handle.remove()
     assert maps[0].device.type == "cuda"
@@ -257,7 +258,7 @@ KERNEL = ("triton", "one Triton kernel, to be checked at its first use", True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_auto_takes_the_kernels_on_a_gpu(monkeypatch, dtype):
     on_a_fake_gpu(monkeypatch)
-    monkeypatch.setattr(backends.precision, "dot_precision", lambda dtype: "tf32")
+    monkeypatch.setattr(registry.precision, "dot_precision", lambda dtype: "tf32")
     rows = fake_model_rows(dtype)
     assert {row[1:] for row in rows[:2]} == {KERNEL}
     # The reason why this kernel and no other goes on.
@@ -284,7 +285,7 @@ def test_auto_leaves_exact_float32_products_to_pytorch(monkeypatch):
 def test_a_compiler_gets_plain_operators_for_exact_float32_products(monkeypatch):
     on_a_fake_gpu(monkeypatch)
     runs = {
-        (op, dtype): backends.compiled_kernels_run(torch.device("cuda"), dtype, op)
+        (op, dtype): registry.compiled_kernels_run(torch.device("cuda"), dtype, op)
         for op in ("depthwise_mix", "pointwise_mix", "patch_embed")
         for dtype in (torch.float32, torch.bfloat16)
     }
@@ -335,9 +336,9 @@ def test_without_triton_auto_takes_the_cuda_extension_on_a_gpu(monkeypatch):
     on_a_fake_gpu(monkeypatch)
     monkeypatch.setattr(support, "_why_no_triton", lambda: "Triton is not installed")
     module = FakeCuda(89, ("mma.sync",)).module()
-    monkeypatch.setattr(_native_cuda, "_find", lambda: (module, ""))
-    _native_cuda.refusal.cache_clear()
-    _native_cuda._numbers.cache_clear()
+    monkeypatch.setattr(native_cuda, "_find", lambda: (module, ""))
+    native_cuda.refusal.cache_clear()
+    native_cuda._numbers.cache_clear()
     try:
         for architecture, backend in ((89, "cuda"), (100, "reference")):
             monkeypatch.setattr(support, "architecture", lambda device, a=architecture: a)
@@ -348,10 +349,10 @@ def test_without_triton_auto_takes_the_cuda_extension_on_a_gpu(monkeypatch):
             assert all("Triton is not installed" in row[2] for row in rows)
         # The compiler's own products, with what stands around them.
         on = (torch.device("cuda"), torch.bfloat16, "pointwise_mix")
-        assert not backends.compiled_kernels_run(*on)
+        assert not registry.compiled_kernels_run(*on)
     finally:
-        _native_cuda.refusal.cache_clear()
-        _native_cuda._numbers.cache_clear()
+        native_cuda.refusal.cache_clear()
+        native_cuda._numbers.cache_clear()
 
 
 def test_a_compiler_on_a_gpu_gets_the_operators_only_where_kernels_run(monkeypatch):
@@ -430,7 +431,7 @@ def test_a_steady_call_looks_nothing_up_and_notices_what_changes(double, model, 
     with monkeypatch.context() as patch:
         # Who serves it, what was tuned and what was found out are not asked again.
         for name in ("call_of", "choose"):
-            patch.setattr(backends, name, lambda *args: pytest.fail("looked up"))
+            patch.setattr(registry, name, lambda *args: pytest.fail("looked up"))
         before = double.calls.copy()
         assert torch.equal(model(x), want)
         assert sum((double.calls - before).values()) == 7
@@ -475,10 +476,10 @@ def test_a_steady_call_looks_nothing_up_and_notices_what_changes(double, model, 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:the Triton kernel")
 def test_a_steady_call_whose_launch_fails(double, model, monkeypatch):
-    monkeypatch.setattr(backends, "requested_backend", lambda: "auto")
-    monkeypatch.setattr(backends, "_auto_is_triton", lambda device: True)
-    monkeypatch.setattr(backends, "whole_blocks_run", lambda *args: False)
-    monkeypatch.setattr(backends, "_why_slower", lambda op, dtype: "")
+    monkeypatch.setattr(registry, "requested_backend", lambda: "auto")
+    monkeypatch.setattr(registry, "_auto_is_triton", lambda device: True)
+    monkeypatch.setattr(registry, "whole_blocks_run", lambda *args: False)
+    monkeypatch.setattr(registry, "_why_slower", lambda op, dtype: "")
     x = torch.randn(IMAGES)
     want = model(x)
     assert torch.equal(model(x), want)

@@ -11,11 +11,12 @@ import pytest
 import torch
 from fakes.triton import installed
 
-from convmixer_fast import BackendError, cli, gpu_report
+from convmixer_fast import BackendError, cli
 from convmixer_fast.arch import VARIANTS
-from convmixer_fast.gpu_report import Problem
-from convmixer_fast.kernels import configs, support
-from convmixer_fast.ops import gpu
+from convmixer_fast.backends import gpu
+from convmixer_fast.backends.triton import configs, support
+from convmixer_fast.diagnostics import gpu_report
+from convmixer_fast.diagnostics.gpu_report import Problem
 
 CPU = torch.device("cpu")
 SMALL = (
@@ -149,7 +150,7 @@ def test_a_fault_of_one_operator_does_not_take_the_others():
 def test_a_gpus_rows_are_made_in_other_processes_and_the_emulators_here(monkeypatch):
     seen = []
     monkeypatch.setattr(support, "why_not", lambda device: "")
-    monkeypatch.setattr(gpu_report.verdicts, "machine", lambda device: {})
+    monkeypatch.setattr(gpu_report.tuning_cache, "machine", lambda device: {})
     monkeypatch.setattr(gpu_report, "_limits", lambda device: {})
     monkeypatch.setattr(gpu_report, "isolated", lambda which, run: seen.append(run) or iter(()))
     assert gpu_report.report(torch.device("cuda", 0), which=SMALL)["rows"] == []

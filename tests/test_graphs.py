@@ -12,9 +12,10 @@ from fakes.triton import installed
 from torch import nn
 
 import convmixer_fast as cf
-from convmixer_fast import ConvMixer, explain, graphs, optimize, refresh, use_backend
-from convmixer_fast.blocks import MixerStack
-from convmixer_fast.graphs import StackGraphs, images_at_a_time
+from convmixer_fast import ConvMixer, explain, optimize, refresh, use_backend
+from convmixer_fast.modules import cuda_graph
+from convmixer_fast.modules.blocks import MixerStack
+from convmixer_fast.modules.cuda_graph import StackGraphs, images_at_a_time
 from convmixer_fast.testing import trained_like_
 
 IMAGES = (2, 3, 20, 20)
@@ -119,10 +120,10 @@ def test_each_kind_of_input_has_its_graph_and_few_are_kept(double, model, tape):
         for _ in range(3):
             assert_true(model, torch.randn(1, 3, size, 20))
     assert tape.captures == 12
-    assert len(model.blocks._graphs) == graphs.MAX_GRAPHS
+    assert len(model.blocks._graphs) == cuda_graph.MAX_GRAPHS
     captures = tape.captures
-    model(torch.randn(graphs.MAX_BATCH + 1, 3, 16, 16))
-    model(torch.randn(graphs.MAX_BATCH + 1, 3, 16, 16))
+    model(torch.randn(cuda_graph.MAX_BATCH + 1, 3, 16, 16))
+    model(torch.randn(cuda_graph.MAX_BATCH + 1, 3, 16, 16))
     assert tape.captures == captures
     with torch.inference_mode():
         for _ in range(3):
@@ -201,7 +202,7 @@ def test_depth_first_gives_the_same(double, monkeypatch):
     optimize(net, depth_first=True)
     x = torch.randn(7, 3, 20, 20)
     image = 16 * 5 * 5 * 4
-    monkeypatch.setattr(graphs, "l2_bytes", lambda device: 2 * 3 * image * 2)
+    monkeypatch.setattr(cuda_graph, "l2_bytes", lambda device: 2 * 3 * image * 2)
     want = net(x)
     sizes = {shape[0] for name, shape in double.shapes[-12:] if name == "depthwise_mix"}
     assert sizes == {2, 1}
@@ -348,7 +349,7 @@ class Cuda:
 def test_a_model_on_a_device_that_is_not_current(monkeypatch, guarded):
     cuda, weight = Cuda(monkeypatch), object()
     if not guarded:
-        monkeypatch.setattr(graphs, "on_device", lambda device: nullcontext())
+        monkeypatch.setattr(cuda_graph, "on_device", lambda device: nullcontext())
 
     def blocks(x: torch.Tensor) -> torch.Tensor:
         out = torch.zeros_like(x)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import fresh_python
+import pytest
 
 import convmixer_fast
 
@@ -76,3 +78,10 @@ def test_public_names_are_there():
     for name in convmixer_fast.__all__:
         assert getattr(convmixer_fast, name) is not None
     assert convmixer_fast.__version__[0].isdigit()
+
+
+@pytest.mark.parametrize(("old", "name"), [("blocks", "MixerBlock"), ("model", "ConvMixer")])
+def test_paths_of_0_1_0_work_and_warn(old: str, name: str) -> None:
+    with pytest.warns(DeprecationWarning, match=f"convmixer_fast.{old} is now"):
+        found = getattr(importlib.import_module(f"convmixer_fast.{old}"), name)
+    assert found is getattr(convmixer_fast, name)

@@ -14,9 +14,10 @@ from triton_modes import compiler, interpreter, run_in_interpreter, triton_simul
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from convmixer_fast.arch import ACTIVATIONS
-from convmixer_fast.kernels import operands
-from convmixer_fast.kernels.after_product import after_product_
-from convmixer_fast.ops import backends, first_use, pointwise_mix, use_backend
+from convmixer_fast.backends import self_check
+from convmixer_fast.backends.triton import operands
+from convmixer_fast.backends.triton.after_product import after_product_
+from convmixer_fast.ops import pointwise_mix, registry, use_backend
 from convmixer_fast.ops.common import activation, affine
 from convmixer_fast.testing import assert_numerics
 
@@ -90,12 +91,12 @@ def test_interpreter_float64_operator(layout: str) -> None:
     case = MatrixCase("float64", 2, 24, 4, 5, 40, layout=layout)
     o = draw(case, torch.float64)
     given = (o.x, o.weight, o.bias, o.scale.double(), o.shift.double(), case.act)
-    first_use.forget()
+    self_check.forget()
     with use_backend("triton"):
         got = pointwise_mix(*given)
-        call = backends.call_of("pointwise_mix", *given[:3], case.act)
-        choice = backends.choose("pointwise_mix", o.x.device, o.x.dtype, 16, call)
-    assert list(first_use.results().values()) == [""]
+        call = registry.call_of("pointwise_mix", *given[:3], case.act)
+        choice = registry.choose("pointwise_mix", o.x.device, o.x.dtype, 16, call)
+    assert list(self_check.results().values()) == [""]
     assert choice.reason == (
         "asked for by name: PyTorch's product and one Triton kernel for the rest, "
         "checked against PyTorch"

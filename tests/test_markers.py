@@ -15,10 +15,12 @@ import pytest
 import torch
 from fakes.triton import installed
 
-from convmixer_fast import ConvMixer, doctor, explain
-from convmixer_fast.kernels import support
-from convmixer_fast.ops import backends, first_use, markers, verdicts
-from convmixer_fast.ops.cases import Case
+from convmixer_fast import ConvMixer, explain
+from convmixer_fast.backends import markers, self_check, tuning_cache
+from convmixer_fast.backends.kernel_key import Case
+from convmixer_fast.backends.triton import support
+from convmixer_fast.diagnostics import doctor
+from convmixer_fast.ops import registry
 from convmixer_fast.testing import trained_like_
 
 pytest.importorskip("fcntl", reason="there are no locks here")
@@ -28,13 +30,13 @@ GPU = CASE._replace(device="cuda:1")
 
 PROGRAM = """
     import os, signal, sys, torch
-    from convmixer_fast.ops import first_use
-    from convmixer_fast.ops.cases import Case
+    from convmixer_fast.ops import self_check
+    from convmixer_fast.backends.kernel_key import Case
     case = Case("depthwise_mix", "cpu", torch.float32, 8, 8, 3, "gelu", True, 16)
     def check(tile):
         {}
         return ""
-    print(first_use.ready(case, check))
+    print(self_check.ready(case, check))
 """
 DIES = "os.kill(os.getpid(), signal.SIGKILL)"
 WAITS = 'print("checking", flush=True); sys.stdin.readline()'
@@ -42,10 +44,10 @@ WAITS = 'print("checking", flush=True); sys.stdin.readline()'
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv(verdicts.ENVIRONMENT, str(tmp_path / "cache"))
-    first_use.forget()
+    monkeypatch.setenv(tuning_cache.ENVIRONMENT, str(tmp_path / "cache"))
+    self_check.forget()
     yield tmp_path / "cache"
-    first_use.forget()
+    self_check.forget()
 
 
 def start(body: str) -> subprocess.Popen:
@@ -64,14 +66,14 @@ def test_what_killed_one_process_is_skipped_by_the_next(folder):
     assert first.returncode == -signal.SIGKILL
     (mark,) = folder.iterdir()
     with pytest.warns(RuntimeWarning, match="a process died, or was killed") as seen:
-        assert not first_use.ready(CASE, never)
+        assert not self_check.ready(CASE, never)
     assert len(seen) == 1
     assert f"delete {mark} to try it again" in str(seen[0].message)
-    assert str(mark) in first_use.results()[CASE]
-    assert first_use.ready(CASE._replace(act="relu"), lambda tile: "")  # another kernel
+    assert str(mark) in self_check.results()[CASE]
+    assert self_check.ready(CASE._replace(act="relu"), lambda tile: "")  # another kernel
     mark.unlink()
-    first_use.forget()
-    assert first_use.ready(CASE, lambda tile: "")
+    self_check.forget()
+    assert self_check.ready(CASE, lambda tile: "")
     assert list(folder.iterdir()) == []
 
 
@@ -79,20 +81,20 @@ def test_a_check_of_a_process_that_lives_is_no_verdict(folder):
     other = start(WAITS)
     assert other.stdout.readline() == "checking\n"
     assert len(list(folder.iterdir())) == 1
-    assert first_use.verdict(CASE) is None
-    assert first_use.ready(CASE, lambda tile: "")
-    first_use.forget()
+    assert self_check.result(CASE) is None
+    assert self_check.ready(CASE, lambda tile: "")
+    self_check.forget()
     out, err = other.communicate("\n", timeout=120)
     assert out == "True\n", err
     assert list(folder.iterdir()) == []
     # Now one that is killed meanwhile.
     other = start(WAITS)
     assert other.stdout.readline() == "checking\n"
-    assert first_use.verdict(CASE) is None
+    assert self_check.result(CASE) is None
     other.kill()
     other.communicate(timeout=120)
     with pytest.warns(RuntimeWarning):
-        assert "died" in first_use.verdict(CASE)
+        assert "died" in self_check.result(CASE)
 
 
 def test_several_processes_at_once(folder):
@@ -115,9 +117,9 @@ def test_a_check_that_ends_leaves_nothing(folder, end):
 
     if end is SystemExit:
         with pytest.raises(SystemExit):
-            first_use.ready(CASE, check)
+            self_check.ready(CASE, check)
     else:
-        assert first_use.ready(CASE, check) == (end == "right")
+        assert self_check.ready(CASE, check) == (end == "right")
     assert list(folder.iterdir()) == []
 
 
@@ -126,13 +128,13 @@ def test_of_another_machine_or_version_nothing_counts(folder, monkeypatch):
         mark.keep(CASE, "it was bad")
     assert "it was bad" in markers.left(CASE)
     for what in ("gpu", "driver", "torch", "triton", "convmixer_fast"):
-        now = verdicts.machine(torch.device("cpu")) | {what: "another"}
-        monkeypatch.setattr(verdicts, "machine", lambda device, now=now: now)
+        now = tuning_cache.machine(torch.device("cpu")) | {what: "another"}
+        monkeypatch.setattr(tuning_cache, "machine", lambda device, now=now: now)
         assert markers.left(CASE) == ""
-        assert first_use.ready(CASE, lambda tile: "")
-        first_use.forget()
+        assert self_check.ready(CASE, lambda tile: "")
+        self_check.forget()
         monkeypatch.undo()
-        monkeypatch.setenv(verdicts.ENVIRONMENT, str(folder))
+        monkeypatch.setenv(tuning_cache.ENVIRONMENT, str(folder))
     assert markers.left(CASE)
     markers.clear(CASE)
     assert markers.left(CASE) == ""
@@ -149,30 +151,30 @@ def test_a_mark_that_was_cut_short_counts(folder, text):
 
 def test_a_folder_that_cannot_be_written_is_no_obstacle(folder, monkeypatch):
     folder.write_text("a file")
-    assert first_use.ready(CASE, lambda tile: "")
-    first_use.forget()
+    assert self_check.ready(CASE, lambda tile: "")
+    self_check.forget()
     folder.unlink()
 
     def no_locks(*args) -> None:
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr(markers.fcntl, "flock", no_locks)
-    assert first_use.ready(CASE, lambda tile: "")
+    assert self_check.ready(CASE, lambda tile: "")
     assert list(folder.iterdir()) == []
 
 
 @torch.no_grad()
 def test_explain_says_it_before_the_first_call(monkeypatch):
     with installed() as double:
-        monkeypatch.setattr(backends, "requested_backend", lambda: "auto")
-        monkeypatch.setattr(backends, "_auto_is_triton", lambda device: True)
-        monkeypatch.setattr(backends, "whole_blocks_run", lambda *args: False)
-        monkeypatch.setattr(backends, "_why_slower", lambda op, dtype: "")
+        monkeypatch.setattr(registry, "requested_backend", lambda: "auto")
+        monkeypatch.setattr(registry, "_auto_is_triton", lambda device: True)
+        monkeypatch.setattr(registry, "whole_blocks_run", lambda *args: False)
+        monkeypatch.setattr(registry, "_why_slower", lambda op, dtype: "")
         model = trained_like_(ConvMixer(8, 2, 3, 4, num_classes=3), (2, 3, 16, 16))
         x = torch.randn(2, 3, 16, 16)
         model(x)
-        bad = next(case for case in first_use.results() if case.op == "depthwise_mix")
-        first_use.forget()
+        bad = next(case for case in self_check.results() if case.op == "depthwise_mix")
+        self_check.forget()
         with markers.marked(bad) as mark:
             mark.keep(bad, "the GPU went up in smoke")
         with pytest.warns(RuntimeWarning, match="went up in smoke") as seen:
@@ -187,8 +189,8 @@ def test_explain_says_it_before_the_first_call(monkeypatch):
         # The doctor knows of it without a call.
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-        key = verdicts.machine_key(torch.device("cpu"))
-        monkeypatch.setattr(verdicts, "machine_key", lambda device: key)
+        key = tuning_cache.machine_key(torch.device("cpu"))
+        monkeypatch.setattr(tuning_cache, "machine_key", lambda device: key)
         left = doctor._left_behind()
     assert [*left] == [str(bad)]
     assert "went up in smoke" in left[str(bad)]
@@ -200,8 +202,8 @@ class Gpu:
     def __init__(self, monkeypatch) -> None:
         self.lost, self.waits, self.capturing = "", [], False
         monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
-        monkeypatch.setattr(first_use, "is_capturing", lambda device: self.capturing)
-        monkeypatch.setattr(verdicts, "machine_key", lambda device: "some-gpu")
+        monkeypatch.setattr(self_check, "is_capturing", lambda device: self.capturing)
+        monkeypatch.setattr(tuning_cache, "machine_key", lambda device: "some-gpu")
 
     def synchronize(self, device) -> None:
         self.waits.append(device)
@@ -226,14 +228,14 @@ LOST = (
 
 def test_a_check_that_loses_the_context_says_so_and_later_processes_skip_it(gpu, folder):
     with pytest.raises(RuntimeError, match=LOST) as raised:
-        first_use.ready(GPU, gpu.fault)
+        self_check.ready(GPU, gpu.fault)
     assert "Triton Error" in str(raised.value.__cause__)
     assert gpu.waits == [torch.device("cuda:1")] * 2
-    assert first_use.results() == {}
+    assert self_check.results() == {}
     gpu.lost = ""  # another process
-    first_use.forget()
+    self_check.forget()
     with pytest.warns(RuntimeWarning, match=r"context was lost in its check: .*delete .* to try"):
-        assert not first_use.ready(GPU, never)
+        assert not self_check.ready(GPU, never)
 
 
 @pytest.mark.filterwarnings("ignore:the Triton kernel")
@@ -241,29 +243,29 @@ def test_an_error_that_loses_nothing_is_a_finding(gpu, folder):
     def fails(tile) -> str:
         raise RuntimeError("out of resource: shared memory")
 
-    assert not first_use.ready(GPU, fails)
+    assert not self_check.ready(GPU, fails)
     assert len(gpu.waits) == 2
     assert list(folder.iterdir()) == []
-    assert first_use.results()[GPU] == "RuntimeError: out of resource: shared memory"
+    assert self_check.results()[GPU] == "RuntimeError: out of resource: shared memory"
 
 
 def test_a_context_that_was_lost_before_is_no_fault_of_the_kernel(gpu, folder):
     gpu.lost = "an illegal memory access was encountered"
     with pytest.raises(RuntimeError, match=r"lost after what ran before the check of depthwise"):
-        first_use.ready(GPU, never)
+        self_check.ready(GPU, never)
     assert markers.left(GPU) == ""
-    assert first_use.results() == {}
+    assert self_check.results() == {}
 
 
 def test_a_launch_that_loses_the_context_says_so(gpu):
     error = RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
     gpu.lost = "an illegal memory access was encountered"
     with pytest.raises(RuntimeError, match=LOST):
-        first_use.fail(GPU, error)
+        self_check.fail(GPU, error)
     gpu.capturing = True  # when waiting would end the capture
     waits = len(gpu.waits)
     with pytest.warns(RuntimeWarning, match="PyTorch's own operators are"):
-        first_use.fail(GPU, error)
+        self_check.fail(GPU, error)
     assert len(gpu.waits) == waits
 
 
@@ -271,7 +273,7 @@ def test_a_wait_that_another_threads_capture_forbids_means_nothing(gpu):
     gpu.lost = "operation not permitted when stream is capturing"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        first_use.raise_if_lost(torch.device("cuda:1"), "a test")
+        self_check.raise_if_lost(torch.device("cuda:1"), "a test")
     assert len(gpu.waits) == 1
 
 
@@ -356,12 +358,12 @@ def test_the_reason_reaches_the_backends_and_the_doctor(programs, monkeypatch):
     monkeypatch.setattr(support, "_why_not_gpu", lambda index: "")
     monkeypatch.setattr(support, "_capable", set())
     programs()
-    assert "install gcc or clang" in backends.available_backends()["triton"]
+    assert "install gcc or clang" in registry.available_backends()["triton"]
     report = doctor.examine()
     assert report["backends"]["triton"].startswith("Triton compiles its launcher at run time and")
     if report["triton"]:
         assert "C compiler" in doctor.render(report)
         assert "Triton needs one at run time and finds no C compiler" in doctor.render(report)
     place = programs("gcc")
-    assert backends.available_backends()["triton"] == ""
+    assert registry.available_backends()["triton"] == ""
     assert doctor.examine()["compiler"] == {"path": str(place / "gcc"), "lacks": ""}

@@ -17,19 +17,20 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.library import opcheck
 
-from convmixer_fast import MixerBlock, _native, explain, use_backend
+from convmixer_fast import MixerBlock, explain, use_backend
 from convmixer_fast.arch import ACTIVATIONS
-from convmixer_fast.blocks import MixerStack
+from convmixer_fast.backends.cpu import native
+from convmixer_fast.modules.blocks import MixerStack
 from convmixer_fast.ops import mixer_stack
 from convmixer_fast.reference import reference_block
 from convmixer_fast.testing import assert_numerics, trained_like_
 
-pytestmark = pytest.mark.skipif(not _native.load(), reason=_native.why_unavailable() or "built")
+pytestmark = pytest.mark.skipif(not native.load(), reason=native.why_unavailable() or "built")
 
 
-@pytest.fixture(params=_native.load().isas() if _native.load() else [])
+@pytest.fixture(params=native.load().isas() if native.load() else [])
 def isa(request):
-    engine = _native.load()
+    engine = native.load()
     before = engine.isa()
     engine.set_isa(request.param)
     yield request.param
@@ -278,12 +279,12 @@ def test_in_place_equals_out_of_place():
     with torch.no_grad():
         wholes = [block._whole(x) for block in ours]
         blocks = [w.weight for w in wholes], [w.packed for w in wholes]
-        want = _native.mixer_stack(x, *blocks, 5, "gelu")
-        got = _native.mixer_stack(x, *blocks, 5, "gelu", out=x)
+        want = native.mixer_stack(x, *blocks, 5, "gelu")
+        got = native.mixer_stack(x, *blocks, 5, "gelu", out=x)
     assert got is x
     assert torch.equal(got, want)
     with pytest.raises(ValueError, match="out must be contiguous"):
-        _native.mixer_stack(x, *blocks, 5, "gelu", out=x.permute(0, 1, 3, 2).contiguous().mT)
+        native.mixer_stack(x, *blocks, 5, "gelu", out=x.permute(0, 1, 3, 2).contiguous().mT)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -470,16 +471,16 @@ def test_bad_arguments_are_named(message):
 def test_mixer_pack_names_what_does_not_fit():
     conv, vector = torch.randn(8, 1, 3, 3), torch.randn(8)
     good = [conv, None, vector, vector, vector, vector, vector]
-    _native.mixer_pack(*good)
+    native.mixer_pack(*good)
     for i, (name, wrong) in enumerate(
         {"taps": torch.randn(8, 2, 3, 3), "bias1": vector[1:], "scale1": vector.double()}.items()
     ):
         with pytest.raises((ValueError, TypeError), match=name):
-            _native.mixer_pack(*good[:i], wrong, *good[i + 1 :])
+            native.mixer_pack(*good[:i], wrong, *good[i + 1 :])
 
 
 def test_the_measured_limit_is_a_rate():
-    engine = _native.load()
+    engine = native.load()
     one = engine.multiply_add_rate(1, 0.02)
     assert 1e8 < one < 1e13
     with pytest.raises(ValueError, match="threads"):
@@ -489,7 +490,7 @@ def test_the_measured_limit_is_a_rate():
 INTERRUPT = """
     import threading, time, os, signal
     import torch
-    from convmixer_fast.blocks import MixerBlock, MixerStack
+    from convmixer_fast.modules.blocks import MixerBlock, MixerStack
 
     # Jobs that a script runs in the background inherit that it is ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -513,23 +514,23 @@ def test_ctrl_c_is_heard_between_images():
     assert result.stdout == "interrupted\n", result.stderr
 
 
-@pytest.mark.skipif(_native.load() is None, reason=_native.why_unavailable() or "built")
+@pytest.mark.skipif(native.load() is None, reason=native.why_unavailable() or "built")
 def test_a_band_has_the_bits_of_the_map_and_bad_ones_are_refused() -> None:
     c, k = 6, 4
     weight, taps = torch.randn(c, c, 1, 1), torch.randn(c, 1, k, k)
     vectors = [torch.rand(c) for _ in range(6)]
-    packed = _native.mixer_pack(taps, *vectors)
+    packed = native.mixer_pack(taps, *vectors)
     x = torch.randn(2, c, 12, 9)
-    expected = _native.mixer_stack(x, [weight], [packed], k, "gelu")
+    expected = native.mixer_stack(x, [weight], [packed], k, "gelu")
     out = torch.empty(2, c, 3, 4)
     # Rows 5 to 7 and columns 2 to 5 see one row and column before them and two after.
     window, band = x[:, :, 4:10, 1:8], (1, 4, 1, 5)
-    _native.mixer_band(window, band, weight, packed, k, "gelu", out, 108)
+    native.mixer_band(window, band, weight, packed, k, "gelu", out, 108)
     assert torch.equal(out, expected[:, :, 5:8, 2:6])
     with pytest.raises(ValueError, match=r"does not lie in a window of 6 x 7"):
-        _native.mixer_band(window, (1, 8, 1, 5), weight, packed, k, "gelu", out, 108)
+        native.mixer_band(window, (1, 8, 1, 5), weight, packed, k, "gelu", out, 108)
     with pytest.raises(ValueError, match=r"out must have shape \(2, 6, 3, 3\)"):
-        _native.mixer_band(window, (1, 4, 1, 4), weight, packed, k, "gelu", out, 108)
+        native.mixer_band(window, (1, 4, 1, 4), weight, packed, k, "gelu", out, 108)
     gaps = torch.empty(2, c, 3, 8)[..., ::2]
     with pytest.raises(ValueError, match="channel of out must be contiguous"):
-        _native.mixer_band(window, band, weight, packed, k, "gelu", gaps, 108)
+        native.mixer_band(window, band, weight, packed, k, "gelu", gaps, 108)

@@ -14,7 +14,7 @@ from torch import nn
 import convmixer_fast
 from convmixer_fast import ConvMixer, create_model, list_models, use_backend
 from convmixer_fast.arch import VARIANTS, Arch
-from convmixer_fast.model import FeatureExtractor, adapt_input_weight
+from convmixer_fast.modules.model import FeatureExtractor, adapt_input_weight
 from convmixer_fast.reference import ReferenceConvMixer
 from convmixer_fast.testing import assert_numerics, trained_like_
 

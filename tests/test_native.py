@@ -17,12 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from convmixer_fast import _native
 from convmixer_fast.arch import ACTIVATIONS
+from convmixer_fast.backends.cpu import native
 from convmixer_fast.testing import assert_numerics
 
-ENGINE = _native.load()
-needs_engine = pytest.mark.skipif(ENGINE is None, reason=_native.why_unavailable() or "built")
+ENGINE = native.load()
+needs_engine = pytest.mark.skipif(ENGINE is None, reason=native.why_unavailable() or "built")
 ISAS = list(ENGINE.isas()) if ENGINE is not None else []
 
 #: Ways to lay the same values out in memory.
@@ -93,7 +93,7 @@ def operands(c: int, k: int, bias: bool = True) -> tuple[Tensor, Tensor | None, 
 
 def check(x: Tensor, ops: tuple[Tensor, Tensor | None, Tensor, Tensor], act: str) -> Tensor:
     """Compute with the engine and hold the result to the numerics rule."""
-    result = _native.depthwise_mix(x, *ops, act)
+    result = native.depthwise_mix(x, *ops, act)
     double = [None if t is None else t.double() for t in ops]
     assert_numerics(result, formula(x, *ops, act), formula(x.double(), *double, act))
     return result
@@ -161,7 +161,7 @@ def test_planes_larger_than_a_block(isa: str, layout: str) -> None:
 @pytest.mark.parametrize("shape", [(0, 3, 5, 5), (2, 0, 5, 5), (2, 3, 0, 5), (2, 3, 5, 0)])
 def test_empty_tensors_give_empty_tensors(isa: str, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
-    assert _native.depthwise_mix(x, *operands(shape[1], 5), "gelu").shape == shape
+    assert native.depthwise_mix(x, *operands(shape[1], 5), "gelu").shape == shape
 
 
 @needs_engine
@@ -169,10 +169,10 @@ def test_empty_tensors_give_empty_tensors(isa: str, shape: tuple[int, ...]) -> N
 def test_strides_change_no_bit(isa: str, layout: str) -> None:
     x = torch.randn(3, 6, 14, 37)
     ops = operands(6, 7)
-    as_contiguous = _native.depthwise_mix(x, *ops, "gelu")
+    as_contiguous = native.depthwise_mix(x, *ops, "gelu")
     view = LAYOUTS[layout](x)
     assert torch.equal(view, x)
-    result = _native.depthwise_mix(view, *ops, "gelu")
+    result = native.depthwise_mix(view, *ops, "gelu")
     if layout == "channels_last":
         assert result.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(result, as_contiguous)
@@ -187,10 +187,8 @@ def test_expanded_inputs_are_read_as_shown(isa: str, axes: tuple[int, ...]) -> N
     shape = [2, 5, 13, 18]
     small = torch.randn([1 if axis in axes else size for axis, size in enumerate(shape)])
     ops = operands(5, 5)
-    result = _native.depthwise_mix(small.expand(shape), *ops, "silu")
-    assert torch.equal(
-        result, _native.depthwise_mix(small.expand(shape).contiguous(), *ops, "silu")
-    )
+    result = native.depthwise_mix(small.expand(shape), *ops, "silu")
+    assert torch.equal(result, native.depthwise_mix(small.expand(shape).contiguous(), *ops, "silu"))
 
 
 @needs_engine
@@ -198,8 +196,8 @@ def test_overlapping_windows_are_read_as_shown(isa: str) -> None:
     windows = torch.randn(300).as_strided((2, 3, 9, 11), (40, 7, 5, 1))
     ops = operands(3, 3)
     assert torch.equal(
-        _native.depthwise_mix(windows, *ops, "gelu"),
-        _native.depthwise_mix(windows.clone(), *ops, "gelu"),
+        native.depthwise_mix(windows, *ops, "gelu"),
+        native.depthwise_mix(windows.clone(), *ops, "gelu"),
     )
 
 
@@ -207,14 +205,14 @@ def test_overlapping_windows_are_read_as_shown(isa: str) -> None:
 def test_weights_of_any_strides(isa: str) -> None:
     x = torch.randn(1, 20, 9, 10)
     weight, *rest = operands(20, 5)
-    expected = _native.depthwise_mix(x, weight, *rest, "gelu")
+    expected = native.depthwise_mix(x, weight, *rest, "gelu")
     for view in (
         weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1),
         F.pad(weight, (2, 1))[..., 2:7],
         weight.mT.contiguous().mT,
     ):
         assert torch.equal(view, weight)
-        assert torch.equal(_native.depthwise_mix(x, view, *rest, "gelu"), expected)
+        assert torch.equal(native.depthwise_mix(x, view, *rest, "gelu"), expected)
 
 
 @needs_engine
@@ -223,8 +221,8 @@ def test_negated_views_are_read_as_shown(isa: str) -> None:
     assert x.is_neg()
     ops = operands(4, 3)
     assert torch.equal(
-        _native.depthwise_mix(x, *ops, "gelu"),
-        _native.depthwise_mix(x.resolve_neg().contiguous(), *ops, "gelu"),
+        native.depthwise_mix(x, *ops, "gelu"),
+        native.depthwise_mix(x.resolve_neg().contiguous(), *ops, "gelu"),
     )
 
 
@@ -239,7 +237,7 @@ def test_thread_count_changes_no_bit(
     results = []
     for count in (1, 2, 3):
         threads(count)
-        results += [_native.depthwise_mix(x, *ops, "gelu") for _ in range(5)]
+        results += [native.depthwise_mix(x, *ops, "gelu") for _ in range(5)]
     assert results[0].isfinite().all()
     for other in results[1:]:
         assert torch.equal(results[0], other)
@@ -250,8 +248,8 @@ def test_thread_count_changes_no_bit(
 def test_batch_size_changes_no_bit(isa: str, layout: str) -> None:
     x = LAYOUTS[layout](torch.randn(5, 18, 17, 16))
     ops = operands(18, 9)
-    together = _native.depthwise_mix(x, *ops, "gelu")
-    apart = [_native.depthwise_mix(LAYOUTS[layout](image[None]), *ops, "gelu") for image in x]
+    together = native.depthwise_mix(x, *ops, "gelu")
+    apart = [native.depthwise_mix(LAYOUTS[layout](image[None]), *ops, "gelu") for image in x]
     assert torch.equal(together, torch.cat(apart))
 
 
@@ -307,7 +305,7 @@ def test_nan_and_infinity_reach_just_their_window(
     x = torch.randn(1, 3, 20, 21)
     x[0, 1, 9, 10] = value
     ops = operands(3, k)
-    result = _native.depthwise_mix(LAYOUTS[layout](x), *ops, act)
+    result = native.depthwise_mix(LAYOUTS[layout](x), *ops, act)
     expected = formula(x.double(), *[t.double() for t in ops], act)
     assert torch.equal(result.isnan(), expected.isnan())
     assert torch.equal(result.isinf(), expected.isinf())
@@ -325,11 +323,11 @@ def test_activations_at_the_ends_of_the_float_range(isa: str, act: str) -> None:
     values = torch.tensor(
         [0.0, -5.39, -5.41, -9.0, -90.0, -104.0, -1e4, -1e30, -3e38, 5.41, 9.0, 89.0, 1e4, 1e30]
     )
-    result = _native.epilogue_(values.clone().view(1, 1, 1, -1), torch.ones(1), torch.zeros(1), act)
+    result = native.epilogue_(values.clone().view(1, 1, 1, -1), torch.ones(1), torch.zeros(1), act)
     expected = ACTIVATIONS[act]()(values.double())
     torch.testing.assert_close(result.flatten().double(), expected, rtol=3e-7, atol=3e-7)
     special = torch.tensor([float("nan"), float("inf"), -float("inf")])
-    result = _native.epilogue_(special.clone().view(1, 1, 1, 3), torch.ones(1), torch.zeros(1), act)
+    result = native.epilogue_(special.clone().view(1, 1, 1, 3), torch.ones(1), torch.zeros(1), act)
     expected = ACTIVATIONS[act]()(special.double())
     assert torch.equal(result.flatten().isnan(), expected.isnan())
     assert torch.equal(result.flatten().isinf(), expected.isinf())
@@ -340,14 +338,14 @@ def test_activations_at_the_ends_of_the_float_range(isa: str, act: str) -> None:
 def test_activations_are_as_exact_as_torch(isa: str, act: str) -> None:
     x = torch.linspace(-9, 9, 200_001).view(1, 1, 1, -1)
     function = ACTIVATIONS[act]()
-    ours = _native.epilogue_(x.clone(), torch.ones(1), torch.zeros(1), act)
+    ours = native.epilogue_(x.clone(), torch.ones(1), torch.zeros(1), act)
     assert_numerics(ours, function(x), function(x.double()))
 
 
 @needs_engine
 def test_gelu_is_as_exact_as_its_comments_say(isa: str) -> None:
     def errors(x: Tensor) -> tuple[Tensor, Tensor]:
-        ours = _native.epilogue_(x.view(1, 1, 1, -1).clone(), torch.ones(1), torch.zeros(1), "gelu")
+        ours = native.epilogue_(x.view(1, 1, 1, -1).clone(), torch.ones(1), torch.zeros(1), "gelu")
         # Not F.gelu: left of -5 even its float64 has 1 + erf left.
         wide = x.double()
         exact = (
@@ -381,7 +379,7 @@ def test_epilogue_matches_the_formula(
 
     expected, oracle = whole(h, scale, shift), whole(h.double(), scale.double(), shift.double())
     version = h._version
-    result = _native.epilogue_(h, scale, shift, act)
+    result = native.epilogue_(h, scale, shift, act)
     assert result is h
     assert h._version > version
     assert_numerics(result, expected, oracle)
@@ -392,7 +390,7 @@ def test_epilogue_leaves_the_neighbours_alone(isa: str) -> None:
     memory = torch.full((3, 2, 5, 7), float("nan"))
     memory[1].normal_()
     expected = F.gelu(memory[1]) * 2 + 1
-    _native.epilogue_(memory[1:2], torch.full((2,), 2.0), torch.ones(2), "gelu")
+    native.epilogue_(memory[1:2], torch.full((2,), 2.0), torch.ones(2), "gelu")
     torch.testing.assert_close(memory[1], expected)
     assert memory[[0, 2]].isnan().all()
 
@@ -401,7 +399,7 @@ def test_epilogue_leaves_the_neighbours_alone(isa: str) -> None:
 def test_epilogue_of_other_strides_is_refused() -> None:
     h = torch.randn(2, 3, 4, 10)[..., ::2]
     with pytest.raises(ValueError, match="contiguous or channels-last"):
-        _native.epilogue_(h, torch.ones(3), torch.ones(3), "gelu")
+        native.epilogue_(h, torch.ones(3), torch.ones(3), "gelu")
 
 
 @needs_engine
@@ -434,7 +432,7 @@ def test_wrong_tensors_are_named(
         "act": "gelu",
     }
     with pytest.raises(error, match=message) as caught:
-        _native.depthwise_mix(**{**right, **changes})
+        native.depthwise_mix(**{**right, **changes})
     assert "\n" not in str(caught.value)
 
 
@@ -477,12 +475,12 @@ def test_several_python_threads_at_once(threads: Callable[[int], None]) -> None:
     threads(2)
     x = torch.randn(1, 24, 40, 40)
     ops = operands(24, 9)
-    expected = _native.depthwise_mix(x, *ops, "gelu")
+    expected = native.depthwise_mix(x, *ops, "gelu")
     wrong: list[float] = []
 
     def work() -> None:
         for _ in range(20):
-            result = _native.depthwise_mix(x, *ops, "gelu")
+            result = native.depthwise_mix(x, *ops, "gelu")
             if not torch.equal(result, expected):
                 wrong.append((result - expected).abs().max().item())
 
@@ -525,11 +523,11 @@ def in_child(work):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_fork_after_use_neither_hangs_nor_lies() -> None:
     script = """
-    from convmixer_fast import _native
-    expected = _native.depthwise_mix(x, *ops).numpy().tobytes()
-    work = lambda: _native.depthwise_mix(x, *ops).numpy().tobytes() == expected
+    from convmixer_fast import native
+    expected = native.depthwise_mix(x, *ops).numpy().tobytes()
+    work = lambda: native.depthwise_mix(x, *ops).numpy().tobytes() == expected
     print(in_child(work), in_child(lambda: in_child(work) == 0), work())
-    print(in_child(lambda: _native.load().threading_backend() == "std::thread"))
+    print(in_child(lambda: native.load().threading_backend() == "std::thread"))
     """
     output = run_python(SET_UP + textwrap.dedent(script))
     assert output.split() == ["0", "0", "True", "0"]
@@ -537,12 +535,12 @@ def test_fork_after_use_neither_hangs_nor_lies() -> None:
 
 @needs_engine
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's /proc")
-def test_first_use_in_a_fork_of_a_busy_parent_does_not_hang() -> None:
+def test_self_check_in_a_fork_of_a_busy_parent_does_not_hang() -> None:
     script = """
     torch.randn(1000, 1000).relu().sum()  # torch's pool lives, the extension is not loaded
     def work():
-        from convmixer_fast import _native
-        result = _native.depthwise_mix(x, *ops)
+        from convmixer_fast import native
+        result = native.depthwise_mix(x, *ops)
         return bool(result.numpy().std() > 0)
     print(in_child(work))
     """
@@ -554,9 +552,9 @@ def test_first_use_in_a_fork_of_a_busy_parent_does_not_hang() -> None:
 def test_nested_in_a_parallel_region_is_serial_and_right() -> None:
     script = """
     import ctypes
-    from convmixer_fast import _native
-    expected = _native.depthwise_mix(x, *ops)
-    backend = _native.load().threading_backend()
+    from convmixer_fast import native
+    expected = native.depthwise_mix(x, *ops)
+    backend = native.load().threading_backend()
     path = next(
         (line.split()[-1] for line in open("/proc/self/maps")
          if line.rstrip().endswith(backend.removeprefix("gomp:"))), None)
@@ -564,7 +562,7 @@ def test_nested_in_a_parallel_region_is_serial_and_right() -> None:
         print("skip"); raise SystemExit
     right = []
     region = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(
-        lambda _: right.append(torch.equal(_native.depthwise_mix(x, *ops), expected)))
+        lambda _: right.append(torch.equal(native.depthwise_mix(x, *ops), expected)))
     ctypes.CDLL(path).GOMP_parallel(region, None, 2, 0)
     print(right)
     """
@@ -610,19 +608,19 @@ def test_threading_backend_is_torchs_own_runtime() -> None:
 @needs_engine
 @pytest.mark.parametrize("name", ISAS)
 def test_environment_lowers_the_instruction_set(name: str) -> None:
-    script = "from convmixer_fast import _native; print(_native.load().isa())"
+    script = "from convmixer_fast import _native; print(native.load().isa())"
     assert run_python(script, CONVMIXER_FAST_ISA=name) == name
 
 
 @needs_engine
 def test_best_instruction_set_is_the_default() -> None:
-    script = "from convmixer_fast import _native; print(_native.load().isa())"
+    script = "from convmixer_fast import _native; print(native.load().isa())"
     assert run_python(script, CONVMIXER_FAST_ISA="") == ISAS[-1]
 
 
 @needs_engine
 def test_unknown_instruction_set_is_an_error_that_lists_the_known() -> None:
-    script = "from convmixer_fast import _native; print(_native.load(), _native.why_unavailable())"
+    script = "from convmixer_fast import _native; print(native.load(), native.why_unavailable())"
     output = run_python(script, CONVMIXER_FAST_ISA="avx1024")
     assert output.startswith("None ")
     assert "CONVMIXER_FAST_ISA: unknown instruction set avx1024" in output
@@ -634,16 +632,16 @@ def test_unknown_instruction_set_is_an_error_that_lists_the_known() -> None:
 def test_switched_off_by_the_environment_and_says_so() -> None:
     script = """
     import torch
-    from convmixer_fast import _native
-    assert _native.load() is None
-    print(_native.why_unavailable())
+    from convmixer_fast import native
+    assert native.load() is None
+    print(native.why_unavailable())
     a, b = torch.randn(100), torch.randn(3, 5)
-    first = _native.fingerprint([a, b])
-    assert first == _native.fingerprint([a.clone(), b])
+    first = native.fingerprint([a, b])
+    assert first == native.fingerprint([a.clone(), b])
     a.data.mul_(1.01)
-    assert first != _native.fingerprint([a, b])
+    assert first != native.fingerprint([a, b])
     try:
-        _native.epilogue_(torch.randn(1, 3, 2, 2), b[0, :3], b[1, :3], "gelu")
+        native.epilogue_(torch.randn(1, 3, 2, 2), b[0, :3], b[1, :3], "gelu")
     except RuntimeError as error:
         print(error)
     """
@@ -656,10 +654,10 @@ def test_reason_of_a_failed_build_is_kept(monkeypatch: pytest.MonkeyPatch) -> No
     def missing(name: str) -> None:
         raise ImportError(f"No module named {name!r}")
 
-    monkeypatch.setattr(_native, "import_module", missing)
-    monkeypatch.setattr(_native, "build_info", lambda: {"reason": "no C++ compiler"})
+    monkeypatch.setattr(native, "import_module", missing)
+    monkeypatch.setattr(native, "build_info", lambda: {"reason": "no C++ compiler"})
     monkeypatch.delenv("CONVMIXER_FAST_DISABLE_NATIVE", raising=False)
-    module, why = _native._find.__wrapped__()
+    module, why = native._find.__wrapped__()
     assert module is None
     assert "no C++ compiler" in why
     assert "No module named 'convmixer_fast._cpu'" in why
@@ -672,7 +670,7 @@ def test_build_is_on_record() -> None:
     assert info["cxx_standard"] >= 201703
     assert set(ISAS) <= set(info["isas"])
     assert "-ffast-math" not in info["flags"]
-    written = _native.build_info()
+    written = native.build_info()
     assert written["built"] is True
     assert written["version"] == info["version"]
     assert written["compiler"] == info["compiler"]
@@ -690,8 +688,8 @@ def test_fingerprint_sees_every_dense_write(
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     tensors = [torch.randn(size, generator=generator) for size in sizes]
-    before = _native.fingerprint(tensors)
-    assert before == _native.fingerprint([t.clone() for t in tensors])
+    before = native.fingerprint(tensors)
+    assert before == native.fingerprint([t.clone() for t in tensors])
     changed = tensors[which % len(tensors)]
     old = changed.clone()
     if kind == "scale":
@@ -702,21 +700,21 @@ def test_fingerprint_sees_every_dense_write(
         changed.data.normal_(generator=generator)
     else:
         changed.data = changed.data.roll(1)
-    assert torch.equal(old, changed) == (before == _native.fingerprint(tensors))
+    assert torch.equal(old, changed) == (before == native.fingerprint(tensors))
 
 
 def test_fingerprint_sees_every_byte_of_a_small_tensor_and_sizes() -> None:
     for t in (torch.randn(1000), torch.randn(9000), torch.randn(25, 3, 7), torch.randn(11).half()):
-        before = _native.fingerprint([t])
+        before = native.fingerprint([t])
         for index in (0, t.numel() // 3, -1):
             kept = t.flatten()[index].item()
             t.data.view(-1)[index] += 1
-            assert _native.fingerprint([t]) != before
+            assert native.fingerprint([t]) != before
             t.data.view(-1)[index] = kept
-        assert _native.fingerprint([t]) == before
+        assert native.fingerprint([t]) == before
     zeros = [torch.zeros(n) for n in (0, 1, 2, 3, 33, 1000, 1001)]
-    assert len({_native.fingerprint([z]) for z in zeros}) == len(zeros)
-    assert _native.fingerprint(zeros) != _native.fingerprint(zeros[::-1])
+    assert len({native.fingerprint([z]) for z in zeros}) == len(zeros)
+    assert native.fingerprint(zeros) != native.fingerprint(zeros[::-1])
 
 
 @given(
@@ -729,40 +727,40 @@ def test_fingerprint_sees_every_byte_of_a_small_tensor_and_sizes() -> None:
 @settings(max_examples=80, deadline=None, derandomize=True)
 def test_fingerprint_sees_a_write_to_one_row_or_column(rows, columns, place, column, dtype) -> None:
     t = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)).to(dtype)
-    before, plain = _native.fingerprint([t]), _native._plain_fingerprint([_native.span_of(t)])
+    before, plain = native.fingerprint([t]), native._plain_fingerprint([native.span_of(t)])
     # The diagonal crosses every column of a matrix that has as many rows.
     if column and rows < columns:
         column = False
     line = t.data[:, place % columns] if column else t.data[place % rows]
     line.mul_(3).add_(0.5)
-    assert _native.fingerprint([t]) != before
-    assert _native._plain_fingerprint([_native.span_of(t)]) != plain
+    assert native.fingerprint([t]) != before
+    assert native._plain_fingerprint([native.span_of(t)]) != plain
 
 
 def test_fingerprint_reads_just_the_elements_of_a_view() -> None:
     base = torch.randn(64, 10)
     view = base[:, 3:5]
-    before = _native.fingerprint([view])
+    before = native.fingerprint([view])
     base.data[:, :3] += 1
     base.data[:, 5:] += 1
-    assert _native.fingerprint([view]) == before
+    assert native.fingerprint([view]) == before
     base.data[:, 3:5] += 1
-    assert _native.fingerprint([view]) != before
+    assert native.fingerprint([view]) != before
 
 
 def test_fingerprint_takes_addresses_and_channels_last() -> None:
     t = torch.randn(2, 8, 5, 5).contiguous(memory_format=torch.channels_last)
-    by_tensor = _native.fingerprint([t])
-    assert by_tensor == _native.fingerprint_of([(t.data_ptr(), t.nbytes, t.nbytes // 2)])
+    by_tensor = native.fingerprint([t])
+    assert by_tensor == native.fingerprint_of([(t.data_ptr(), t.nbytes, t.nbytes // 2)])
     with pytest.raises(ValueError, match="CPU tensors"):
-        _native.fingerprint([torch.empty(3, device="meta")])
+        native.fingerprint([torch.empty(3, device="meta")])
 
 
 @needs_engine
 def test_fingerprint_of_takes_spans_alone() -> None:
     t = torch.randn(3, 5)
-    assert _native.fingerprint_of([(t.data_ptr(), t.nbytes, 20)]) == _native.fingerprint([t])
-    engine = _native.load()
+    assert native.fingerprint_of([(t.data_ptr(), t.nbytes, 20)]) == native.fingerprint([t])
+    engine = native.load()
     assert engine is not None
     for pieces, error in (
         ([t.data_ptr()], TypeError),
@@ -779,7 +777,7 @@ def _block(c: int, k: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
     taps, weight = torch.randn(c, 1, k, k, generator=g), torch.randn(c, c, 1, 1, generator=g)
     vectors = [torch.rand(c, generator=g) for _ in range(6)]
-    return weight, _native.mixer_pack(taps, *vectors[:3], *vectors[3:])
+    return weight, native.mixer_pack(taps, *vectors[:3], *vectors[3:])
 
 
 @needs_engine
@@ -787,8 +785,8 @@ def test_prepared_stack_is_the_stack_and_keeps_its_operands() -> None:
     blocks = [_block(5, 3, seed) for seed in range(2)]
     weights, packed = [list(each) for each in zip(*blocks, strict=True)]
     x = torch.randn(2, 5, 4, 6)
-    want = _native.mixer_stack(x, weights, packed, 3, "silu")
-    run = _native.prepared_stack(weights, packed, 3, "silu")
+    want = native.mixer_stack(x, weights, packed, 3, "silu")
+    run = native.prepared_stack(weights, packed, 3, "silu")
     del blocks, weights, packed
     gc.collect()
     others = [torch.full((64,), float("nan")) for _ in range(50)]  # would take freed memory
@@ -808,7 +806,7 @@ def test_prepared_stack_names_what_does_not_fit() -> None:
         (ValueError, "weights must be contiguous", ([weight.transpose(0, 1)], [packed], 3, "gelu")),
     ):
         with pytest.raises(error, match=match):
-            _native.prepared_stack(*args)
+            native.prepared_stack(*args)
 
 
 @needs_engine
@@ -817,8 +815,8 @@ def test_prepared_mix_is_channel_mix(p: int) -> None:
     x, weight = torch.randn(2, 3, 7, 8), torch.randn(5, 3, p, p)
     bias, scale, shift = torch.randn(3, 5)
     for offset in (bias, None):
-        want = _native.channel_mix(x, weight, offset, scale, shift, "gelu")
-        assert torch.equal(_native.prepared_mix(weight, offset, scale, shift, "gelu")(x), want)
+        want = native.channel_mix(x, weight, offset, scale, shift, "gelu")
+        assert torch.equal(native.prepared_mix(weight, offset, scale, shift, "gelu")(x), want)
 
 
 @needs_engine
@@ -833,7 +831,7 @@ def test_prepared_mix_names_what_does_not_fit() -> None:
         (ValueError, "shift must be contiguous", (weight, None, vector, strided, "gelu")),
     ):
         with pytest.raises(error, match=match):
-            _native.prepared_mix(*args)
-    run = _native.prepared_mix(weight, None, vector, vector, "gelu")
+            native.prepared_mix(*args)
+    run = native.prepared_mix(weight, None, vector, vector, "gelu")
     with pytest.raises(ValueError, match="1 x 4 is smaller than a patch of 2 x 2"):
         run(torch.randn(1, 3, 1, 4))

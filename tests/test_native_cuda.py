@@ -11,13 +11,16 @@ import pytest
 import torch
 from fakes.cuda import cuda_installed
 
-from convmixer_fast import BackendError, _native, _native_cuda, available_backends, doctor
+from convmixer_fast import BackendError, available_backends
 from convmixer_fast.arch import ACTIVATIONS
+from convmixer_fast.backends.cpu import native
+from convmixer_fast.backends.cuda import native as native_cuda
+from convmixer_fast.backends.kernel_key import MANY_OUTPUTS
+from convmixer_fast.diagnostics import doctor
 from convmixer_fast.ops import pointwise_mix
-from convmixer_fast.ops.cases import MANY_OUTPUTS
 
-ENGINE = _native_cuda.load()
-built = pytest.mark.skipif(ENGINE is None, reason=_native_cuda.why_unavailable() or "built")
+ENGINE = native_cuda.load()
+built = pytest.mark.skipif(ENGINE is None, reason=native_cuda.why_unavailable() or "built")
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 ADDRESSES = ("a", "w", "bias", "scale", "shift", "d")
@@ -50,10 +53,10 @@ def test_it_imports_where_there_is_no_driver():
 def test_the_module_and_python_number_the_same_things():
     assert ENGINE.activations() == list(ACTIVATIONS)
     assert ENGINE.types() == ["bfloat16", "float16", "tf32"]
-    assert set(ENGINE.families()) <= set(_native_cuda.FAMILIES)
+    assert set(ENGINE.families()) <= set(native_cuda.FAMILIES)
     # Both forms of a kernel are checked, each before it serves: the border must be the same.
     assert ENGINE.few_outputs == MANY_OUTPUTS
-    info = _native.build_info()["cuda"]
+    info = native.build_info()["cuda"]
     assert info["built"]
     assert info["kernels"] == ENGINE.families()
     assert " ".join(info["architectures"]) == ENGINE.architectures()
@@ -104,13 +107,13 @@ def test_refusals_say_why_and_ask_for_no_gpu():
     assert "sm_75" in ENGINE.refusal(**{**GOOD, "capability": 75})
     for capability in (80, 86, 89, 90, 120):
         assert ENGINE.serves("mma.sync", capability)
-        assert _native_cuda.why_not_gpu(capability) == ""
-    assert "no kernel for sm_75" in _native_cuda.why_not_gpu(75)
-    assert "ROCm" in _native_cuda.why_not_gpu(0)
-    assert _native_cuda.refusal("mma.sync", 80, "bfloat16", 64, 64, 64, "gelu") == ""
+        assert native_cuda.why_not_gpu(capability) == ""
+    assert "no kernel for sm_75" in native_cuda.why_not_gpu(75)
+    assert "ROCm" in native_cuda.why_not_gpu(0)
+    assert native_cuda.refusal("mma.sync", 80, "bfloat16", 64, 64, 64, "gelu") == ""
     if "wgmma" not in ENGINE.families():
-        why = _native.build_info()["cuda"]["omitted"]["wgmma"]
-        assert _native_cuda.refusal("wgmma", 90, "bfloat16", 64, 64, 64, "gelu") == why
+        why = native.build_info()["cuda"]["omitted"]["wgmma"]
+        assert native_cuda.refusal("wgmma", 90, "bfloat16", 64, 64, 64, "gelu") == why
         return
     wgmma = {**GOOD, "family": "wgmma", "capability": 90}
     assert ENGINE.refusal(**wgmma) == ""
@@ -126,16 +129,16 @@ def test_tensors_that_do_not_fit_are_named(monkeypatch):
     x = torch.zeros(2, 8, 3, 3, dtype=torch.float16)
     weight, vector = torch.zeros(8, 8, 1, 1, dtype=torch.float16), torch.zeros(8)
     good = [x, weight, vector, vector, vector, "gelu", torch.empty_like(x)]
-    monkeypatch.setattr(_native_cuda, "_find", lambda: (object(), ""))
+    monkeypatch.setattr(native_cuda, "_find", lambda: (object(), ""))
     with pytest.raises(ValueError, match="x must be on x's GPU, x is on cpu"):
-        _native_cuda.pointwise_mix(*good)
+        native_cuda.pointwise_mix(*good)
     with pytest.raises(ValueError, match=r"TF32 allowed, got torch.float64"):
-        _native_cuda.pointwise_mix(x.double(), *good[1:])
+        native_cuda.pointwise_mix(x.double(), *good[1:])
     with pytest.raises(ValueError, match=r"weight must have shape \(4, 8, 1, 1\)"):
-        _native_cuda._check("weight", weight, (4, 8, 1, 1), x.dtype, x.device)
-    monkeypatch.setattr(_native_cuda, "_find", lambda: (None, "the moon is in the wrong house"))
+        native_cuda._check("weight", weight, (4, 8, 1, 1), x.dtype, x.device)
+    monkeypatch.setattr(native_cuda, "_find", lambda: (None, "the moon is in the wrong house"))
     with pytest.raises(RuntimeError, match="not available: the moon is in the wrong house"):
-        _native_cuda.pointwise_mix(*good)
+        native_cuda.pointwise_mix(*good)
 
 
 def test_a_refusal_says_which_kernel_shape_and_architecture(monkeypatch):
@@ -146,16 +149,16 @@ def test_a_refusal_says_which_kernel_shape_and_architecture(monkeypatch):
     )
     x, weight = torch.zeros(2, 8, 3, 3).half(), torch.zeros(24, 8, 1, 1).half()
     vector, out = torch.zeros(24), torch.zeros(2, 24, 3, 3).half()
-    monkeypatch.setattr(_native_cuda, "_find", lambda: (engine, ""))
-    monkeypatch.setattr(_native_cuda, "_check", lambda *given, **named: None)
-    monkeypatch.setattr(_native_cuda, "architecture", lambda device: 86)
-    _native_cuda._numbers.cache_clear()
+    monkeypatch.setattr(native_cuda, "_find", lambda: (engine, ""))
+    monkeypatch.setattr(native_cuda, "_check", lambda *given, **named: None)
+    monkeypatch.setattr(native_cuda, "architecture", lambda device: 86)
+    native_cuda._numbers.cache_clear()
     try:
         what = r"mma.sync \(18 x 8 -> 24 float16 silu, sm_86\): rows of a lie backwards"
         with pytest.raises(ValueError, match=what):
-            _native_cuda.pointwise_mix(x, weight, None, vector, vector, "silu", out)
+            native_cuda.pointwise_mix(x, weight, None, vector, vector, "silu", out)
     finally:
-        _native_cuda._numbers.cache_clear()
+        native_cuda._numbers.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -170,21 +173,21 @@ def test_a_refusal_says_which_kernel_shape_and_architecture(monkeypatch):
 )
 def test_code_runs_on_later_cards_of_its_kind_and_ptx_on_all_that_came_later(name, runs_on):
     cards = (75, 80, 86, 89, 90, 100, 120)
-    assert {card for card in cards if _native_cuda._runs_on(name, card)} == runs_on
+    assert {card for card in cards if native_cuda._runs_on(name, card)} == runs_on
 
 
 @pytest.fixture
 def asked_anew():
     """What was found out about the extension is forgotten, before and after."""
-    _native_cuda._find.cache_clear()
+    native_cuda._find.cache_clear()
     yield
-    _native_cuda._find.cache_clear()
+    native_cuda._find.cache_clear()
 
 
 @pytest.mark.usefixtures("asked_anew")
 def test_it_can_be_switched_off(monkeypatch):
     monkeypatch.setenv("CONVMIXER_FAST_DISABLE_CUDA", "1")
-    assert _native_cuda.load() is None
+    assert native_cuda.load() is None
     assert available_backends()["cuda"] == "switched off by CONVMIXER_FAST_DISABLE_CUDA"
 
 
@@ -193,11 +196,11 @@ def test_why_it_is_not_there_is_the_builds_own_reason(monkeypatch):
     def absent(name):
         raise ImportError("no such file\nhere")
 
-    monkeypatch.setattr(_native_cuda, "import_module", absent)
+    monkeypatch.setattr(native_cuda, "import_module", absent)
     monkeypatch.setattr(
-        _native_cuda, "build_info", lambda: {"cuda": {"reason": "no nvcc in this house"}}
+        native_cuda, "build_info", lambda: {"cuda": {"reason": "no nvcc in this house"}}
     )
-    why = _native_cuda.why_unavailable()
+    why = native_cuda.why_unavailable()
     assert why == (
         "the CUDA extension was not built: no nvcc in this house; "
         "convmixer_fast._cuda: no such file here"

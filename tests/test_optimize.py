@@ -27,8 +27,8 @@ from convmixer_fast import (
     to_reference,
 )
 from convmixer_fast.arch import Arch
-from convmixer_fast.blocks import DropPath
-from convmixer_fast.optimize import optimization_report
+from convmixer_fast.modules.blocks import DropPath
+from convmixer_fast.modules.optimize import optimization_report
 from convmixer_fast.reference import ReferenceConvMixer, Residual
 from convmixer_fast.testing import assert_numerics, trained_like_
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from convmixer_fast import ConvMixer, refresh, use_backend
-from convmixer_fast.ops.packing import PackedCache
+from convmixer_fast.modules.packing import PackedCache
 from convmixer_fast.testing import trained_like_
 
 SHAPE = (2, 3, 20, 20)

@@ -12,14 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from convmixer_fast import (
-    ConvMixer,
-    Predictor,
-    cli,
-    create_model,
-    load_checkpoint,
-    save_checkpoint,
-)
+from convmixer_fast import ConvMixer, Predictor, cli, create_model, load_checkpoint, save_checkpoint
 from convmixer_fast.checkpoint import CheckpointError, read_checkpoint
 from convmixer_fast.inference import NativeSize, Preprocessing, preprocessing_for
 from convmixer_fast.inference.evaluate import evaluate, labelled_images

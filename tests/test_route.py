@@ -13,15 +13,17 @@ from fakes.triton import installed
 from torch import nn
 from torch.nn.utils import parametrize
 
-from convmixer_fast import MixerStack, _native, refresh, use_backend
-from convmixer_fast.blocks import DropPath, MixerBlock, PatchEmbed
-from convmixer_fast.ops import backends, first_use, gpu
-from convmixer_fast.ops.packing import Packed
-from convmixer_fast.route import ModuleSnapshot, Route
+from convmixer_fast import MixerStack, refresh, use_backend
+from convmixer_fast.backends import gpu, self_check
+from convmixer_fast.backends.cpu import native
+from convmixer_fast.modules.blocks import DropPath, MixerBlock, PatchEmbed
+from convmixer_fast.modules.packing import Packed
+from convmixer_fast.modules.route import ModuleSnapshot, Route
+from convmixer_fast.ops import registry
 from convmixer_fast.testing import trained_like_
 
 SHAPE = (2, 8, 7, 9)
-engine = pytest.mark.skipif(_native.load() is None, reason=_native.why_unavailable() or "built")
+engine = pytest.mark.skipif(native.load() is None, reason=native.why_unavailable() or "built")
 
 
 @pytest.fixture
@@ -165,7 +167,7 @@ def test_a_change_is_noticed(stack, x, change):
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_a_change_is_noticed_without_the_engine(stack, x, change, monkeypatch):
-    monkeypatch.setattr(_native, "load", lambda: None)
+    monkeypatch.setattr(native, "load", lambda: None)
     settle(stack, x)
     assert_noticed(stack, x, change)
 
@@ -191,7 +193,7 @@ def test_modes_and_watchers_are_noticed(stack, x, monkeypatch):
     with torch.enable_grad():
         out = stack(x.clone().requires_grad_())
         assert out.requires_grad
-    with backends.recording() as rows:
+    with registry.recording() as rows:
         stack(x)
     assert len(rows) == 6
     settle(stack, x)
@@ -224,15 +226,15 @@ def test_a_launch_that_fails_leaves_the_call_to_pytorch(double, stack, x):
         want = stack(x)
     settle(stack, x)
     with use_backend("auto"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backends, "_auto_is_triton", lambda device: True)
-        patch.setattr(backends, "whole_blocks_run", lambda *args: False)
-        patch.setattr(backends, "_why_slower", lambda op, dtype: "")
+        patch.setattr(registry, "_auto_is_triton", lambda device: True)
+        patch.setattr(registry, "whole_blocks_run", lambda *args: False)
+        patch.setattr(registry, "_why_slower", lambda op, dtype: "")
         settle(stack, x)
         double.error["pointwise_mix"] = RuntimeError("lost")
         with pytest.warns(RuntimeWarning, match="pointwise_mix of 8 -> 8 .* lost"):
             got = stack(x)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-        assert list(filter(None, first_use.results().values())) == ["RuntimeError: lost"]
+        assert list(filter(None, self_check.results().values())) == ["RuntimeError: lost"]
         assert not steady(stack, x)
 
 
@@ -330,7 +332,7 @@ def test_modes_and_watchers_are_noticed_on_a_cpu(whole, x):
         assert not whole._packed.route.holds(x)
         assert whole(x.clone().requires_grad_()).requires_grad
     whole(x)
-    with backends.recording() as rows:
+    with registry.recording() as rows:
         whole(x)
     assert len(rows) == 3
     whole(x)
@@ -351,7 +353,7 @@ def test_modes_and_watchers_are_noticed_on_a_cpu(whole, x):
 def test_nothing_is_kept_of_a_stack_that_is_watched(x):
     with torch.no_grad():
         net = trained_like_(MixerStack(*[MixerBlock(8, 3) for _ in range(2)]), SHAPE)
-        with backends.recording():
+        with registry.recording():
             net(x)
         assert net._packed.route is None
         net(x)
@@ -454,7 +456,7 @@ def test_modes_and_watchers_of_a_stem_are_noticed(stem, images):
     with torch.enable_grad():
         assert not route.holds(images)
         assert stem(images).requires_grad
-    with backends.recording() as rows:
+    with registry.recording() as rows:
         stem(images)
     assert [row.op for row in rows] == ["pointwise_mix"]
     with installed():

@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from convmixer_fast import ConvMixer, MixerBlock, _native, explain, to_reference, use_backend
-from convmixer_fast.ops import backends, stock
+from convmixer_fast import ConvMixer, MixerBlock, explain, to_reference, use_backend
+from convmixer_fast.backends import stock
+from convmixer_fast.backends.cpu import native
+from convmixer_fast.ops import registry
 from convmixer_fast.testing import trained_like_
 
 SHAPE = (2, 3, 20, 24)
-engine = pytest.mark.skipif(_native.load() is None, reason=_native.why_unavailable() or "built")
+engine = pytest.mark.skipif(native.load() is None, reason=native.why_unavailable() or "built")
 has_setting = pytest.mark.skipif(
     not hasattr(torch.backends.mkldnn, "conv"), reason="torch before 2.9 has no such setting"
 )
@@ -136,8 +138,8 @@ def test_matmul_precision_does_not_concern_convolutions(multiplies) -> None:
 def test_operators_called_directly_follow_the_same_rule(multiplies) -> None:
     device = torch.device("cpu")
     for dtype in (torch.bfloat16, torch.float16):
-        assert backends.whole_blocks_run(device, dtype, 8) is not multiplies
-    assert backends.whole_blocks_run(device, torch.float32, 8)
+        assert registry.whole_blocks_run(device, dtype, 8) is not multiplies
+    assert registry.whole_blocks_run(device, torch.float32, 8)
     block = MixerBlock(8, 3).eval().bfloat16()
     x = torch.randn(1, 8, 5, 5).bfloat16()
     torch.testing.assert_close(block(x), copy.deepcopy(block)(x))

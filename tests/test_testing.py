@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from convmixer_fast.diagnostics.timing import interleaved_times, spread
 from convmixer_fast.testing import ERROR_RATIO, assert_numerics, error_report, trained_like_
-from convmixer_fast.timing import interleaved_times, spread
 
 
 def make(factor: float, dtype=torch.float32):

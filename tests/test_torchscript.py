@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from convmixer_fast import ConvMixer, create_model, optimize, to_reference
 from convmixer_fast.arch import ACTIVATIONS, Arch
-from convmixer_fast.blocks import (
+from convmixer_fast.compat import locuslab, mmpretrain
+from convmixer_fast.modules.blocks import (
     DepthwiseMix,
     DropPath,
     MixerBlock,
@@ -28,8 +29,7 @@ from convmixer_fast.blocks import (
     PatchEmbed,
     PointwiseMix,
 )
-from convmixer_fast.compat import locuslab, mmpretrain
-from convmixer_fast.model import FeatureExtractor, GlobalPool
+from convmixer_fast.modules.model import FeatureExtractor, GlobalPool
 from convmixer_fast.reference import ReferenceConvMixer, reference_block
 from convmixer_fast.testing import trained_like_
 

@@ -13,8 +13,9 @@ from fakes.triton import FakeTriton, installed
 
 import convmixer_fast as cf
 from convmixer_fast import BackendError, ConvMixer, explain, use_backend
-from convmixer_fast.kernels.configs import DepthwiseConfig, PointwiseConfig
-from convmixer_fast.ops import backends, gpu, verdicts
+from convmixer_fast.backends import gpu, tuning_cache
+from convmixer_fast.backends.triton.configs import DepthwiseConfig, PointwiseConfig
+from convmixer_fast.ops import registry
 from convmixer_fast.testing import trained_like_
 
 IMAGES = (2, 3, 20, 20)
@@ -25,10 +26,10 @@ TILES = (PointwiseConfig(64, 64, 32), PointwiseConfig(128, 128, 32))
 def double(monkeypatch):
     """Kernels that ``auto`` takes for CPU tensors, as it does on a GPU."""
     with installed() as kernels:
-        monkeypatch.setattr(backends, "requested_backend", lambda: "auto")
-        monkeypatch.setattr(backends, "_auto_is_triton", lambda device: True)
-        monkeypatch.setattr(backends, "whole_blocks_run", lambda *args: False)
-        monkeypatch.setattr(backends, "_why_slower", lambda op, dtype: "")
+        monkeypatch.setattr(registry, "requested_backend", lambda: "auto")
+        monkeypatch.setattr(registry, "_auto_is_triton", lambda device: True)
+        monkeypatch.setattr(registry, "whole_blocks_run", lambda *args: False)
+        monkeypatch.setattr(registry, "_why_slower", lambda op, dtype: "")
         monkeypatch.setattr(gpu, "pointwise_tiles", lambda device, dtype: TILES)
         yield kernels
 
@@ -98,7 +99,7 @@ def test_the_fastest_serves_and_the_file_remembers(double, model):
         assert "depthwise_mix" not in double.calls - before
         assert set(double.configs[done:]) == {None, TILES[1]}
         torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-4)
-        verdicts.forget()  # as another process: from the file
+        tuning_cache.forget()  # as another process: from the file
     assert "kept in" in str(report)
     assert "contiguous 2 ms" in str(report)
     # Another shape is another question.
@@ -133,7 +134,7 @@ def test_of_a_float64_product_its_end_alone_is_tried(double, model, seconds):
 
 @torch.no_grad()
 def test_a_measurement_counts_for_more_than_an_expectation(double, model, monkeypatch):
-    monkeypatch.setattr(backends, "_why_slower", lambda op, dtype: "it looks slow")
+    monkeypatch.setattr(registry, "_why_slower", lambda op, dtype: "it looks slow")
     x = torch.randn(IMAGES)
     before = {(r.backend, r.reason) for r in explain(model, x)}
     assert before == {
@@ -183,7 +184,7 @@ def test_where_no_kernel_of_ours_runs_pytorch_serves_in_its_best_layout(double, 
 def test_asked_for_by_name_the_kernel_runs_whatever_was_tuned(double, model, monkeypatch):
     cf.tune(model, [IMAGES], timer=Stopwatch(double, (1e-4, 2e-4), KERNELS_WIN))
     assert {r.backend for r in explain(model, torch.randn(IMAGES))} == {"reference"}
-    monkeypatch.setattr(backends, "requested_backend", lambda: "triton")
+    monkeypatch.setattr(registry, "requested_backend", lambda: "triton")
     assert {r.backend for r in explain(model, torch.randn(IMAGES))} == {"triton"}
 
 
@@ -193,9 +194,9 @@ def test_not_kept_where_asked(double, model):
     )
     assert report.path == ""
     assert "not kept" in str(report)
-    assert os.listdir(verdicts.folder()) == []
+    assert os.listdir(tuning_cache.folder()) == []
     assert {r.backend for r in explain(model, torch.randn(IMAGES))} == {"reference"}
-    verdicts.forget()
+    tuning_cache.forget()
     assert {r.backend for r in explain(model, torch.randn(IMAGES))} == {"triton"}
 
 
@@ -204,7 +205,7 @@ def test_not_kept_where_asked(double, model):
     ["", "{", "[]", '{"format": 1}', '{"format": 1, "verdicts": {"a": {"winner": "me"}}}', "\x00"],
 )
 def test_a_corrupt_file_is_ignored_with_a_warning(double, model, text):
-    path = verdicts.file_for(torch.device("cpu"))
+    path = tuning_cache.file_for(torch.device("cpu"))
     path.write_text(text)
     with pytest.warns(RuntimeWarning, match=f"{path.name} is not used") as seen:
         rows = explain(model, torch.randn(IMAGES))
@@ -216,13 +217,13 @@ def test_a_corrupt_file_is_ignored_with_a_warning(double, model, text):
     assert path.read_text() == text
     with pytest.warns(RuntimeWarning, match="is not used"):
         cf.tune(model, [IMAGES], timer=Stopwatch(double, (1, 1), KERNELS_WIN))
-    verdicts.forget()
+    tuning_cache.forget()
     explain(model, torch.randn(IMAGES))
 
 
 def test_another_format_or_version_is_not_read(double, model, monkeypatch):
     cf.tune(model, [IMAGES], timer=Stopwatch(double, (1e-4, 2e-4), KERNELS_WIN))
-    verdicts.forget()
+    tuning_cache.forget()
     monkeypatch.setattr(torch, "__version__", "9.9.9")
     assert {r.backend for r in explain(model, torch.randn(IMAGES))} == {"triton"}
     monkeypatch.undo()
@@ -230,7 +231,7 @@ def test_another_format_or_version_is_not_read(double, model, monkeypatch):
 
 def test_two_processes_add_to_one_file(double, model):
     cf.tune(model, [IMAGES], timer=Stopwatch(double, (1, 1), KERNELS_WIN))
-    verdicts.forget()  # the other process has not read it
+    tuning_cache.forget()  # the other process has not read it
     report = cf.tune(model, [(1, 3, 20, 20)], timer=Stopwatch(double, (1, 1), KERNELS_WIN))
     assert len(json.loads(Path(report.path).read_text())["verdicts"]) == 6
     assert [p.name for p in Path(report.path).parent.iterdir()] == [Path(report.path).name]
@@ -240,17 +241,17 @@ def test_a_file_that_cannot_be_written_is_a_warning_and_leaves_nothing(double, m
     def full(*args) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(verdicts.os, "replace", full)
+    monkeypatch.setattr(tuning_cache.os, "replace", full)
     with pytest.warns(RuntimeWarning, match=r"for this process only.*No space left"):
         report = cf.tune(model, [IMAGES], timer=Stopwatch(double, (1e-4, 1), KERNELS_WIN))
     assert report.path == ""
-    assert os.listdir(verdicts.folder()) == []
+    assert os.listdir(tuning_cache.folder()) == []
     assert {r.backend for r in explain(model, torch.randn(IMAGES))} == {"reference"}
 
 
 def test_where_the_files_are(monkeypatch, tmp_path):
     monkeypatch.setenv("CONVMIXER_FAST_CACHE", str(tmp_path / "mine"))
-    assert verdicts.folder() == tmp_path / "mine"
+    assert tuning_cache.folder() == tmp_path / "mine"
     monkeypatch.delenv("CONVMIXER_FAST_CACHE")
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
@@ -259,9 +260,9 @@ def test_where_the_files_are(monkeypatch, tmp_path):
         ("darwin", tmp_path / "Library" / "Caches"),
         ("win32", tmp_path / "AppData" / "Local"),
     ):
-        monkeypatch.setattr(verdicts.sys, "platform", platform)
+        monkeypatch.setattr(tuning_cache.sys, "platform", platform)
         monkeypatch.delenv("LOCALAPPDATA", raising=False)
-        assert verdicts.folder() == place / "convmixer_fast"
+        assert tuning_cache.folder() == place / "convmixer_fast"
 
 
 def test_without_a_gpu_it_says_why(model):
@@ -273,8 +274,8 @@ def test_without_a_gpu_it_says_why(model):
 
 def test_every_config_survives_the_file(double):
     for config in (DepthwiseConfig(8, 8, 64, 11, 4), PointwiseConfig(64, 64, 32, halves=True)):
-        verdict = verdicts.Verdict("triton", config, {"triton": 1e-3})
-        assert verdicts._verdict(json.loads(json.dumps(verdicts._row(verdict)))) == verdict
+        verdict = tuning_cache.TunedEntry("triton", config, {"triton": 1e-3})
+        assert tuning_cache._verdict(json.loads(json.dumps(tuning_cache._row(verdict)))) == verdict
 
 
 def test_training_models_have_nothing_to_tune(double, model):

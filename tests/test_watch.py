@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from convmixer_fast.ops import watch
-from convmixer_fast.ops.watch import CADENCE, Watch, sample
+from convmixer_fast.modules import watch
+from convmixer_fast.modules.watch import CADENCE, Watch, sample
 
 
 class Clock:

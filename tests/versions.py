@@ -41,7 +41,7 @@ RECORDS = ROOT / "tests" / "versions.json"
 FILES = (
     *("import", "model", "blocks", "optimize", "compat/", "checkpoint/"),
     *("ops", "backends", "mixer", "stem", "packing", "route", "for_inference", "native"),
-    *("torchscript", "names", "gpu_path", "cuda_path", "first_use", "graphs"),
+    *("torchscript", "names", "gpu_path", "cuda_path", "self_check", "graphs"),
     *("kernels_after_product", "bound_launches"),
 )
 

@@ -77,11 +77,11 @@ def cpu_key() -> str:
     Raises:
         Unavailable: there is no engine, or valgrind cannot count it.
     """
-    from convmixer_fast import _native
+    from convmixer_fast.backends.cpu import native
 
-    engine = _native.load()
+    engine = native.load()
     if engine is None:
-        raise Unavailable(_native.why_unavailable())
+        raise Unavailable(native.why_unavailable())
     if ISA not in engine.isas():
         raise Unavailable(f"{ISA} was not built or is not supported here")
     info = engine.build_info()
@@ -96,13 +96,13 @@ def count_cpu() -> Counts:
         Unavailable: no valgrind, no engine, or an engine without symbols.
         RuntimeError: valgrind failed, or did not see every case.
     """
-    from convmixer_fast import _native
+    from convmixer_fast.backends.cpu import native
 
     cpu_key()
     valgrind = shutil.which("valgrind")
     if valgrind is None:
         raise Unavailable("no valgrind: apt-get install valgrind")
-    engine = _native.load()
+    engine = native.load()
     assert engine is not None
     with tempfile.TemporaryDirectory() as folder:
         cases, out = Path(folder, "cases.json"), Path(folder, "counts")
@@ -183,9 +183,9 @@ def count_gpu() -> Counts:
     import torch.nn.functional as F
 
     from convmixer_fast import ops
-    from convmixer_fast.kernels.depthwise import depthwise_mix, pack_taps
-    from convmixer_fast.kernels.pointwise import pointwise_mix
-    from convmixer_fast.kernels.stem import patch_embed
+    from convmixer_fast.backends.triton.depthwise import depthwise_mix, pack_taps
+    from convmixer_fast.backends.triton.pointwise import pointwise_mix
+    from convmixer_fast.backends.triton.stem import patch_embed
 
     gpu_key()
     counts: Counts = {}

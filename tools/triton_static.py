@@ -28,8 +28,8 @@ from gpu_static import depthwise, pointwise, stem
 
 from convmixer_fast.arch import VARIANTS as PUBLISHED
 from convmixer_fast.arch import Arch
-from convmixer_fast.kernels import support
-from convmixer_fast.kernels.configs import (
+from convmixer_fast.backends.triton import support
+from convmixer_fast.backends.triton.configs import (
     POINTWISE,
     lookup_depthwise,
     lookup_pointwise,
@@ -135,7 +135,7 @@ def seconds_to_compile(architectures: list[int]) -> dict[str, float]:
 
 def simulated(arch: Arch, grid: int) -> dict[str, Any]:
     """Counts per output for one image of ``SIMULATED_CHANNELS`` channels; the result is checked."""
-    from convmixer_fast.kernels.depthwise import depthwise_mix, pack_taps
+    from convmixer_fast.backends.triton.depthwise import depthwise_mix, pack_taps
     from convmixer_fast.ops import depthwise_mix as reference
     from convmixer_fast.ops import use_backend
 

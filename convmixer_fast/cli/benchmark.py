@@ -288,7 +288,7 @@ class Benchmark:
         Raises:
             ValueError: the image is smaller than a patch.
         """
-        from ..model import create_model
+        from ..modules.model import create_model
 
         in_chans, height, width = args.input_size or variant.input_size
         if args.img_size:
@@ -315,10 +315,10 @@ class Benchmark:
         """Images a second in eval mode, and the cost of one image."""
         import torch
 
-        from ..explain import explain
-        from ..for_inference import optimize_for_inference
-        from ..optimize import to_reference
-        from ..timing import interleaved_times
+        from ..diagnostics.explain import explain
+        from ..diagnostics.timing import interleaved_times
+        from ..modules.for_inference import optimize_for_inference
+        from ..modules.optimize import to_reference
 
         model = optimize_for_inference(self._model().eval())
         x = self._images(batch)
@@ -363,7 +363,7 @@ class Benchmark:
 
     def training(self, batch: int) -> dict[str, Any]:
         """Images a second of a whole step: forward, loss, backward, optimizer."""
-        from ..timing import timestamps
+        from ..diagnostics.timing import timestamps
 
         parts = self._training_step(batch)
         for _ in range(self.args.num_warm_iter):
@@ -420,7 +420,7 @@ class Benchmark:
         """The device, precision and software that the figures belong to."""
         import torch
 
-        from ..doctor import cpu_name
+        from ..diagnostics.doctor import cpu_name
 
         on_gpu = self.device.type == "cuda"
         name = torch.cuda.get_device_name(self.device) if on_gpu else cpu_name()

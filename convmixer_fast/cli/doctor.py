@@ -37,7 +37,7 @@ def add_doctor(sub: argparse.ArgumentParser) -> None:
 def doctor(args: DoctorArguments) -> int:
     if args.gpu:
         return _doctor_gpu(args)
-    from .. import doctor
+    from ..diagnostics import doctor
 
     report = doctor.examine()
     print(json.dumps(report, indent=2) if args.format == "json" else doctor.render(report))
@@ -45,7 +45,7 @@ def doctor(args: DoctorArguments) -> int:
 
 
 def _doctor_gpu(args: DoctorArguments) -> int:
-    from .. import gpu_report
+    from ..diagnostics import gpu_report
 
     as_json = args.format == "json"
     report = gpu_report.report(progress=note if as_json else lambda line: print(line, flush=True))

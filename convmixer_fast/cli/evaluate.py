@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ..inference import Failure, Predictor
     from ..inference.evaluate import Evaluation
     from ..inference.remote import Location
-    from ..model import ConvMixer
+    from ..modules.model import ConvMixer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from ..arch import Variant
     from ..inference import NativeSize, Predictor, Preprocessing
-    from ..model import ConvMixer
+    from ..modules.model import ConvMixer
 
 _ACT_UNKNOWN = (
     "the activation of {} cannot be read from its weights: pass --act gelu (the paper's default) "
@@ -152,7 +152,7 @@ def load_model(args: ModelArguments, embedding: bool = False) -> ConvMixer:
         ValueError: neither flag is given, or the weights contradict another flag.
     """
     from ..arch import find_variant
-    from ..for_inference import optimize_for_inference
+    from ..modules.for_inference import optimize_for_inference
 
     variant = find_variant(args.model) if args.model else None
     if args.checkpoint:
@@ -174,7 +174,7 @@ def load_model(args: ModelArguments, embedding: bool = False) -> ConvMixer:
 
 def _model_of_checkpoint(args: ModelArguments, path: str, variant: Variant | None) -> ConvMixer:
     from ..checkpoint import build_model_kwargs, load_checkpoint, read_checkpoint
-    from ..model import ConvMixer
+    from ..modules.model import ConvMixer
 
     held = read_checkpoint(path)
     if variant and held.arch.shape != variant.arch.shape:
@@ -192,7 +192,7 @@ def _model_of_checkpoint(args: ModelArguments, path: str, variant: Variant | Non
 
 
 def _published_model(args: ModelArguments, variant: Variant) -> ConvMixer:
-    from ..model import ConvMixer, create_model
+    from ..modules.model import ConvMixer, create_model
 
     kwargs: dict[str, Any] = {"act_layer": args.act} if args.act else {}
     with suppress(ImportError):  # create_model reports it

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..model import ConvMixer as _ConvMixer
+from ..modules.model import ConvMixer as _ConvMixer
 
 
 def ConvMixer(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..arch import ACTIVATIONS, activation_name, find_variant
 from ..checkpoint import read_checkpoint
-from ..model import ConvMixer as _ConvMixer
+from ..modules.model import ConvMixer as _ConvMixer
 from ..reference import scripted_as
 
 REGISTERED_NAME = "ConvMixerFast"

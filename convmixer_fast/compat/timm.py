@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from ..arch import VARIANTS, Variant, activation_layer
-from ..model import ConvMixer
+from ..modules.model import ConvMixer
 
 _PREFIX = "convmixer_fast_"
 

@@ -36,9 +36,15 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from .. import _native
-from ..blocks import DepthwiseMix, MixerBlock, PackedBlock, packed_blocks, to_preferred_layout
-from ..fusible import is_depthwise
+from ..backends.cpu import native
+from ..modules.blocks import (
+    DepthwiseMix,
+    MixerBlock,
+    PackedBlock,
+    packed_blocks,
+    to_preferred_layout,
+)
+from ..modules.fusible import is_depthwise
 
 #: Patches in a band at least, if memory allows: a few tiles of the GEMM.
 _BAND_PATCHES = 8192
@@ -234,8 +240,8 @@ class NativeBlocks:
         self.depth, self.dtype, self.device = len(wholes), torch.float32, device
         self.dim, self.kernel_size = wholes[0].dim, wholes[0].kernel_size
         self.joined_pixels = max(
-            _native.joined_pixels(self.dim, self.dim),
-            _native.joined_pixels(stem.weight[0].numel(), self.dim),
+            native.joined_pixels(self.dim, self.dim),
+            native.joined_pixels(stem.weight[0].numel(), self.dim),
         )
         #: Of the whole map; the default is too large for any special case of small GEMMs.
         self.map_pixels = 1 << 40
@@ -245,7 +251,7 @@ class NativeBlocks:
         dense = out
         if not out[0, 0].is_contiguous():
             dense = torch.empty(out.shape, dtype=out.dtype, device=out.device)
-        _native.mixer_band(
+        native.mixer_band(
             window,
             band,
             whole.weight,

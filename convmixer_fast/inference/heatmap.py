@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..files import whole_or_absent
-from ..fusible import is_patchwise
+from ..modules.fusible import is_patchwise
 from .ambient import autocast
 from .separable import check_eval, reason_not_separable
 

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..blocks import DepthwiseMix, MixerBlock, MixerStack, PatchEmbed
-from ..fusible import is_depthwise, is_patched, is_patchwise, is_pointwise, is_under_mode
-from ..model import GlobalPool
-from ..optimize import SequentialDepthwiseMix
+from ..modules.blocks import DepthwiseMix, MixerBlock, MixerStack, PatchEmbed
+from ..modules.fusible import is_depthwise, is_patched, is_patchwise, is_pointwise, is_under_mode
+from ..modules.model import GlobalPool
+from ..modules.optimize import SequentialDepthwiseMix
 from ..reference import DropPath
 
 #: Models known to compute head(head_drop(global_pool(blocks(stem(x))))), by their classes' names:

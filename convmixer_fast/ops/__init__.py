@@ -5,10 +5,10 @@
 ``convmixer_fast::mixer_stack`` (inference).
 """
 
-from .backends import BackendError, available_backends, use_backend
 from .depthwise import depthwise_mix
 from .mixer import mixer_stack
 from .pointwise import pointwise_mix
+from .registry import BackendError, available_backends, use_backend
 from .stem import patch_embed_uint8
 
 __all__ = [

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _native
-from . import backends, gpu
+from ..backends import gpu
+from ..backends.cpu import native
+from . import registry
 from .common import (
     LIBRARY,
     accumulation_dtype,
@@ -76,16 +77,16 @@ def _kernel(
     _check(x, weight, bias, scale, shift, act)
     if x.numel() == 0:
         return torch.empty_like(x, memory_format=memory_format_of(x))
-    call = backends.call_of(NAME, x, weight, bias, act)
-    choice = backends.choose(NAME, x.device, x.dtype, weight.shape[0], call)
+    call = registry.call_of(NAME, x, weight, bias, act)
+    choice = registry.choose(NAME, x.device, x.dtype, weight.shape[0], call)
     backend = choice.backend
     if backend == "cpu":
-        return _native.depthwise_mix(x, weight, bias, scale, shift, act)
+        return native.depthwise_mix(x, weight, bias, scale, shift, act)
     if choice.case is not None:
         out = gpu.serve(choice.case, choice.config, _reference, x, weight, bias, scale, shift, act)
         if out is not None:
             return out
-        backends.fall_back(NAME, choice)
+        registry.fall_back(NAME, choice)
     # Operands have the dtype they are to be computed in: autocast has nothing to add.
     with torch.autocast(x.device.type, enabled=False):
         operands = (weight, bias, scale, shift, act)

@@ -4,7 +4,7 @@
 
 x: (N, C, H, W), float32, bfloat16 or float16, any strides; weights: (C, C, 1, 1) float32, the
 pointwise weight of each block; packed: one flat tensor for each block, the rest of it, made by
-`_native.mixer_pack`; kernel_size: k; act: a name, of all.
+`native.mixer_pack`; kernel_size: k; act: a name, of all.
 Returns (N, C, H, W) of x's dtype, channels-last if x is, else contiguous; everything between is
 float32. There is no gradient: the operator is for parameters that are not trained; `depthwise_mix`
 and `pointwise_mix` are its differentiable halves.
@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _native
 from ..arch import ACTIVATIONS
+from ..backends.cpu import native
 from .common import LIBRARY, memory_format_of
 
 NAME = "mixer_stack"
@@ -56,13 +56,13 @@ def _kernel(
     if x.numel() == 0:
         return torch.empty_like(x, memory_format=memory_format)
     if x.dtype == torch.float32 and x.is_contiguous():
-        return _native.mixer_stack(x, weights, packed, kernel_size, act)
+        return native.mixer_stack(x, weights, packed, kernel_size, act)
     # A few images at a time as contiguous float32, in place: never a second batch of that.
     out = torch.empty_like(x, memory_format=memory_format)
     step = max(1, _WIDE_FLOATS // x[0].numel())
     for i in range(0, x.shape[0], step):
         wide = x[i : i + step].to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-        out[i : i + step] = _native.mixer_stack(wide, weights, packed, kernel_size, act, out=wide)
+        out[i : i + step] = native.mixer_stack(wide, weights, packed, kernel_size, act, out=wide)
     return out
 
 

@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _native
-from . import backends, gpu
+from ..backends import gpu
+from ..backends.cpu import native
+from . import registry
 from .common import (
     LIBRARY,
     accumulation_dtype,
@@ -92,23 +93,23 @@ def _kernel(
     _check(x, weight, bias, scale, shift, act)
     if x.numel() == 0 or weight.numel() == 0:
         return _empty(x, weight)
-    call = backends.call_of(NAME, x, weight, bias, act)
-    choice = backends.choose(NAME, x.device, x.dtype, weight.shape[0], call)
+    call = registry.call_of(NAME, x, weight, bias, act)
+    choice = registry.choose(NAME, x.device, x.dtype, weight.shape[0], call)
     if choice.backend == "cpu" and memory_format_of(x) == torch.contiguous_format:
-        return _native.channel_mix(x, weight, bias, scale, shift, act)
+        return native.channel_mix(x, weight, bias, scale, shift, act)
     while choice.case is not None:
         out = gpu.serve(choice.case, choice.config, _reference, x, weight, bias, scale, shift, act)
         if out is not None:
             return out
         # What was just found to be bad has a second choice; what could not be checked has not.
-        backends.fall_back(NAME, choice)
-        tried, choice = choice.case, backends.choose(NAME, x.device, x.dtype, weight.shape[0], call)
+        registry.fall_back(NAME, choice)
+        tried, choice = choice.case, registry.choose(NAME, x.device, x.dtype, weight.shape[0], call)
         if choice.case == tried:
             break
     # Operands have the dtype they are to be computed in: autocast has nothing to add.
     with torch.autocast(x.device.type, enabled=False):
         if choice.backend == "cpu":
-            return _native.epilogue_(_convolve(x, weight, bias), scale, shift, act)
+            return native.epilogue_(_convolve(x, weight, bias), scale, shift, act)
         operands = (weight, bias, scale, shift, act)
         return gpu.in_layout(
             choice.memory_format, gpu.stem_format(x, weight.shape[2]), _reference, x, *operands

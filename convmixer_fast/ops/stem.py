@@ -17,8 +17,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import backends, gpu, pointwise
-from .cases import UINT8_STEM as NAME
+from ..backends import gpu
+from ..backends.kernel_key import UINT8_STEM as NAME
+from . import pointwise, registry
 from .common import LIBRARY, accumulation_dtype, memory_format_of, per_channel
 
 LIBRARY.define(
@@ -89,15 +90,15 @@ def _kernel(
     _check(x, weight, bias, scale, shift, act, mean, std)
     if x.numel() == 0 or weight.numel() == 0:
         return _fake(x, weight, bias, scale, shift, act, mean, std)
-    call = backends.call_of(NAME, x, weight, bias, act, weight.dtype)
+    call = registry.call_of(NAME, x, weight, bias, act, weight.dtype)
     if call is not None:
-        choice = backends.choose(NAME, x.device, weight.dtype, weight.shape[0], call)
+        choice = registry.choose(NAME, x.device, weight.dtype, weight.shape[0], call)
         operands = (weight, bias, scale, shift, act, mean, std)
         if choice.case is not None:
             out = gpu.serve(choice.case, choice.config, _reference, x, *operands)
             if out is not None:
                 return out
-            backends.fall_back(NAME, choice)
+            registry.fall_back(NAME, choice)
         elif choice.memory_format is not None:
             wanted = gpu.stem_format(x, weight.shape[2])
             with torch.autocast(x.device.type, enabled=False):

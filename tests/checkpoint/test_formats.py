@@ -12,11 +12,7 @@ from checkpoint_cases import (
 )
 
 from convmixer_fast.arch import VARIANTS
-from convmixer_fast.checkpoint import (
-    FORMATS,
-    convert_state_dict,
-    read_checkpoint,
-)
+from convmixer_fast.checkpoint import FORMATS, convert_state_dict, read_checkpoint
 
 
 @pytest.mark.parametrize("name", [n for n, v in VARIANTS.items() if v.hf_hub_id])

@@ -37,7 +37,7 @@ from convmixer_fast.checkpoint import (
     reading,
     save_checkpoint,
 )
-from convmixer_fast.model import ConvMixer
+from convmixer_fast.modules.model import ConvMixer
 from convmixer_fast.reference import ReferenceConvMixer
 from convmixer_fast.testing import assert_numerics, trained_like_
 

@@ -20,12 +20,7 @@ from peers import mmpretrain_backbone
 from torch import nn
 
 from convmixer_fast.arch import Arch
-from convmixer_fast.checkpoint import (
-    FORMATS,
-    read_checkpoint,
-    save_checkpoint,
-    saving,
-)
+from convmixer_fast.checkpoint import FORMATS, read_checkpoint, save_checkpoint, saving
 from convmixer_fast.reference import ReferenceConvMixer
 
 

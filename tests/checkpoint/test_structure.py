@@ -38,7 +38,7 @@ from convmixer_fast.checkpoint import (
     load_checkpoint,
     read_checkpoint,
 )
-from convmixer_fast.model import ConvMixer
+from convmixer_fast.modules.model import ConvMixer
 from convmixer_fast.reference import ReferenceConvMixer
 
 #: Names of training scripts, and those that a format has itself: the hardest to tell.

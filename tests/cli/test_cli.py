@@ -39,7 +39,7 @@ from convmixer_fast.inference import (
 from convmixer_fast.inference.batches import image_batches, in_one_piece, load_image
 from convmixer_fast.inference.results import OUTPUT_TYPES
 from convmixer_fast.inference.sources import LAYOUTS
-from convmixer_fast.ops.backends import BACKENDS
+from convmixer_fast.ops.registry import BACKENDS
 from convmixer_fast.testing import trained_like_
 
 CLASSES = 5

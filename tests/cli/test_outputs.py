@@ -19,8 +19,9 @@ import photographs
 import pytest
 import torch
 
-from convmixer_fast import ConvMixer, cli, files, gpu_report, save_checkpoint
+from convmixer_fast import ConvMixer, cli, files, save_checkpoint
 from convmixer_fast.cli.common import output_file, output_folder
+from convmixer_fast.diagnostics import gpu_report
 from convmixer_fast.inference import Columns, Failure, Prediction, ResultFile, stream
 from convmixer_fast.inference.evaluate import Evaluation
 from convmixer_fast.inference.heatmap import write_overlay, write_scores

@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from convmixer_fast import _native_cuda
 from convmixer_fast.arch import ACTIVATIONS
-from convmixer_fast.kernels import support
-from convmixer_fast.ops import gpu
+from convmixer_fast.backends import gpu
+from convmixer_fast.backends.cuda import native as native_cuda
+from convmixer_fast.backends.triton import support
 from fakes.triton import FakeTriton, installed
 
 SERVED = {"mma.sync": range(80, 1000), "wgmma": range(90, 91)}
@@ -54,7 +54,7 @@ class FakeCuda(FakeTriton):
     def cuda(self, x, weight, bias, scale, shift, act, out, family="mma.sync") -> Tensor:
         assert bias is None or bias.dtype == torch.float32
         assert family in self.families
-        assert _native_cuda.type_of(x.dtype)
+        assert native_cuda.type_of(x.dtype)
         h = torch.nn.functional.conv2d(x.float(), weight.float(), bias)
         assert weight.is_contiguous()
         self.biases.append(0 if bias is None else bias.data_ptr())
@@ -70,9 +70,9 @@ def cuda_installed(
     """Replace the CUDA and Triton kernels by fakes inside the block."""
     fake = FakeCuda(capability, families)
     with pytest.MonkeyPatch.context() as patch, installed(backend, fake):
-        patch.setattr(_native_cuda, "_find", lambda: (fake.module(), ""))
-        patch.setattr(_native_cuda, "is_emulated", lambda: True)
-        patch.setattr(_native_cuda, "pointwise_mix", fake.cuda)
+        patch.setattr(native_cuda, "_find", lambda: (fake.module(), ""))
+        patch.setattr(native_cuda, "is_emulated", lambda: True)
+        patch.setattr(native_cuda, "pointwise_mix", fake.cuda)
         patch.setattr(support, "architecture", lambda device: fake.capability)
         _forget()
         try:
@@ -92,5 +92,5 @@ def without_triton() -> Iterator[None]:
 
 
 def _forget() -> None:
-    _native_cuda.refusal.cache_clear()
-    _native_cuda._numbers.cache_clear()
+    native_cuda.refusal.cache_clear()
+    native_cuda._numbers.cache_clear()

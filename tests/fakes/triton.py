@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convmixer_fast.arch import ACTIVATIONS
-from convmixer_fast.kernels import support
-from convmixer_fast.kernels.configs import ProductConfig
-from convmixer_fast.ops import first_use, gpu, use_backend, verdicts
+from convmixer_fast.backends import gpu, self_check, tuning_cache
+from convmixer_fast.backends.triton import support
+from convmixer_fast.backends.triton.configs import ProductConfig
+from convmixer_fast.ops import use_backend
 from convmixer_fast.ops.common import accumulation_dtype
 
 
@@ -121,12 +122,12 @@ def installed(backend: str = "triton", fake: FakeTriton | None = None) -> Iterat
         table = gpu.Kernels(*(getattr(fake, name) for name in names))
         patch.setattr(gpu, "kernels", lambda: table)
         # Neither earlier tuning nor earlier self-checks count, and none is left behind.
-        patch.setenv(verdicts.ENVIRONMENT, tempfile.mkdtemp())
-        first_use.forget()
-        verdicts.forget()
+        patch.setenv(tuning_cache.ENVIRONMENT, tempfile.mkdtemp())
+        self_check.forget()
+        tuning_cache.forget()
         try:
             yield fake
         finally:
-            first_use.forget()
-            verdicts.forget()
-            shutil.rmtree(os.environ[verdicts.ENVIRONMENT], ignore_errors=True)
+            self_check.forget()
+            tuning_cache.forget()
+            shutil.rmtree(os.environ[tuning_cache.ENVIRONMENT], ignore_errors=True)

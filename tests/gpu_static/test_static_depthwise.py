@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from gpu_static import depthwise
 
-from convmixer_fast.kernels.configs import DEPTHWISE, DepthwiseConfig, lookup_depthwise
+from convmixer_fast.backends.triton.configs import DEPTHWISE, DepthwiseConfig, lookup_depthwise
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -119,6 +119,6 @@ def test_every_row_has_a_reason_and_can_be_reached() -> None:
 
 
 def test_no_tile_is_wider_than_the_padding_of_the_taps() -> None:
-    from convmixer_fast.kernels.depthwise import MAX_COLUMNS
+    from convmixer_fast.backends.triton.depthwise import MAX_COLUMNS
 
     assert all(row.config.columns <= MAX_COLUMNS for row in DEPTHWISE)

@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from gpu_static import pointwise
 
-from convmixer_fast.kernels.configs import (
+from convmixer_fast.backends.triton.configs import (
     POINTWISE,
     PointwiseConfig,
     family,

@@ -23,7 +23,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import convmixer_fast as cf
 from convmixer_fast.arch import Arch
-from convmixer_fast.blocks import DropPath
 from convmixer_fast.checkpoint import read_checkpoint
 from convmixer_fast.inference import (
     HeatmapFolder,
@@ -33,6 +32,7 @@ from convmixer_fast.inference import (
     overlay,
 )
 from convmixer_fast.inference.evaluate import evaluate
+from convmixer_fast.modules.blocks import DropPath
 from convmixer_fast.reference import ReferenceConvMixer
 from convmixer_fast.testing import error_report, trained_like_
 

@@ -23,9 +23,7 @@ from convmixer_fast.inference import (
     Prediction,
     Preprocessing,
 )
-from convmixer_fast.inference import (
-    predictor as predictors,
-)
+from convmixer_fast.inference import predictor as predictors
 from convmixer_fast.inference.streaming import whole_image_bytes
 from convmixer_fast.testing import trained_like_
 

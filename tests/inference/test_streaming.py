@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import convmixer_fast as cf
-from convmixer_fast import _native
+from convmixer_fast.backends.cpu import native
 from convmixer_fast.inference import (
     ImageError,
     Preprocessing,
@@ -41,8 +41,8 @@ from convmixer_fast.inference.bands import Axis, Plan, blocks_of
 from convmixer_fast.inference.sources import VipsSource
 from convmixer_fast.testing import trained_like_
 
-HAS_ENGINE = _native.load() is not None
-needs_engine = pytest.mark.skipif(not HAS_ENGINE, reason=_native.why_unavailable() or "built")
+HAS_ENGINE = native.load() is not None
+needs_engine = pytest.mark.skipif(not HAS_ENGINE, reason=native.why_unavailable() or "built")
 #: Logits and, where bits may differ, maps: relative to the largest value.
 CLOSE = 2e-6
 
@@ -159,7 +159,7 @@ def test_joined_pixels_keep_their_bits_where_bands_hold_whole_groups(
     # 256 channels: wide enough for Strassen's algorithm.
     monkeypatch.setenv("CONVMIXER_FAST_STRASSEN", "1")
     model = trained(256, 2, 9, 2)
-    assert _native.joined_pixels(256, 256) > 1
+    assert native.joined_pixels(256, 256) > 1
     x = torch.randn(1, 3, 60, 2 * width)
     features, _ = whole(model, x)
     stats = StreamStats()

@@ -80,7 +80,7 @@ def reason_told_by(wheel: Path, folder: Path) -> str:
         "import sys; "
         "sys.meta_path = [f for f in sys.meta_path if '__editable__' not in f.__module__]; "
         "from convmixer_fast import _native; "
-        "print(_native.why_unavailable(), _native.__file__)"
+        "print(native.why_unavailable(), native.__file__)"
     )
     done = run(sys.executable, "-c", script, cwd=folder, PYTHONPATH=str(folder))
     assert done.returncode == 0, done.stderr
@@ -183,7 +183,7 @@ def test_with_a_compiler_the_wheel_holds_the_extension(wheel: Path, tmp_path: Pa
     assert "none-any" not in wheel.name
     assert sum(name.startswith("convmixer_fast/_cpu.") for name in names) == 1
     assert not [name for name in names if name.startswith(("csrc", "tests", "benchmarks", "tools"))]
-    assert {"convmixer_fast/py.typed", "convmixer_fast/_native.py"} <= set(names)
+    assert {"convmixer_fast/py.typed", "convmixer_fast/backends/cpu/native.py"} <= set(names)
     assert record["built"] is True
     assert record["reason"] == ""
     assert record["compiler"]
@@ -231,7 +231,7 @@ def test_source_archive_holds_what_the_build_needs(project: Path, tmp_path: Path
         names = {name.partition("/")[2] for name in tar.getnames()}
     needed = {str(p.relative_to(project)) for p in (project / "csrc").rglob("*") if p.is_file()}
     assert len(needed) > 10
-    assert needed | {"setup.py", "pyproject.toml", "convmixer_fast/_native.py"} <= names
+    assert needed | {"setup.py", "pyproject.toml", "convmixer_fast/backends/cpu/native.py"} <= names
     assert not [n for n in names if n.endswith(".so") or n.endswith("_build_info.json")]
 
 

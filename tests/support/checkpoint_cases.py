@@ -13,13 +13,8 @@ from peers import locuslab, mmpretrain_classifier, tweet
 from torch import Tensor, nn
 
 from convmixer_fast.arch import Arch
-from convmixer_fast.checkpoint import (
-    FORMATS,
-    CheckpointError,
-    convert_state_dict,
-    read_checkpoint,
-)
-from convmixer_fast.model import ConvMixer
+from convmixer_fast.checkpoint import FORMATS, CheckpointError, convert_state_dict, read_checkpoint
+from convmixer_fast.modules.model import ConvMixer
 from convmixer_fast.reference import ReferenceConvMixer
 from convmixer_fast.testing import trained_like_
 

@@ -13,7 +13,7 @@ import numpy
 import ptxsim
 import pytest
 
-from convmixer_fast.kernels import support
+from convmixer_fast.backends.triton import support
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 

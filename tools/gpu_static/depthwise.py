@@ -8,7 +8,7 @@ from typing import Any
 import ptxsim
 import torch
 
-from convmixer_fast.kernels.configs import DepthwiseConfig, family
+from convmixer_fast.backends.triton.configs import DepthwiseConfig, family
 
 from . import build as aot
 from .build import REGISTERS_ALL, TRITON_TYPES, WARPS_ALL, Bars
@@ -56,7 +56,7 @@ def source(
     """Kernel, signature, constants and integers divisible by 16 of one depthwise kernel."""
     import triton.language as tl
 
-    from convmixer_fast.kernels.depthwise import depthwise_kernel
+    from convmixer_fast.backends.triton.depthwise import depthwise_kernel
 
     kind = TRITON_TYPES[dtype]
     pair = dtype == torch.bfloat16 if pair is None else pair

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...model import GlobalPool
+from ...modules.model import GlobalPool
 from ..heatmap import Heatmap, check_mean_pooling, class_scores
 from ..preprocessing import Preprocessing
 from ..separable import check_eval, reason_not_separable

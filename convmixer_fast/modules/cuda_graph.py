@@ -22,10 +22,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .kernels import precision
-from .kernels.support import on_device
-from .ops import first_use
-from .ops.backends import requested_backend
+from ..backends import self_check
+from ..backends.triton import precision
+from ..backends.triton.support import on_device
+from ..ops.registry import requested_backend
 
 #: Larger batches keep the GPU busy for longer than their launches take.
 MAX_BATCH = 8
@@ -224,11 +224,11 @@ class StackGraphs:
                     self._graphs.popitem(last=False)
                 return
             self.why_not = "its replay does not give what the blocks give"
-        except first_use.ContextLostError:
+        except self_check.ContextLostError:
             raise
         except Exception as error:  # a capture can fail in as many ways as a launch
-            first_use.raise_if_lost(x.device, "a CUDA graph's capture", error)
-            self.why_not = first_use.describe(error)
+            self_check.raise_if_lost(x.device, "a CUDA graph's capture", error)
+            self.why_not = self_check.describe(error)
         warnings.warn(
             f"the blocks run without a CUDA graph on {x.device}: {self.why_not}",
             RuntimeWarning,

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from .. import environment
+from ... import environment
 
 #: bf16 tensor-core instructions and asynchronous copies begin here.
 MIN_CAPABILITY = (8, 0)
@@ -32,7 +32,7 @@ MIN_TRITON = (3, 4)
 _DISTRIBUTIONS = ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm")
 
 _emulating = 0
-_epoch = 0
+_dispatch_version = 0
 #: Devices that were found able: this is asked at every call of an operator.
 _capable: set[int] = set()
 
@@ -46,25 +46,25 @@ def emulated() -> Iterator[None]:
     """
     global _emulating
     _emulating += 1
-    new_epoch()
+    invalidate_routes()
     try:
         yield
     finally:
         _emulating -= 1
-        new_epoch()
+        invalidate_routes()
 
 
-def epoch() -> int:
+def dispatch_version() -> int:
     """The version of the dispatch state: results of self-checks, emulation.
 
     A decision that was made under an older version is stale.
     """
-    return _epoch
+    return _dispatch_version
 
 
-def new_epoch() -> None:
-    global _epoch
-    _epoch += 1
+def invalidate_routes() -> None:
+    global _dispatch_version
+    _dispatch_version += 1
 
 
 def cdiv(a: int, b: int) -> int:

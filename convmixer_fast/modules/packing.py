@@ -28,9 +28,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .. import _native
-from . import gpu
-from .common import accumulation_dtype
+from ..backends import gpu
+from ..backends.cpu import native
+from ..ops.common import accumulation_dtype
 from .watch import Watch
 
 
@@ -145,7 +145,7 @@ class _Stamp(NamedTuple):
 class _Entry(NamedTuple):
     key: Any
     stamps: tuple[_Stamp | None, ...]
-    spans: list[_native.Span]
+    spans: list[native.Span]
     fingerprint: int
     packed: Any
     made: _Made | None
@@ -207,7 +207,7 @@ class WeightSnapshot(NamedTuple):
     addresses: list[int]
     strides: list[tuple[int, ...]]
     kinds: list[tuple[torch.Size, torch.dtype]]
-    spans: list[_native.Span]
+    spans: list[native.Span]
     fingerprint: int
     watch: Watch | None
 
@@ -226,7 +226,7 @@ class WeightSnapshot(NamedTuple):
         spans = [span for entry in known for span in entry.spans]
         # Before each copy is compared by itself: a write in between is either seen there, or makes
         # this fingerprint differ from that of the next call.
-        fingerprint = _native.fingerprint_of(spans) if spans else 0
+        fingerprint = native.fingerprint_of(spans) if spans else 0
         if len(known) != len(entries):
             return None
         for cache, entry, tensors in zip(caches, known, sources, strict=True):
@@ -268,7 +268,7 @@ class WeightSnapshot(NamedTuple):
             and [*map(_KIND, tensors)] == self.kinds
         ):
             return False
-        if self.spans and self.fingerprint != _native.fingerprint_of(self.spans):
+        if self.spans and self.fingerprint != native.fingerprint_of(self.spans):
             return False
         if self.watch is None or gpu.is_capturing(tensors[0].device):
             return True
@@ -324,7 +324,7 @@ class PackedCache(Generic[T]):
             return None
         if not _are_stamped(entry.stamps, sources):
             return None
-        if entry.spans and entry.fingerprint != _native.fingerprint_of(entry.spans):
+        if entry.spans and entry.fingerprint != native.fingerprint_of(entry.spans):
             return None
         packed: T = entry.packed
         made = entry.made
@@ -351,10 +351,10 @@ class PackedCache(Generic[T]):
             return known
         stamps = tuple(map(_Stamp.of, sources))
         tensors = [t for t in sources if t is not None]
-        spans = [_native.span_of(t) for t in tensors if t.device.type == "cpu"]
+        spans = [native.span_of(t) for t in tensors if t.device.type == "cpu"]
         # Stamps and fingerprint before the copy: a write in between makes the entry stale, where
         # the other order would make a stale entry look true.
-        before = _native.fingerprint_of(spans) if spans else 0
+        before = native.fingerprint_of(spans) if spans else 0
         on_gpu = tuple(t for t in tensors if t.device.type == "cuda")
         if on_gpu and gpu.is_capturing(on_gpu[0].device):
             # Made inside a CUDA graph, a copy is true only while that graph is replayed.
@@ -368,8 +368,8 @@ class PackedCache(Generic[T]):
         parts = packed if isinstance(packed, tuple) else ()
         used = {t.data_ptr() for t in parts if isinstance(t, Tensor)}
         copied = [span for span in spans if span[0] not in used]
-        fingerprint = _native.fingerprint_of(copied) if copied else 0
-        if not spans or before == _native.fingerprint_of(spans):
+        fingerprint = native.fingerprint_of(copied) if copied else 0
+        if not spans or before == native.fingerprint_of(spans):
             self._entry = _Entry(key, stamps, copied, fingerprint, packed, made, watch)
         return packed
 

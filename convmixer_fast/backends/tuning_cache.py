@@ -27,8 +27,8 @@ import torch
 
 from .. import environment
 from ..files import whole_or_absent
-from ..kernels import configs, support
-from .cases import Case
+from .kernel_key import Case
+from .triton import configs, support
 
 ENVIRONMENT = "CONVMIXER_FAST_CACHE"
 #: Of the files; another number is another format, and not read.
@@ -45,7 +45,7 @@ WINNERS = ("triton", "cuda", "product", "channels_last", "contiguous")
 _TYPES = {kind.__name__: kind for kind in typing.get_args(Config)}
 
 
-class Verdict(NamedTuple):
+class TunedEntry(NamedTuple):
     """Who was fastest at a call.
 
     ``config``: our kernel's tile where it is not the shipped one; ``seconds``: of each candidate.
@@ -116,7 +116,7 @@ def file_for(device: torch.device) -> Path:
     return folder() / f"tuned-{machine_key(device)}.json"
 
 
-_known: dict[Path, dict[str, Verdict]] = {}
+_known: dict[Path, dict[str, TunedEntry]] = {}
 _lock = threading.Lock()
 
 
@@ -124,7 +124,7 @@ def forget() -> None:
     """Forget what was read: the next look reads the files again."""
     with _lock:
         _known.clear()
-        support.new_epoch()
+        support.invalidate_routes()
     _file_of.cache_clear()
     machine.cache_clear()
 
@@ -134,7 +134,7 @@ def _file_of(device: str, environment: str | None) -> Path:
     return file_for(torch.device(device))
 
 
-def lookup(case: Case, shape: tuple[int, int, int]) -> Verdict | None:
+def lookup(case: Case, shape: tuple[int, int, int]) -> TunedEntry | None:
     """The entry for exactly this call, or None.
 
     Args:
@@ -150,7 +150,7 @@ def lookup(case: Case, shape: tuple[int, int, int]) -> Verdict | None:
 
 def keep(
     device: torch.device,
-    found: Mapping[tuple[Case, tuple[int, int, int]], Verdict],
+    found: Mapping[tuple[Case, tuple[int, int, int]], TunedEntry],
     save: bool = True,
 ) -> Path:
     """Use entries from now on, and add them to the device's file; returns the file.
@@ -167,7 +167,7 @@ def keep(
         # What another process wrote meanwhile stays, and so does what is known here alone.
         held = _read(path)
         _known[path] = held | _known.get(path, {}) | new
-        support.new_epoch()
+        support.invalidate_routes()
         if save:
             _write(path, device, held | new)
     return path
@@ -179,7 +179,7 @@ def _key(case: Case, shape: tuple[int, int, int]) -> str:
     return " ".join(map(str, (*fields, int(case.bias), *shape)))
 
 
-def _read(path: Path) -> dict[str, Verdict]:
+def _read(path: Path) -> dict[str, TunedEntry]:
     try:
         held = json.loads(path.read_text())
     except FileNotFoundError:
@@ -205,23 +205,23 @@ def _warn(path: Path, error: Exception) -> None:
     )
 
 
-def _verdict(row: dict[str, Any]) -> Verdict:
+def _verdict(row: dict[str, Any]) -> TunedEntry:
     if row["winner"] not in WINNERS:
         raise ValueError(f"unknown winner {row['winner']!r}")
     config = None
     if row["config"] is not None:
         fields = dict(row["config"])
         config = _TYPES[fields.pop("type")](**fields)
-    return Verdict(row["winner"], config, {str(k): float(v) for k, v in row["seconds"].items()})
+    return TunedEntry(row["winner"], config, {str(k): float(v) for k, v in row["seconds"].items()})
 
 
-def _row(verdict: Verdict) -> dict[str, Any]:
+def _row(verdict: TunedEntry) -> dict[str, Any]:
     config = verdict.config
     held = None if config is None else {"type": type(config).__name__, **asdict(config)}
     return {"winner": verdict.winner, "config": held, "seconds": dict(verdict.seconds)}
 
 
-def _write(path: Path, device: torch.device, table: Mapping[str, Verdict]) -> None:
+def _write(path: Path, device: torch.device, table: Mapping[str, TunedEntry]) -> None:
     held = {
         "format": FORMAT,
         "machine": machine(device),

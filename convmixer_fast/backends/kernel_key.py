@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..kernels.configs import POINTWISE
-from ..kernels.precision import dot_precision
+from .triton.configs import POINTWISE
+from .triton.precision import dot_precision
 
 #: The stem's operator on uint8 images.
 UINT8_STEM = "patch_embed_uint8"

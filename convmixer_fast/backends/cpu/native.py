@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import environment
-from .arch import ACTIVATIONS
+from ... import environment
+from ...arch import ACTIVATIONS
 
 _PLANAR, _CHANNELS_LAST = 0, 1
 

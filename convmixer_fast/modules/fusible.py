@@ -24,9 +24,9 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._device import DeviceContext
 
-from .arch import ACTIVATIONS, activation_name
-from .ops import backends
-from .ops.common import accumulation_dtype
+from ..arch import ACTIVATIONS, activation_name
+from ..ops import registry
+from ..ops.common import accumulation_dtype
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
@@ -201,7 +201,7 @@ def is_under_mode() -> bool:
     The mode that `torch.set_default_device` sets changes factory calls alone, and the one in which
     `explain` runs a model is its own.
     """
-    if torch._C._len_torch_dispatch_stack() > backends.modes_of_recording():
+    if torch._C._len_torch_dispatch_stack() > registry.modes_of_recording():
         return True
     return any(
         not isinstance(torch._C._get_function_stack_at(i), DeviceContext)
@@ -227,7 +227,7 @@ def reason_observed(x: Any) -> str:
         return _PATCHED
     if x.layout != torch.strided:
         return f"the input has the layout {x.layout}"
-    if type(x) not in (Tensor, nn.Parameter) and not backends.modes_of_recording():
+    if type(x) not in (Tensor, nn.Parameter) and not registry.modes_of_recording():
         return f"the input is a {type(x).__name__}"
     return ""
 
@@ -306,10 +306,10 @@ def reason_not_fusible(
     if torch.compiler.is_compiling():
         # The operator is opaque to the compiler; where no kernel of ours stands behind it, the
         # plain operators are the faster graph.
-        if device != "cpu" and not backends.compiled_kernels_run(x.device, dtype, op):
+        if device != "cpu" and not registry.compiled_kernels_run(x.device, dtype, op):
             return "no fused kernel for this device: the compiler gets plain operators"
         return ""
-    if type(weight) not in (Tensor, nn.Parameter) and not backends.modes_of_recording():
+    if type(weight) not in (Tensor, nn.Parameter) and not registry.modes_of_recording():
         return f"the weight is a {type(weight).__name__}"
     if weight.is_neg() or (conv.bias is not None and conv.bias.is_neg()):
         return "a parameter is a lazily negated view"

@@ -26,17 +26,17 @@ from typing import Any
 import torch
 
 from .. import environment
-from ..kernels import support
-from ..kernels.support import is_capturing as is_capturing
 from . import markers
-from .cases import Case
+from .kernel_key import Case
+from .triton import support
+from .triton.support import is_capturing as is_capturing
 
 ENVIRONMENT = "CONVMIXER_FAST_VERIFY"
 
 #: "" for a case that was found right, else the reason for the fallback to PyTorch.
-_verdicts: dict[Case, str] = {}
+_results: dict[Case, str] = {}
 #: The tile that computes a case instead of its own, and what was wrong with that one.
-_retreats: dict[Case, tuple[Any, str]] = {}
+_fallback_tiles: dict[Case, tuple[Any, str]] = {}
 _lock = threading.RLock()
 
 
@@ -48,43 +48,43 @@ def is_on() -> bool:
     return environment.flag("VERIFY", default=True)
 
 
-def verdict(case: Case) -> str | None:
+def result(case: Case) -> str | None:
     """``""`` for a case that was checked and is right, the reason for one that is PyTorch's, else
     None. What an earlier process left is a verdict, too."""
-    known = _verdicts.get(case)
+    known = _results.get(case)
     if known is None and is_on():
         why = markers.left(case)
         if why:
             with _lock:
-                if case not in _verdicts:
+                if case not in _results:
                     _settle(case, why)
-            return _verdicts.get(case)
+            return _results.get(case)
     return known
 
 
 def results() -> dict[Case, str]:
     """Every case so far, with ``""`` or the reason for the fallback to PyTorch."""
     with _lock:
-        return dict(_verdicts)
+        return dict(_results)
 
 
-def retreats() -> dict[Case, str]:
+def fallback_tiles() -> dict[Case, str]:
     """Every case that another tile computes than its own, and what was wrong with that one."""
     with _lock:
-        return {case: why for case, (_, why) in _retreats.items()}
+        return {case: why for case, (_, why) in _fallback_tiles.items()}
 
 
-def retreat(case: Case) -> tuple[Any, str]:
+def fallback_tile(case: Case) -> tuple[Any, str]:
     """The tile that was found right where the case's own was not, and why; (None, "") for none."""
-    return _retreats.get(case, (None, ""))
+    return _fallback_tiles.get(case, (None, ""))
 
 
 def forget() -> None:
     """Forget every result: the next call of each case checks again."""
     with _lock:
-        _verdicts.clear()
-        _retreats.clear()
-        support.new_epoch()
+        _results.clear()
+        _fallback_tiles.clear()
+        support.invalidate_routes()
 
 
 def ready(
@@ -101,7 +101,7 @@ def ready(
     Raises:
         ContextLostError: the check, or what ran before it, lost the GPU's context.
     """
-    known = verdict(case)
+    known = result(case)
     if known is not None:
         return not known
     if not is_on():
@@ -110,7 +110,7 @@ def ready(
         return False
     # One thread checks; others that need the same kernel wait for its result.
     with _lock:
-        known = _verdicts.get(case)
+        known = _results.get(case)
         if known is None:
             # What went wrong before is no fault of the kernel.
             raise_if_lost(torch.device(case.device), f"what ran before the check of {case}")
@@ -118,7 +118,7 @@ def ready(
                 known = _found(case, check, None)
                 tile = plainer() if known else None
                 if tile is not None and not _found(case, check, tile):
-                    _retreats[case] = (tile, known)
+                    _fallback_tiles[case] = (tile, known)
                     _warn(
                         f"the copy engine's form of the Triton kernel for {case} is not used", known
                     )
@@ -211,7 +211,7 @@ def fail(case: Case, error: BaseException) -> None:
     """
     raise_if_lost(torch.device(case.device), f"the launch of {case}", error)
     with _lock:
-        if not _verdicts.get(case):
+        if not _results.get(case):
             _settle(case, describe(error))
 
 
@@ -229,8 +229,8 @@ def describe(error: BaseException) -> str:
 
 
 def _settle(case: Case, why: str) -> None:
-    _verdicts[case] = why
-    support.new_epoch()
+    _results[case] = why
+    support.invalidate_routes()
     if not why:
         return
     if case.tile.startswith("cuda "):

@@ -39,7 +39,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..arch import ACTIVATIONS
+from ...arch import ACTIVATIONS
 from .activation import activate
 from .configs import DepthwiseConfig, lookup_depthwise
 from .launch import launch

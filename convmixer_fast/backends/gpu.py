@@ -2,7 +2,7 @@
 
 Between the operators, which take any strides, and the kernels, Triton's and CUDA's, which want
 channels-last: the layout in and out, the depthwise taps in the kernel's order, the device that the
-launch is for, and the check before a kernel's first result (`first_use`). Triton is imported here,
+launch is for, and the check before a kernel's first result (`self_check`). Triton is imported here,
 at the first call that may run one of its kernels, and nowhere above.
 
 Every function returns None where the kernel failed its self-check: PyTorch's operators are then the
@@ -20,9 +20,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _native_cuda
-from ..kernels import support
-from ..kernels.configs import (
+from ..ops.common import accumulation_dtype, memory_format_of
+from ..testing import ErrorReport, error_report
+from . import self_check
+from .cuda import native as native_cuda
+from .kernel_key import (
+    BEYOND_INT32,
+    MANY_OUTPUTS,
+    UINT8_STEM,
+    Case,
+    is_aligned,
+    pixels_of,
+    strides_like,
+)
+from .self_check import is_capturing as is_capturing
+from .triton import support
+from .triton.configs import (
     CudaConfig,
     PointwiseConfig,
     ProductConfig,
@@ -30,15 +43,10 @@ from ..kernels.configs import (
     pointwise_candidates,
     without_descriptors,
 )
-from ..kernels.precision import dot_precision
-from ..testing import ErrorReport, error_report
-from . import first_use
-from .cases import BEYOND_INT32, MANY_OUTPUTS, UINT8_STEM, Case, is_aligned, pixels_of, strides_like
-from .common import accumulation_dtype, memory_format_of
-from .first_use import is_capturing as is_capturing
+from .triton.precision import dot_precision
 
 if TYPE_CHECKING:
-    from .packing import Packed
+    from ..modules.packing import Packed
 
 
 #: A kernel with its operands bound, on packed channels-last maps x and out.
@@ -46,7 +54,7 @@ Launch = Callable[[Tensor, Tensor], Any]
 
 
 class Kernels(NamedTuple):
-    """The functions of `convmixer_fast.kernels`, as a test may replace them."""
+    """The functions of `convmixer_fast.backends.triton`, as a test may replace them."""
 
     pack_taps: Callable[[Tensor], Tensor]
     depthwise_mix: Callable[..., Tensor]
@@ -59,11 +67,11 @@ class Kernels(NamedTuple):
 @cache
 def kernels() -> Kernels:
     """The Triton kernels. Importing them imports Triton."""
-    from ..kernels.after_product import after_product_
-    from ..kernels.depthwise import depthwise_mix, pack_taps
-    from ..kernels.launch import bound_by_first_call
-    from ..kernels.pointwise import pointwise_mix
-    from ..kernels.stem import patch_embed
+    from .triton.after_product import after_product_
+    from .triton.depthwise import depthwise_mix, pack_taps
+    from .triton.launch import bound_by_first_call
+    from .triton.pointwise import pointwise_mix
+    from .triton.stem import patch_embed
 
     functions = (pack_taps, depthwise_mix, pointwise_mix, patch_embed, after_product_)
     return Kernels(*functions, bound_by_first_call)
@@ -199,7 +207,7 @@ def _pointwise(
     operands = [_aligned(weight), *_vectors(bias, scale, shift), act]
     if isinstance(config, CudaConfig):
         pixels = as_channels_last(x)
-        cuda: Callable[..., Tensor] = _native_cuda.pointwise_mix
+        cuda: Callable[..., Tensor] = native_cuda.pointwise_mix
         return _into(out, lambda out: cuda(pixels, *operands, out=out, family=config.family))
     if p == 1 and x.dtype != torch.uint8:
         pixels = as_channels_last(x)
@@ -259,18 +267,18 @@ def serve(
     """The result of an operator by its kernel, or None where PyTorch is to compute it.
 
     Args:
-        case, config: the kernel, as `backends.choose` names it.
+        case, config: the kernel, as `registry.choose` names it.
         reference: the operator in PyTorch's own calls, against which a kernel is checked.
         x, operands: the operator's arguments; checked, and not empty.
     """
     with on_device(x):
-        if not first_use.ready(
+        if not self_check.ready(
             case,
             lambda tile: check(case, reference, config if tile is None else tile),
             lambda: plainer_tile(case, config),
         ):
             return None
-    return launch(case, first_use.retreat(case)[0] or config, x, *operands)
+    return launch(case, self_check.fallback_tile(case)[0] or config, x, *operands)
 
 
 def launch(case: Case, config: Any, x: Tensor, *operands: Any) -> Tensor | None:
@@ -281,9 +289,9 @@ def launch(case: Case, config: Any, x: Tensor, *operands: Any) -> Tensor | None:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a launch can fail in as many ways as a first one
-            if not first_use.is_on():
+            if not self_check.is_on():
                 raise
-            first_use.fail(case, error)
+            self_check.fail(case, error)
             return None
 
 
@@ -303,7 +311,7 @@ def bind(case: Case, config: Any, packed: Packed) -> Launch | None:
     weight = _aligned(packed.weight)
     if isinstance(config, CudaConfig):
         vectors[:1] = _vectors(float32_of(packed.bias))
-        run: Callable[..., Tensor] = _native_cuda.pointwise_mix
+        run: Callable[..., Tensor] = native_cuda.pointwise_mix
         return lambda x, out: run(x, weight, *vectors, out=out, family=config.family)
     if isinstance(config, PointwiseConfig | None):
         return kernels().bound_by_first_call(
@@ -405,7 +413,7 @@ def plainer_tile(case: Case, config: Any = None) -> PointwiseConfig | None:
     """
     if case.op != "pointwise_mix" or isinstance(config, CudaConfig | ProductConfig):
         return None
-    from ..kernels import operands
+    from .triton import operands
 
     architecture = operands.architecture(torch.device(case.device))
     if config is None:
@@ -422,7 +430,7 @@ def plainer_tile(case: Case, config: Any = None) -> PointwiseConfig | None:
 
 def pointwise_tiles(device: torch.device, dtype: torch.dtype) -> tuple[PointwiseConfig, ...]:
     """Every tile shipped for 1x1 convolutions on ``device``. Imports Triton."""
-    from ..kernels import operands
+    from .triton import operands
 
     tf32 = dot_precision(dtype) == "tf32"
     return pointwise_candidates(operands.architecture(device), dtype, tf32)

@@ -13,10 +13,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import environment
-from ._native import build_info, why_absent
-from .kernels.precision import dot_precision
-from .kernels.support import architecture
+from ... import environment
+from ..cpu.native import build_info, why_absent
+from ..triton.precision import dot_precision
+from ..triton.support import architecture
 
 #: Of kernels; those that only one architecture has come first.
 FAMILIES = ("wgmma", "mma.sync")

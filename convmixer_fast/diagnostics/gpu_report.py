@@ -20,12 +20,13 @@ from typing import Any, NamedTuple
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .arch import VARIANTS
-from .files import write_whole
-from .kernels import configs, precision, support
-from .ops import BackendError, backends, first_use, gpu, verdicts
-from .ops.cases import UINT8_STEM, Case, case_of
-from .ops.verdicts import Config
+from ..arch import VARIANTS
+from ..backends import gpu, self_check, tuning_cache
+from ..backends.kernel_key import UINT8_STEM, Case, case_of
+from ..backends.triton import configs, precision, support
+from ..backends.tuning_cache import Config
+from ..files import write_whole
+from ..ops import BackendError, registry
 from .timing import gpu_seconds
 from .tune import LAYOUTS, REFERENCES, STEMS, layout_of
 
@@ -148,7 +149,7 @@ def report(
         progress(line(row))
     return {
         "format": FORMAT,
-        "machine": verdicts.machine(device) | _limits(device),
+        "machine": tuning_cache.machine(device) | _limits(device),
         "tf32": dict(zip(("matmul", "convolutions"), precision.settings(), strict=True)),
         "rows": rows,
     }
@@ -269,7 +270,7 @@ def _checked_and_timed(
     try:
         operands = gpu.operands_for(case, problem.shape)
         for name, config in right.items():
-            with first_use.trying(case, config):
+            with self_check.trying(case, config):
                 row["seconds"][name] = timer(gpu.launcher(case, operands, config))
         row["others"] = _others(case, problem.shape, operands, timer, row["seconds"])
         wanted = layout_of(case, operands[0])
@@ -277,19 +278,19 @@ def _checked_and_timed(
             arguments = (memory_format, wanted, reference, *operands)
             row["seconds"][name] = timer(lambda arguments=arguments: gpu.in_layout(*arguments))  # type: ignore[misc]
     except Exception as error:  # whatever a broken kernel raises is the finding
-        row |= {"ok": False, "reason": row.get("reason", first_use.describe(error))}
+        row |= {"ok": False, "reason": row.get("reason", self_check.describe(error))}
     return row
 
 
 def _errors(case: Case, config: Config | None) -> dict[str, Any]:
     """Whether the kernel with that tile is right, and its errors, or the reason why it failed."""
     try:
-        with first_use.trying(case, config):
+        with self_check.trying(case, config):
             errors = gpu.measure_errors(case, REFERENCES[case.op], config)
     except Exception as error:  # as above
-        return {"ok": False, "reason": first_use.describe(error)}
+        return {"ok": False, "reason": self_check.describe(error)}
     if errors.ok:
-        first_use.found_right(case, config)
+        self_check.found_right(case, config)
     return {
         "ok": errors.ok,
         "max_error": errors.max_error,
@@ -312,14 +313,14 @@ def _others(
     faults: dict[str, str] = {}
     if case.op != "pointwise_mix":
         return faults
-    for config in (configs.ProductConfig(), *backends.cuda_candidates(case, shape)):
+    for config in (configs.ProductConfig(), *registry.cuda_candidates(case, shape)):
         try:
-            with first_use.trying(case, config):
+            with self_check.trying(case, config):
                 faults[str(config)] = gpu.check(case, REFERENCES[case.op], config)
                 if not faults[str(config)]:
                     seconds[str(config)] = timer(gpu.launcher(case, operands, config))
         except Exception as error:  # as above
-            faults[str(config)] = first_use.describe(error)
+            faults[str(config)] = self_check.describe(error)
     return {name: why for name, why in faults.items() if why}
 
 

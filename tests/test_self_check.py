@@ -11,10 +11,12 @@ import torch
 from fakes.triton import installed
 from test_ops import OPS, make_operands
 
-from convmixer_fast import BackendError, ConvMixer, doctor, explain
-from convmixer_fast.kernels.configs import lookup_pointwise
-from convmixer_fast.ops import backends, depthwise, first_use, gpu, pointwise
-from convmixer_fast.ops.cases import MANY_OUTPUTS, WIDE
+from convmixer_fast import BackendError, ConvMixer, explain
+from convmixer_fast.backends import gpu, self_check
+from convmixer_fast.backends.kernel_key import MANY_OUTPUTS, WIDE
+from convmixer_fast.backends.triton.configs import lookup_pointwise
+from convmixer_fast.diagnostics import doctor
+from convmixer_fast.ops import depthwise, pointwise, registry
 from convmixer_fast.testing import trained_like_
 
 IMAGES = (2, 3, 16, 16)
@@ -26,10 +28,10 @@ def double(monkeypatch):
     """Kernels that ``auto`` takes for CPU tensors, as it does on a GPU."""
     with installed() as kernels:
         # By name a bad kernel raises; here PyTorch is to step in.
-        monkeypatch.setattr(backends, "requested_backend", lambda: "auto")
-        monkeypatch.setattr(backends, "_auto_is_triton", lambda device: True)
-        monkeypatch.setattr(backends, "whole_blocks_run", lambda *args: False)
-        monkeypatch.setattr(backends, "_why_slower", lambda op, dtype: "")
+        monkeypatch.setattr(registry, "requested_backend", lambda: "auto")
+        monkeypatch.setattr(registry, "_auto_is_triton", lambda device: True)
+        monkeypatch.setattr(registry, "whole_blocks_run", lambda *args: False)
+        monkeypatch.setattr(registry, "_why_slower", lambda op, dtype: "")
         yield kernels
 
 
@@ -46,7 +48,7 @@ def test_checked_once_for_a_case(double, op):
         x, operands = call(op, i)
         OPS[op](x, *operands, "gelu")
     assert double.calls[name] == 4
-    (case,) = first_use.results()
+    (case,) = self_check.results()
     assert (case.op, case.channels, case.kernel_size) == (name, 6, 1 if op == "pointwise" else 3)
     OPS[op](x[:1, :, 1:], *operands, "gelu")  # another size is no other case
     assert double.calls[name] == 5
@@ -54,7 +56,7 @@ def test_checked_once_for_a_case(double, op):
     x, operands = x.bfloat16(), [t.bfloat16() for t in operands[:2]] + operands[2:]
     OPS[op](x, *operands, "gelu")
     assert double.calls[name] == 9
-    assert len(first_use.results()) == 3
+    assert len(self_check.results()) == 3
 
 
 def test_the_check_runs_the_form_that_the_call_runs(double):
@@ -91,7 +93,7 @@ def test_a_bad_kernel_warns_once_and_pytorch_serves(double, op, fault, monkeypat
     assert torch.equal(got, again)
     assert double.calls[name] == 1
     torch.testing.assert_close(got, gpu_reference(op)(x, *operands, "gelu"))
-    (why,) = first_use.results().values()
+    (why,) = self_check.results().values()
     expected = {"wrong": "wrong numbers, max error", "nan": "max error nan"}
     assert expected.get(fault, "RuntimeError: ptxas died horribly") in why
 
@@ -103,7 +105,7 @@ def gpu_reference(op: str):
 @pytest.fixture
 def copy_engine(double):
     """Tells which tiles are right: `FakeTriton.pointwise_mix`, as on a GPU with a copy engine."""
-    operands = pytest.importorskip("convmixer_fast.kernels.operands", reason="needs Triton")
+    operands = pytest.importorskip("convmixer_fast.backends.triton.operands", reason="needs Triton")
     good, allowed = double.pointwise_mix, []
 
     def pointwise_mix(*args, config=None, **kwargs):
@@ -134,11 +136,11 @@ def test_a_bad_form_of_the_copy_engine_is_replaced_by_a_plain_one(double, copy_e
         warnings.simplefilter("error")
         assert torch.equal(OPS["pointwise"](*given), got)
     assert double.configs == [None, plain, plain, plain]
-    (case,) = first_use.results()
-    assert first_use.results() == {case: ""}
-    assert "wrong numbers" in first_use.retreats()[case]
-    call = backends.call_of("pointwise_mix", x, weight, None, "gelu")
-    choice = backends.choose("pointwise_mix", x.device, x.dtype, 8, call)
+    (case,) = self_check.results()
+    assert self_check.results() == {case: ""}
+    assert "wrong numbers" in self_check.fallback_tiles()[case]
+    call = registry.call_of("pointwise_mix", x, weight, None, "gelu")
+    choice = registry.choose("pointwise_mix", x.device, x.dtype, 8, call)
     assert choice.backend == "triton"
     assert "checked against PyTorch, without the copy engine: wrong numbers" in choice.reason
     # A product of few outputs has no such form: nothing else is tried.
@@ -158,7 +160,7 @@ def test_where_neither_form_is_right_pytorch_serves(double, copy_engine):
         got = OPS["pointwise"](*given)
     assert len(seen) == 1
     torch.testing.assert_close(got, pointwise._reference(*given))
-    assert first_use.retreats() == {}
+    assert self_check.fallback_tiles() == {}
 
 
 def test_a_launch_that_fails_later(double):
@@ -177,10 +179,10 @@ def test_memory_that_is_short_condemns_no_kernel(double):
     x, operands = call("depthwise")
     double.error["depthwise_mix"] = torch.OutOfMemoryError("CUDA out of memory")
     OPS["depthwise"](x, *operands, "gelu")
-    assert first_use.results() == {}
+    assert self_check.results() == {}
     double.error.clear()
     OPS["depthwise"](x, *operands, "gelu")
-    assert list(first_use.results().values()) == [""]
+    assert list(self_check.results().values()) == [""]
     double.error["depthwise_mix"] = torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(torch.OutOfMemoryError):
         OPS["depthwise"](x, *operands, "gelu")
@@ -188,12 +190,12 @@ def test_memory_that_is_short_condemns_no_kernel(double):
 
 def test_not_while_a_graph_is_captured(double, monkeypatch):
     x, operands = call("pointwise")
-    monkeypatch.setattr(first_use, "is_capturing", lambda device: True)
+    monkeypatch.setattr(self_check, "is_capturing", lambda device: True)
     OPS["pointwise"](x, *operands, "gelu")
     assert not double.calls
-    monkeypatch.setattr(first_use, "is_capturing", lambda device: False)
+    monkeypatch.setattr(self_check, "is_capturing", lambda device: False)
     OPS["pointwise"](x, *operands, "gelu")
-    monkeypatch.setattr(first_use, "is_capturing", lambda device: True)
+    monkeypatch.setattr(self_check, "is_capturing", lambda device: True)
     OPS["pointwise"](x, *operands, "gelu")
     assert double.calls["pointwise_mix"] == 3
 
@@ -203,7 +205,7 @@ def test_switched_off(double, monkeypatch):
     x, operands = call("pointwise")
     OPS["pointwise"](x, *operands, "gelu")
     assert double.calls["pointwise_mix"] == 1
-    assert first_use.results() == {}
+    assert self_check.results() == {}
     double.error["pointwise_mix"] = RuntimeError("launch failed")
     with pytest.raises(RuntimeError, match="launch failed"):
         OPS["pointwise"](x, *operands, "gelu")
@@ -243,7 +245,7 @@ def test_explain_says_what_became_of_each_kernel(double):
     assert {r.reason for r in explain(model, x)} == {
         "one Triton kernel, to be checked at its first use"
     }
-    assert first_use.results() == {}  # explain runs nothing
+    assert self_check.results() == {}  # explain runs nothing
     double.wrong.add("depthwise_mix")
     with pytest.warns(RuntimeWarning) as seen:
         model(x)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .ops import backends
-from .optimize import unwrapped
+from ..modules.optimize import unwrapped
+from ..ops import registry
 
 
 class Row(NamedTuple):
@@ -70,18 +70,18 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
     )
 
 
-def recorded_calls(model: nn.Module, x: Tensor) -> list[backends.Call]:
+def recorded_calls(model: nn.Module, x: Tensor) -> list[registry.Call]:
     """Every call that GPU kernels may compute in a forward of ``model`` on inputs like ``x``."""
     return [record.call for record in _records(model, x) if record.call is not None]
 
 
-def _records(model: nn.Module, x: Tensor) -> list[backends.Record]:
+def _records(model: nn.Module, x: Tensor) -> list[registry.Record]:
     model, compiled = unwrapped(model)
     fake = FakeTensorMode()
     state: dict[str, Tensor] = {
         name: fake.from_tensor(tensor)
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]
     }
-    with fake, backends.recording(whole_blocks=not compiled, modes=1) as records:
+    with fake, registry.recording(whole_blocks=not compiled, modes=1) as records:
         torch.func.functional_call(model, state, (fake.from_tensor(x),))
     return records

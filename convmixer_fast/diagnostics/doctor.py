@@ -17,22 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import __version__, _native, _native_cuda, environment
-from .arch import ACTIVATIONS
-from .blocks import MixerBlock
-from .kernels import support
-from .ops import (
-    BackendError,
-    available_backends,
-    depthwise_mix,
-    first_use,
-    markers,
-    pointwise_mix,
-    use_backend,
-)
-from .ops.backends import ENVIRONMENT, requested_backend
-from .reference import reference_block
-from .testing import error_report, trained_like_
+from .. import __version__, environment
+from ..arch import ACTIVATIONS
+from ..backends import markers, self_check
+from ..backends.cpu import native
+from ..backends.cuda import native as native_cuda
+from ..backends.triton import support
+from ..modules.blocks import MixerBlock
+from ..ops import BackendError, available_backends, depthwise_mix, pointwise_mix, use_backend
+from ..ops.registry import ENVIRONMENT, requested_backend
+from ..reference import reference_block
+from ..testing import error_report, trained_like_
 
 #: Libraries that some commands or import lines can use, with the extra that brings each.
 OPTIONAL = {
@@ -78,23 +73,23 @@ def usable_cores() -> int:
 
 
 def _extension() -> dict[str, Any]:
-    module = _native.load()
+    module = native.load()
     if module is None:
-        return {"usable": False, "reason": _native.why_unavailable(), "build": _native.build_info()}
+        return {"usable": False, "reason": native.why_unavailable(), "build": native.build_info()}
     return {
         "usable": True,
         "isa": module.isa(),
         "isas": list(module.isas()),
         "threading": module.threading_backend(),
-        "build": _native.build_info(),
+        "build": native.build_info(),
     }
 
 
 def _cuda_extension() -> dict[str, Any]:
-    build = _native.build_info().get("cuda", {})
-    module = _native_cuda.load()
+    build = native.build_info().get("cuda", {})
+    module = native_cuda.load()
     if module is None:
-        return {"usable": False, "reason": _native_cuda.why_unavailable(), "build": build}
+        return {"usable": False, "reason": native_cuda.why_unavailable(), "build": build}
     return {
         "usable": True,
         "kernels": list(module.families()),
@@ -208,9 +203,7 @@ def examine() -> dict[str, Any]:
     with warnings.catch_warnings():
         # PyTorch's own convolutions copy for even kernels, and say so.
         warnings.filterwarnings("ignore", message="Using padding='same' with even kernel")
-        self_check = [
-            row for name, why in backends.items() if not why for row in check_backend(name)
-        ]
+        checks = [row for name, why in backends.items() if not why for row in check_backend(name)]
     return {
         "convmixer_fast": __version__,
         "python": platform.python_version(),
@@ -233,11 +226,13 @@ def examine() -> dict[str, Any]:
         "compiler": {"path": support.compiler(), "lacks": support.lacks_for_compiling()},
         # What became of GPU kernels at their first use: in the checks above, and in earlier
         # processes that died of one.
-        "kernels": {str(case): why for case, why in first_use.results().items()} | _left_behind(),
-        "kernels_without_copy_engine": {str(c): why for c, why in first_use.retreats().items()},
+        "kernels": {str(case): why for case, why in self_check.results().items()} | _left_behind(),
+        "kernels_without_copy_engine": {
+            str(case): why for case, why in self_check.fallback_tiles().items()
+        },
         "environment": environment.given(),
         "environment_error": _environment_error(backends),
-        "self_check": self_check,
+        "self_check": checks,
     }
 
 

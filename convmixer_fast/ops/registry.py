@@ -17,12 +17,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import _native, _native_cuda, environment
-from ..kernels import precision, support
-from ..kernels.configs import TRITON, CudaConfig, ProductConfig, lookup_order, why_slower
-from . import first_use, verdicts
-from .cases import UINT8_STEM, Case, case_of
-from .stock import reason_stock_is_faster
+from .. import environment
+from ..backends import self_check, tuning_cache
+from ..backends.cpu import native
+from ..backends.cuda import native as native_cuda
+from ..backends.kernel_key import UINT8_STEM, Case, case_of
+from ..backends.stock import reason_stock_is_faster
+from ..backends.triton import precision, support
+from ..backends.triton.configs import TRITON, CudaConfig, ProductConfig, lookup_order, why_slower
 
 ENVIRONMENT = "CONVMIXER_FAST_BACKEND"
 #: From the most general to the most special.
@@ -49,7 +51,7 @@ class Choice(NamedTuple):
     reason: str
     memory_format: torch.memory_format | None = None
     case: Case | None = None
-    config: verdicts.Config | None = None
+    config: tuning_cache.Config | None = None
 
 
 def _check_name(name: str, where: str) -> str:
@@ -86,9 +88,9 @@ def available_backends() -> dict[str, str]:
     """Every backend, with ``""`` where it can run on this machine, else the reason why not."""
     return {
         "reference": "",
-        "cpu": "" if _native.load() else _native.why_unavailable(),
+        "cpu": "" if native.load() else native.why_unavailable(),
         "triton": support.why_not_here(),
-        "cuda": _native_cuda.why_not_here(),
+        "cuda": native_cuda.why_not_here(),
     }
 
 
@@ -107,7 +109,7 @@ def _why_not_cpu(op: str, device: torch.device, dtype: torch.dtype) -> str:
         return f"the tensors are on {device.type}"
     if dtype not in _CPU_DTYPES[op]:
         return f"the C++ kernels compute in float32, not {str(dtype).removeprefix('torch.')}"
-    return "" if _native.load() else _native.why_unavailable()
+    return "" if native.load() else native.why_unavailable()
 
 
 _CPU_KERNELS = {
@@ -121,13 +123,13 @@ _CPU_KERNELS = {
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def is_only_ended(op: str, dtype: torch.dtype) -> bool:
+def uses_library_gemm(op: str, dtype: torch.dtype) -> bool:
     """Whether no kernel of ours computes ``op`` whole, but one ends PyTorch's product."""
     return op == "pointwise_mix" and dtype == torch.float64
 
 
 def _why_not_triton(device: torch.device, dtype: torch.dtype, op: str = "") -> str:
-    if dtype not in _TRITON_DTYPES and not is_only_ended(op, dtype):
+    if dtype not in _TRITON_DTYPES and not uses_library_gemm(op, dtype):
         return (
             "the Triton kernels compute float32, bfloat16 and float16, "
             f"not {str(dtype).removeprefix('torch.')}"
@@ -135,7 +137,7 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype, op: str = "") -> s
     return support.why_not(device)
 
 
-def gpu_kernels_run(device: torch.device, dtype: torch.dtype, op: str = "") -> bool:
+def has_gpu_implementation(device: torch.device, dtype: torch.dtype, op: str = "") -> bool:
     """Whether kernels, as far as is known before a call, compute activations like these.
 
     Under ``auto`` only on a GPU; by name on CPU tensors too, where kernels are emulated.
@@ -152,7 +154,7 @@ def gpu_kernels_run(device: torch.device, dtype: torch.dtype, op: str = "") -> b
     if not _why_not_triton(device, dtype, op):
         return True
     by_cuda = op == "pointwise_mix" and asked != "triton"
-    return by_cuda and bool(_native_cuda.type_of(dtype)) and not _why_not_cuda(device)
+    return by_cuda and bool(native_cuda.type_of(dtype)) and not _why_not_cuda(device)
 
 
 def _why_slower(op: str, dtype: torch.dtype) -> str:
@@ -171,7 +173,7 @@ def compiled_kernels_run(device: torch.device, dtype: torch.dtype, op: str = "")
 
     Where no kernel of ours stands behind an operator, plain ones make the faster graph.
     """
-    if not gpu_kernels_run(device, dtype):
+    if not has_gpu_implementation(device, dtype):
         return False
     return requested_backend() in ("triton", "cuda") or not _why_slower(op, dtype)
 
@@ -188,7 +190,7 @@ class Call(NamedTuple):
 
     case: Case
     shape: tuple[int, int, int]
-    verdict: verdicts.Verdict | None
+    verdict: tuning_cache.TunedEntry | None
 
 
 def call_of(
@@ -208,7 +210,7 @@ def call_of(
         return None
     case = case_of(op, x, weight, bias, act, dtype)
     shape = (x.shape[0], x.shape[2], x.shape[3])
-    verdict = None if support.why_not(x.device) else verdicts.lookup(case, shape)
+    verdict = None if support.why_not(x.device) else tuning_cache.lookup(case, shape)
     return Call(case, shape, verdict)
 
 
@@ -272,27 +274,27 @@ def _choose_gpu(
     tuned = "" if verdict is None else f"; tuned: {verdict.reason()}"
     if asked != "auto":
         tile = None if verdict is None or verdict.winner != "triton" else verdict.config
-        if is_only_ended(case_op, dtype):
+        if uses_library_gemm(case_op, dtype):
             tile = ProductConfig()
         return _first_trusted(asked, call, [tile], tuned, also)
     if verdict is not None:
         if verdict.winner in _FORMATS:
             return Choice("reference", f"tuned: {verdict.reason()}", _FORMATS[verdict.winner])
         return _first_trusted(asked, call, [verdict.config], tuned)
-    if is_only_ended(case_op, dtype):
+    if uses_library_gemm(case_op, dtype):
         return _first_trusted(asked, call, [ProductConfig()], f"; {_NOT_FUSED}")
     # What was measured counts for more than what is expected.
     slower = _why_slower(case_op, dtype)
     if slower:
         return _first_trusted(asked, call, [ProductConfig()], f"; expected to be faster: {slower}")
-    if case_op != "pointwise_mix" or not (device.type == "cuda" or _native_cuda.is_emulated()):
+    if case_op != "pointwise_mix" or not (device.type == "cuda" or native_cuda.is_emulated()):
         return _first_trusted(asked, call, [None], "")
     order = lookup_order(support.architecture(device))
     families = _cuda_families(call) if order.kernels != (TRITON,) else {}
     kernels: list[CudaConfig | None] = []
     because = f"; {order.reason}"
     for kernel in order.kernels:
-        why = "" if kernel == TRITON else families.get(kernel, _native_cuda.why_unavailable())
+        why = "" if kernel == TRITON else families.get(kernel, native_cuda.why_unavailable())
         if why:
             because += f"; not {kernel}: {why}"
         else:
@@ -330,7 +332,7 @@ def _choose_without_triton(call: Call, why_not: str) -> Choice:
 def _first_trusted(
     asked: str,
     call: Call,
-    kernels: Sequence[verdicts.Config | None],
+    kernels: Sequence[tuning_cache.Config | None],
     because: str,
     also: str = "",
 ) -> Choice:
@@ -347,7 +349,7 @@ def _first_trusted(
             backend, what = "cuda", f"one CUDA kernel ({config.family})"
         elif isinstance(config, ProductConfig):
             what = "PyTorch's product and one Triton kernel for the rest"
-        why = first_use.verdict(case)
+        why = self_check.result(case)
         if why:
             bad.append(f"{config if backend == 'cuda' else backend}: {why}")
             continue
@@ -362,15 +364,15 @@ def _first_trusted(
 
 def _why_not_cuda(device: torch.device) -> str:
     """Why the CUDA extension runs nothing on a device; ``""`` where it has kernels for it."""
-    if device.type != "cuda" and not _native_cuda.is_emulated():
+    if device.type != "cuda" and not native_cuda.is_emulated():
         return f"the tensors are on {device.type}"
     if device.type == "cuda":
         why = support.why_no_gpu(device)
         if why:
             return why
-    if _native_cuda.load() is None:
-        return _native_cuda.why_unavailable()
-    return _native_cuda.why_not_gpu(support.architecture(device))
+    if native_cuda.load() is None:
+        return native_cuda.why_unavailable()
+    return native_cuda.why_not_gpu(support.architecture(device))
 
 
 def cuda_candidates(case: Case, shape: tuple[int, int, int]) -> list[CudaConfig]:
@@ -384,7 +386,7 @@ def _cuda_families(call: Call) -> dict[str, str]:
     why it cannot."""
     device = torch.device(call.case.device)
     why_not = _why_not_cuda(device)
-    kind = _native_cuda.type_of(call.case.dtype)
+    kind = native_cuda.type_of(call.case.dtype)
     if not why_not and not kind:
         why_not = (
             'float32 is multiplied exactly unless torch.set_float32_matmul_precision("high") '
@@ -393,16 +395,16 @@ def _cuda_families(call: Call) -> dict[str, str]:
             else f"no kernel for {str(call.case.dtype).removeprefix('torch.')}"
         )
     if why_not:
-        return dict.fromkeys(_native_cuda.FAMILIES, why_not)
+        return dict.fromkeys(native_cuda.FAMILIES, why_not)
     n, h, w = call.shape
     case, found = call.case, {}
     capability = support.architecture(device)
-    for family in _native_cuda.FAMILIES:
-        found[family] = _native_cuda.refusal(
+    for family in native_cuda.FAMILIES:
+        found[family] = native_cuda.refusal(
             family, capability, kind, n * h * w, case.out_channels, case.channels, case.act
         )
-        if not found[family] and family == "wgmma" and not first_use.is_on():
-            found[family] = f"not without its check at the first use ({first_use.ENVIRONMENT}=0)"
+        if not found[family] and family == "wgmma" and not self_check.is_on():
+            found[family] = f"not without its check at the first use ({self_check.ENVIRONMENT}=0)"
     return found
 
 
@@ -414,11 +416,11 @@ def _named(asked: str, what: str) -> str:
 
 
 def _trust(case: Case | None) -> str:
-    if case is not None and first_use.verdict(case) == "":
-        _, why = first_use.retreat(case)
+    if case is not None and self_check.result(case) == "":
+        _, why = self_check.fallback_tile(case)
         plain = f", without the copy engine: {why}" if why else ""
         return f"checked against PyTorch{plain}"
-    return "to be checked at its first use" if first_use.is_on() else "not checked"
+    return "to be checked at its first use" if self_check.is_on() else "not checked"
 
 
 def fall_back(op: str, choice: Choice) -> None:
@@ -428,7 +430,7 @@ def fall_back(op: str, choice: Choice) -> None:
         BackendError: the kernel's backend was asked for by name.
     """
     if requested_backend() == choice.backend:
-        why = first_use.verdict(choice.case) if choice.case is not None else None
+        why = self_check.result(choice.case) if choice.case is not None else None
         _refuse(
             choice.backend,
             why

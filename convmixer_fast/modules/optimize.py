@@ -22,7 +22,8 @@ import torch
 import torch.fx
 from torch import nn
 
-from .arch import activation_name
+from ..arch import activation_name
+from ..reference import NormalizedSequential, Residual, ResidualSequential
 from .blocks import (
     DepthwiseMix,
     MixerBlock,
@@ -32,10 +33,9 @@ from .blocks import (
     _Fused,
     _FusedSequential,
 )
+from .cuda_graph import StackGraphs
 from .for_inference import optimize_for_inference
 from .fusible import CALL_PATH, has_its_forward, is_depthwise, is_pointwise, watch_classes
-from .graphs import StackGraphs
-from .reference import NormalizedSequential, Residual, ResidualSequential
 
 
 class SequentialDepthwiseMix(DepthwiseMix, _FusedSequential):

@@ -3,7 +3,7 @@
 For every fused operator that a model calls: our kernel with the shipped tile and with its
 neighbours, and PyTorch's own operators in both layouts, the conversions counted. The fastest
 computes that operator at that shape from then on, in this process and, through a file
-(`convmixer_fast.ops.verdicts`), in later ones.
+(`convmixer_fast.ops.tuning_cache`), in later ones.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..backends import gpu, self_check, tuning_cache
+from ..backends.kernel_key import UINT8_STEM, Case
+from ..backends.triton import configs, support
+from ..ops import BackendError, depthwise, pointwise, registry, stem
 from .explain import recorded_calls
-from .kernels import configs, support
-from .ops import BackendError, backends, depthwise, first_use, gpu, pointwise, stem, verdicts
-from .ops.cases import UINT8_STEM, Case
 from .timing import gpu_seconds
 
 #: Another candidate than the shipped kernel must be faster by this factor: less is noise.
@@ -44,7 +45,7 @@ class TuneRow(NamedTuple):
 
     case: Case
     shape: tuple[int, int, int]
-    verdict: verdicts.Verdict
+    verdict: tuning_cache.TunedEntry
     skipped: dict[str, str]
 
 
@@ -84,7 +85,7 @@ def tune(
         shapes: inputs to tune for: shapes (N, C, H, W), or tensors of any strides. Verdicts hold
             for exactly these shapes.
         timer: takes a call and returns its seconds; by default measures on the GPU
-            (`convmixer_fast.timing.gpu_seconds`).
+            (`convmixer_fast.diagnostics.timing.gpu_seconds`).
         save: False for this process alone.
 
     Returns:
@@ -113,7 +114,7 @@ def tune(
         for call in recorded_calls(model, given):
             calls[call.case._replace(tile=""), call.shape] = None
     report = TuneReport()
-    found: dict[tuple[Case, tuple[int, int, int]], verdicts.Verdict] = {}
+    found: dict[tuple[Case, tuple[int, int, int]], tuning_cache.TunedEntry] = {}
     for case, shape in calls:
         with torch.no_grad(), support.on_device(device):
             row = _measure(case, shape, timer or gpu_seconds)
@@ -121,11 +122,11 @@ def tune(
         report.append(row)
     if found:
         try:
-            path = verdicts.keep(device, found, save=save)
+            path = tuning_cache.keep(device, found, save=save)
             report.path = str(path) if save else ""
         except OSError as error:
             warnings.warn(
-                f"tune: the verdicts hold for this process only: {error}",
+                f"tune: the tuning_cache hold for this process only: {error}",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -139,26 +140,26 @@ def _measure(
     wanted = layout_of(case, operands[0])
     reference = REFERENCES[case.op]
     seconds: dict[str, float] = {}
-    tiles: dict[str, verdicts.Config | None] = {}
+    tiles: dict[str, tuning_cache.Config | None] = {}
     skipped: dict[str, str] = {}
     for config in _candidates(case, shape):
         name = "triton" if config is None else str(config)
         if isinstance(config, configs.DepthwiseConfig | configs.PointwiseConfig):
             name = f"triton {config}"
         tiles[name] = config
-        why = first_use.left(case, config)
+        why = self_check.left(case, config)
         try:
             if not why:
-                with first_use.trying(case, config):
+                with self_check.trying(case, config):
                     why = gpu.check(case, reference, config)
-        except (torch.OutOfMemoryError, first_use.ContextLostError):
+        except (torch.OutOfMemoryError, self_check.ContextLostError):
             raise
         except Exception as error:  # a tile that does not fit this GPU is no candidate
-            why = first_use.describe(error)
+            why = self_check.describe(error)
         if why:
             skipped[name] = why
             continue
-        with first_use.trying(case, config):
+        with self_check.trying(case, config):
             seconds[name] = timer(gpu.launcher(case, operands, config))
     for name, memory_format in LAYOUTS.items():
         arguments = (memory_format, wanted, reference, *operands)
@@ -167,7 +168,8 @@ def _measure(
     if "triton" in seconds and seconds["triton"] <= MARGIN * seconds[fastest]:
         fastest = "triton"
     winner = fastest.split(" ")[0]
-    return TuneRow(case, shape, verdicts.Verdict(winner, tiles.get(fastest), seconds), skipped)
+    entry = tuning_cache.TunedEntry(winner, tiles.get(fastest), seconds)
+    return TuneRow(case, shape, entry, skipped)
 
 
 def layout_of(case: Case, x: Tensor) -> torch.memory_format:
@@ -175,13 +177,13 @@ def layout_of(case: Case, x: Tensor) -> torch.memory_format:
     return gpu.stem_format(x, case.kernel_size if case.op in STEMS else 1)
 
 
-def _candidates(case: Case, shape: tuple[int, int, int]) -> Iterator[verdicts.Config | None]:
+def _candidates(case: Case, shape: tuple[int, int, int]) -> Iterator[tuning_cache.Config | None]:
     """The shipped tile (None), then others that may suit this GPU better."""
-    if backends.is_only_ended(case.op, case.dtype):
+    if registry.uses_library_gemm(case.op, case.dtype):
         yield configs.ProductConfig()
         return
     yield None
-    found: list[verdicts.Config] = []
+    found: list[tuning_cache.Config] = []
     if case.op == "depthwise_mix":
         shipped = configs.lookup_depthwise(case.dtype, case.kernel_size, case.channels)
         found += [row.config for row in configs.DEPTHWISE if case.kernel_size in row.kernel_sizes]
@@ -191,7 +193,7 @@ def _candidates(case: Case, shape: tuple[int, int, int]) -> Iterator[verdicts.Co
     elif case.op == "pointwise_mix":
         device = torch.device(case.device)
         found += gpu.pointwise_tiles(device, case.dtype)
-        found += [configs.ProductConfig(), *backends.cuda_candidates(case, shape)]
+        found += [configs.ProductConfig(), *registry.cuda_candidates(case, shape)]
     yield from dict.fromkeys(found)
 
 

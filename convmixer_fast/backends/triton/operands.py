@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..arch import ACTIVATIONS
+from ...arch import ACTIVATIONS
 from .support import architecture as architecture
 
 #: Tiles address their elements with int32 offsets from an int64 start: 256 rows at most, each less

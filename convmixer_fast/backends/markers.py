@@ -4,7 +4,7 @@ A kernel with a fault can take the whole process with it, or the GPU's context. 
 kernel is tried before it runs, and goes when the check has ended. The process that wrote it holds a
 lock on it, which the system drops with the process: a file without a lock was left
 by a process that died over that kernel. Files lie in the folder of `tuning_cache`, one for each
-check, named for the machine (GPU, driver, versions, see `verdicts.machine`) and the kernel.
+check, named for the machine (GPU, driver, versions, see `tuning_cache.machine`) and the kernel.
 
 Where there is no folder to write to, or no locks (Windows), there are no marks.
 """
@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from . import verdicts
-from .cases import Case
+from . import tuning_cache
+from .kernel_key import Case
 
 try:
     import fcntl
@@ -75,7 +75,7 @@ def _begin(case: Case) -> Marker:
     stem = _stem(case)
     if fcntl is None or stem is None:
         return Marker()
-    path = verdicts.folder() / f"{stem}{uuid.uuid4().hex}.json"
+    path = tuning_cache.folder() / f"{stem}{uuid.uuid4().hex}.json"
     # Locked before it has the name that others look for.
     hidden, file = path.with_suffix(".tmp"), None
     try:
@@ -117,12 +117,12 @@ def _found(stem: str) -> dict[Path, tuple[str, str]]:
     """The marks of dead processes whose names begin like this: why, and the kernel in words."""
     found: dict[Path, tuple[str, str]] = {}
     try:
-        names = sorted(os.listdir(verdicts.folder())) if fcntl else []
+        names = sorted(os.listdir(tuning_cache.folder())) if fcntl else []
     except OSError:
         return found
     for name in names:
         if name.startswith(stem) and name.endswith(".json"):
-            path = verdicts.folder() / name
+            path = tuning_cache.folder() / name
             held = _read_dead(path)
             if held is not None:
                 what = held.get("found", "a process died, or was killed, while it was checked")
@@ -148,7 +148,7 @@ def _read_dead(path: Path) -> dict[str, Any] | None:
 
 def _machine_stem(device: torch.device) -> str | None:
     try:
-        return f"checking-{verdicts.machine_key(device)}-"
+        return f"checking-{tuning_cache.machine_key(device)}-"
     except (AssertionError, RuntimeError):  # torch sees no such GPU
         return None
 

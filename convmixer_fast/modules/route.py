@@ -26,14 +26,15 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
+from ..backends import gpu, self_check
+from ..backends.kernel_key import Case
+from ..backends.stock import allows_bfloat16, fastest_layout
+from ..backends.triton import support
+from ..backends.triton.precision import dot_precision
+from ..ops import registry
+from ..ops.common import memory_format_of
 from .fusible import is_patched
-from .kernels import support
-from .kernels.precision import dot_precision
-from .ops import backends, first_use, gpu
-from .ops.cases import Case
-from .ops.common import memory_format_of
-from .ops.packing import PackedCache, WeightSnapshot, shadows, sources_of
-from .ops.stock import allows_bfloat16, fastest_layout
+from .packing import PackedCache, WeightSnapshot, shadows, sources_of
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _MEMBERS = ("_modules", "_parameters", "_buffers")
@@ -83,7 +84,7 @@ def dispatch_state(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...] 
     """What decides, besides input and modules, which backend computes; compared by equality.
 
     None while something must see every operator: gradients, a mode, a profiler, a transform, a
-    tracer, hooks on all modules, or `backends.recording`.
+    tracer, hooks on all modules, or `registry.recording`.
     """
     if (
         torch.is_grad_enabled()
@@ -94,15 +95,15 @@ def dispatch_state(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...] 
         or forward_ad._current_level >= 0
         or torch.autograd.profiler._is_profiler_enabled
         or _has_any_global_hook()
-        or backends.is_recording()
+        or registry.is_recording()
     ):
         return None
-    kind, asked = device.type, backends.requested_backend()
+    kind, asked = device.type, registry.requested_backend()
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     rule: Any = allows_bfloat16() if kind == "cpu" else False
     if dtype is torch.float32 and support.is_kernel_device(device):
         rule = dot_precision(dtype)
-    return support.epoch(), asked, autocast, rule
+    return support.dispatch_version(), asked, autocast, rule
 
 
 class ModuleSnapshot:
@@ -273,9 +274,9 @@ def chained(kernels: Sequence[Kernel]) -> Callable[[Tensor], Tensor | None]:
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # as in gpu.launch
-                if not first_use.is_on():
+                if not self_check.is_on():
                     raise
-                first_use.fail(kernel.case, error)
+                self_check.fail(kernel.case, error)
                 return None
         return x
 
