@@ -220,7 +220,7 @@ def test_an_error_that_is_explained_is_one_that_the_package_prints(heading, sour
 
 def test_the_engines_own_error_is_printed_as_explained():
     (heading,) = [h for h in HEADINGS if "instruction set" in h]
-    script = "from convmixer_fast import _native; print(_native.why_unavailable())"
+    script = "from convmixer_fast.backends.cpu import native; print(native.why_unavailable())"
     told = fresh_python.run("-c", script, env={"CONVMIXER_FAST_ISA": "nonsense"}).stdout
     if "unknown instruction set" not in told:
         pytest.skip(f"no engine here: {told.strip()}")

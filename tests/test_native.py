@@ -608,19 +608,19 @@ def test_threading_backend_is_torchs_own_runtime() -> None:
 @needs_engine
 @pytest.mark.parametrize("name", ISAS)
 def test_environment_lowers_the_instruction_set(name: str) -> None:
-    script = "from convmixer_fast import _native; print(native.load().isa())"
+    script = "from convmixer_fast.backends.cpu import native; print(native.load().isa())"
     assert run_python(script, CONVMIXER_FAST_ISA=name) == name
 
 
 @needs_engine
 def test_best_instruction_set_is_the_default() -> None:
-    script = "from convmixer_fast import _native; print(native.load().isa())"
+    script = "from convmixer_fast.backends.cpu import native; print(native.load().isa())"
     assert run_python(script, CONVMIXER_FAST_ISA="") == ISAS[-1]
 
 
 @needs_engine
 def test_unknown_instruction_set_is_an_error_that_lists_the_known() -> None:
-    script = "from convmixer_fast import _native; print(native.load(), native.why_unavailable())"
+    script = "from convmixer_fast.backends.cpu import native; print(native.load(), native.why_unavailable())"
     output = run_python(script, CONVMIXER_FAST_ISA="avx1024")
     assert output.startswith("None ")
     assert "CONVMIXER_FAST_ISA: unknown instruction set avx1024" in output

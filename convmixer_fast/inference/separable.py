@@ -23,9 +23,9 @@ from ..reference import DropPath
 
 #: Models known to compute head(head_drop(global_pool(blocks(stem(x))))), by their classes' names:
 #: timm need not be installed.
-_KNOWN = ("convmixer_fast.model.ConvMixer", "timm.models.convmixer.ConvMixer")
+_KNOWN = ("convmixer_fast.modules.model.ConvMixer", "timm.models.convmixer.ConvMixer")
 _KNOWN_POOLS = (
-    "convmixer_fast.model.GlobalPool",
+    "convmixer_fast.modules.model.GlobalPool",
     "timm.layers.adaptive_avgmax_pool.SelectAdaptivePool2d",
 )
 #: Methods that run when a module is called.

@@ -556,7 +556,7 @@ def test_retries_of_the_hub_are_not_told(capsys, monkeypatch, images):
         logging.get_logger("huggingface_hub.utils._http").warning("Retrying in 1s")
         raise RuntimeError("cannot fetch")
 
-    monkeypatch.setattr("convmixer_fast.model._load_published", offline)
+    monkeypatch.setattr("convmixer_fast.modules.model._load_published", offline)
     logging.set_verbosity_warning()
     try:
         error = refused(capsys, "predict", images, "--model", "256/8", "--pretrained")
@@ -569,7 +569,7 @@ def test_retries_of_the_hub_are_not_told(capsys, monkeypatch, images):
 def test_published_weights_come_with_their_own_preprocessing(capsys, monkeypatch, images):
     fetched = []
     monkeypatch.setattr(
-        "convmixer_fast.model._load_published",
+        "convmixer_fast.modules.model._load_published",
         lambda model, variant: fetched.append(variant.name),
     )
     code, out, err = run(

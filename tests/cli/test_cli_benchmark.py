@@ -77,7 +77,7 @@ def test_comparison_is_of_two_paths_whose_outputs_were_held_together(capsys):
 
 
 def test_no_speed_is_told_for_a_wrong_result(capsys, monkeypatch):
-    module = importlib.import_module("convmixer_fast.optimize")
+    module = importlib.import_module("convmixer_fast.modules.optimize")
     plain = module.to_reference
 
     def another_model(model):
