@@ -620,7 +620,10 @@ def test_best_instruction_set_is_the_default() -> None:
 
 @needs_engine
 def test_unknown_instruction_set_is_an_error_that_lists_the_known() -> None:
-    script = "from convmixer_fast.backends.cpu import native; print(native.load(), native.why_unavailable())"
+    script = (
+        "from convmixer_fast.backends.cpu import native; "
+        "print(native.load(), native.why_unavailable())"
+    )
     output = run_python(script, CONVMIXER_FAST_ISA="avx1024")
     assert output.startswith("None ")
     assert "CONVMIXER_FAST_ISA: unknown instruction set avx1024" in output
