@@ -29,6 +29,7 @@ from convmixer_fast.backends.kernel_key import (
     stride_class,
     strides_like,
 )
+from convmixer_fast.backends.operands import Packed
 from convmixer_fast.backends.triton import (
     after_product,
     depthwise,
@@ -38,7 +39,6 @@ from convmixer_fast.backends.triton import (
     support,
 )
 from convmixer_fast.backends.triton.configs import ProductConfig
-from convmixer_fast.modules.packing import Packed
 
 pytestmark = compiler
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.library import opcheck
 
 from convmixer_fast.arch import ACTIVATIONS
+from convmixer_fast.backends.operands import accumulation_dtype
 from convmixer_fast.ops import depthwise_mix, pointwise_mix, use_backend
-from convmixer_fast.ops.common import accumulation_dtype
 from convmixer_fast.testing import assert_numerics
 
 #: "patches" is the pointwise operator of a stem.

@@ -16,8 +16,8 @@ from torch.nn.utils import parametrize
 from convmixer_fast import MixerStack, refresh, use_backend
 from convmixer_fast.backends import gpu, self_check
 from convmixer_fast.backends.cpu import native
+from convmixer_fast.backends.operands import Packed
 from convmixer_fast.modules.blocks import DropPath, MixerBlock, PatchEmbed
-from convmixer_fast.modules.packing import Packed
 from convmixer_fast.modules.route import ModuleSnapshot, Route
 from convmixer_fast.ops import registry
 from convmixer_fast.testing import trained_like_

@@ -14,13 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.common import accumulation_dtype, memory_format_of
 from ..testing import ErrorReport, error_report
 from . import self_check
 from .cuda import native as native_cuda
@@ -33,6 +32,7 @@ from .kernel_key import (
     pixels_of,
     strides_like,
 )
+from .operands import Packed, accumulation_dtype, memory_format_of
 from .self_check import is_capturing as is_capturing
 from .triton import support
 from .triton.configs import (
@@ -44,10 +44,6 @@ from .triton.configs import (
     without_descriptors,
 )
 from .triton.precision import dot_precision
-
-if TYPE_CHECKING:
-    from ..modules.packing import Packed
-
 
 #: A kernel with its operands bound, on packed channels-last maps x and out.
 Launch = Callable[[Tensor, Tensor], Any]

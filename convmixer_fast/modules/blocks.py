@@ -23,10 +23,10 @@ from ..arch import activation_layer, activation_name
 from ..backends import gpu, self_check
 from ..backends.cpu import native
 from ..backends.kernel_key import UINT8_STEM
+from ..backends.operands import Packed, accumulation_dtype, memory_format_of
 from ..backends.stock import fastest_layout
 from ..backends.triton import support
 from ..ops import registry
-from ..ops.common import accumulation_dtype, memory_format_of
 from ..ops.depthwise import depthwise_mix
 from ..ops.mixer import mixer_stack
 from ..ops.pointwise import pointwise_mix
@@ -48,7 +48,7 @@ from .fusible import (
     reason_observed,
     watch_classes,
 )
-from .packing import Packed, PackedCache, batch_norm_affine, cacheable, need_gradients, sources_of
+from .packing import PackedCache, batch_norm_affine, cacheable, need_gradients, sources_of
 from .route import FusedParts, Inputs, Kernel, Promise, Route, Step, chained, dispatch_state
 
 if TYPE_CHECKING:

@@ -25,8 +25,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._device import DeviceContext
 
 from ..arch import ACTIVATIONS, activation_name
+from ..backends.operands import accumulation_dtype
 from ..ops import registry
-from ..ops.common import accumulation_dtype
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 

@@ -30,17 +30,8 @@ from torch import Tensor, nn
 
 from ..backends import gpu
 from ..backends.cpu import native
-from ..ops.common import accumulation_dtype
+from ..backends.operands import accumulation_dtype
 from .watch import Watch
-
-
-class Packed(NamedTuple):
-    """The operands of a fused operator, except the activations."""
-
-    weight: Tensor
-    bias: Tensor | None
-    scale: Tensor
-    shift: Tensor
 
 
 def batch_norm_affine(bn: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

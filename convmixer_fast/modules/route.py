@@ -28,11 +28,11 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..backends import gpu, self_check
 from ..backends.kernel_key import Case
+from ..backends.operands import memory_format_of
 from ..backends.stock import allows_bfloat16, fastest_layout
 from ..backends.triton import support
 from ..backends.triton.precision import dot_precision
 from ..ops import registry
-from ..ops.common import memory_format_of
 from .fusible import is_patched
 from .packing import PackedCache, WeightSnapshot, shadows, sources_of
 

@@ -1,4 +1,4 @@
-"""Layout, accumulation dtype, activations and gradients, which all fused operators share."""
+"""Activations, gradients and checks that all fused operators share."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..arch import ACTIVATIONS
+from ..backends.operands import accumulation_dtype
 
 #: The one Library object of the package: torch keeps registrations alive as long as it lives.
 LIBRARY = torch.library.Library("convmixer_fast", "DEF")
@@ -45,21 +46,6 @@ _FORWARD: dict[str, Callable[[Tensor], Tensor]] = {
     "hardswish": F.hardswish,
     "identity": lambda h: h,
 }
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that BatchNorm's scale and shift have for activations of ``dtype``."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def memory_format_of(x: Tensor) -> torch.memory_format:
-    """The layout an operator's result has: channels-last for channels-last input, else contiguous.
-
-    Where both hold (one channel, or one pixel) the result is contiguous.
-    """
-    if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    return torch.contiguous_format
 
 
 def activation(h: Tensor, act: str) -> Tensor:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..arch import ACTIVATIONS
 from ..backends.cpu import native
-from .common import LIBRARY, memory_format_of
+from ..backends.operands import memory_format_of
+from .common import LIBRARY
 
 NAME = "mixer_stack"
 #: Images converted to float32 together: enough work for every thread, 16 MB.

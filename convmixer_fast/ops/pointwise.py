@@ -23,16 +23,15 @@ from torch import Tensor
 
 from ..backends import gpu
 from ..backends.cpu import native
+from ..backends.operands import accumulation_dtype, memory_format_of
 from . import registry
 from .common import (
     LIBRARY,
-    accumulation_dtype,
     activation,
     activation_,
     activation_backward,
     affine,
     check_operands,
-    memory_format_of,
     per_channel,
 )
 

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ..backends import gpu
 from ..backends.kernel_key import UINT8_STEM as NAME
+from ..backends.operands import accumulation_dtype, memory_format_of
 from . import pointwise, registry
-from .common import LIBRARY, accumulation_dtype, memory_format_of, per_channel
+from .common import LIBRARY, per_channel
 
 LIBRARY.define(
     f"{NAME}(Tensor x, Tensor weight, Tensor? bias, Tensor scale, Tensor shift, str act, "

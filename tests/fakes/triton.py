@@ -20,10 +20,10 @@ from torch import Tensor
 
 from convmixer_fast.arch import ACTIVATIONS
 from convmixer_fast.backends import gpu, self_check, tuning_cache
+from convmixer_fast.backends.operands import accumulation_dtype
 from convmixer_fast.backends.triton import support
 from convmixer_fast.backends.triton.configs import ProductConfig
 from convmixer_fast.ops import use_backend
-from convmixer_fast.ops.common import accumulation_dtype
 
 
 def is_packed_channels_last(x: Tensor) -> bool:
