@@ -1,4 +1,4 @@
-"""Do two models compute the same, and how fast is each? What the examples print."""
+"""A comparison of two models, results first, then speed, as the examples print it."""
 
 from __future__ import annotations
 

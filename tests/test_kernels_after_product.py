@@ -1,4 +1,4 @@
-"""Is what follows a product that PyTorch computed right? Interpreted, simulated, on hardware."""
+"""The epilogue after a GEMM of PyTorch's is right: interpreted, simulated, on hardware."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is the GPU's depthwise kernel right on every shape? Interpreted, simulated, and on hardware."""
+"""The GPU's depthwise kernel is right on every shape: interpreted, simulated, on hardware."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is the GPU's 1x1 convolution right on every shape? Interpreted, simulated, and on hardware."""
+"""The GPU's 1x1 convolution is right on every shape: interpreted, simulated, on hardware."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is the GPU's patch embedding right for every image? Interpreted, simulated, and on hardware."""
+"""The GPU's patch embedding is right for every image: interpreted, simulated, on hardware."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What did `convmixer_fast.tune` find out on this GPU? Kept on disk between processes.
+"""The results of `convmixer_fast.tune` on this GPU, kept on disk between processes.
 
 One file for each GPU model, driver, version of torch, Triton and this package: an entry of another
 combination is never used. The folder is the platform's cache folder, or ``CONVMIXER_FAST_CACHE``.

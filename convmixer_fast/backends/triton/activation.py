@@ -1,4 +1,4 @@
-"""How is an activation computed inside a GPU kernel? In float32, without calls or branches.
+"""Activations inside a GPU kernel, in float32, without calls or branches.
 
 float64 is computed by PyTorch's own formulas, with the compiler's erf and exp: the polynomial and
 the machine's ex2 are of float32's precision.

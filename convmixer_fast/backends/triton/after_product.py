@@ -1,4 +1,4 @@
-"""What follows a 1x1 convolution that PyTorch computed? The rest of the block's half, in one pass.
+"""The epilogue of a 1x1 convolution that PyTorch computed, in one pass.
 
     h[m, n] = scale[n] * act(h[m, n] + bias[n]) + shift[n], in place
 

@@ -1,4 +1,4 @@
-"""What do both matrix products share? The order of their tiles, and what ends a tile.
+"""The order of tiles and the epilogue of a tile, which both GEMMs share.
 
 `pointwise.py` and `stem.py` differ in where their left operand comes from. After the last
 multiply-add they do the same: bias, activation, BatchNorm, one rounding.

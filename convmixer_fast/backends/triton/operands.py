@@ -1,4 +1,4 @@
-"""What may a matrix product be given, and what must it know about it? Checks and layout."""
+"""Checks and layout of the operands of a GEMM."""
 
 from __future__ import annotations
 

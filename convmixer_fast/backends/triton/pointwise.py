@@ -1,4 +1,4 @@
-"""How are channels mixed on a GPU? A matrix product with the rest of the block's half after it.
+"""The pointwise half on a GPU: a GEMM with the rest of the half as its epilogue.
 
     out[m, d] = scale[d] * act(sum_c x[m, c] * weight[d, c] + bias[d]) + shift[d]
 

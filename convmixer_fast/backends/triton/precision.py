@@ -1,4 +1,4 @@
-"""How exactly may float32 be multiplied on a GPU? As PyTorch's own settings say."""
+"""The precision of float32 GEMMs on a GPU, by PyTorch's own settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How do images become patches of channels on a GPU? A matrix product over gathered pixels.
+"""The stem on a GPU: a GEMM over gathered pixels.
 
     out[n, d, oh, ow] = scale[d] * act(sum_{c,i,j} weight[d, c, i, j] * x[n, c, oh p + i, ow p + j]
                                        + bias[d]) + shift[d]

@@ -1,4 +1,4 @@
-"""Can Triton kernels run on this device? Asked without importing Triton.
+"""Whether Triton kernels can run on a device, found out without importing Triton.
 
 They run where Triton is installed and the device is a GPU of compute capability 8.0 or later, or
 one that ROCm drives. On CPU tensors they run only in emulation: in Triton's own interpreter
