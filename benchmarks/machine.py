@@ -14,6 +14,7 @@ import torch
 
 import convmixer_fast
 from convmixer_fast.backends.cpu import native
+from convmixer_fast.backends.extensions import build_info
 from convmixer_fast.diagnostics.doctor import cpu_name, usable_cores, version_of
 
 # Cloud machines often report only "AMD EPYC"; family and model identify the generation. The table
@@ -148,6 +149,6 @@ def this_software(gpu: str = "") -> dict[str, Any]:
         **{name: version for name, version in versions.items() if version},
         "convmixer_fast": convmixer_fast.__version__,
         "engine": digest or "none",
-        "compiler": native.build_info().get("compiler", ""),
+        "compiler": build_info().get("compiler", ""),
         **({"environment": " ".join(asked)} if asked else {}),
     }

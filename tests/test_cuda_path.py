@@ -12,7 +12,7 @@ from test_ops import make_operands
 
 import convmixer_fast as cf
 from convmixer_fast import BackendError, ConvMixer, explain, use_backend
-from convmixer_fast.backends import gpu, self_check
+from convmixer_fast.backends import gpu, self_check, tuning_cache
 from convmixer_fast.backends.triton import support
 from convmixer_fast.backends.triton.configs import ORDER, CudaConfig, ProductConfig, lookup_order
 from convmixer_fast.ops import pointwise, registry
@@ -277,7 +277,7 @@ def test_tune_measures_the_cuda_kernels_and_its_verdict_holds(model, monkeypatch
             }
             config = CudaConfig("mma.sync") if winner == "cuda" else ProductConfig()
             assert (row.verdict.winner, row.verdict.config) == (winner, config)
-            cf.ops.tuning_cache.forget()  # as another process: from the file
+            tuning_cache.forget()  # as another process: from the file
             chosen = {r.backend: r.reason for r in explain(model, x) if r.module == "blocks.1"}
             (reason,) = chosen.values()
             assert set(chosen) == {"cuda" if winner == "cuda" else "triton"}

@@ -152,7 +152,8 @@ def test_a_machine_that_names_no_processor_is_unknown_or_its_architecture(monkey
 
 def test_triton_is_not_imported():
     code = (
-        "import sys; from convmixer_fast import doctor; doctor.render(doctor.examine()); "
+        "import sys; from convmixer_fast.diagnostics import doctor; "
+        "doctor.render(doctor.examine()); "
         "sys.exit('triton' in sys.modules)"
     )
     done = fresh_python.run("-c", code)

@@ -231,14 +231,14 @@ def test_images_whose_strides_do_not_fit_32_bits(launches):
 @pytest.mark.parametrize("op", ["depthwise_mix", "pointwise_mix"])
 @pytest.mark.parametrize("width", [7, 64, 90, 130])
 @pytest.mark.parametrize("flat", [False, True])
-def test_a_prepared_launch_has_the_form_of_the_check(launches, op, width, flat):
+def test_a_bound_launch_has_the_form_of_the_check(launches, op, width, flat):
     x = torch.zeros(2, 5, width, 12).permute(0, 3, 1, 2)
     case, (weight, bias, scale, shift, *_) = call(op, x, 12, 3, torch.float32, flat=flat)
-    run = gpu.prepare(case, None, Packed(weight, bias, scale, shift))
+    run = gpu.bind(case, None, Packed(weight, bias, scale, shift))
     run(x, torch.empty_like(x))
     check(case)
-    prepared, checked = launches
-    assert prepared == checked
+    bound, checked = launches
+    assert bound == checked
 
 
 @settings(max_examples=50, deadline=None)

@@ -30,7 +30,7 @@ GPU = CASE._replace(device="cuda:1")
 
 PROGRAM = """
     import os, signal, sys, torch
-    from convmixer_fast.ops import self_check
+    from convmixer_fast.backends import self_check
     from convmixer_fast.backends.kernel_key import Case
     case = Case("depthwise_mix", "cpu", torch.float32, 8, 8, 3, "gelu", True, 16)
     def check(tile):

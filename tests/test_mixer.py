@@ -179,7 +179,8 @@ def test_strassen_over_several_chunks_is_the_direct_gemm(isa, size, monkeypatch)
         for levels in "01":
             monkeypatch.setenv("CONVMIXER_FAST_STRASSEN", levels)
             results.append(ours(x))
-    assert not torch.equal(*results)
+    # 72 pixels are no pair of whole panels with the widest vectors.
+    assert size == (8, 9) or not torch.equal(*results)
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from convmixer_fast.arch import ACTIVATIONS
 from convmixer_fast.backends.cpu import native
+from convmixer_fast.backends.extensions import build_info
 from convmixer_fast.testing import assert_numerics
 
 ENGINE = native.load()
@@ -523,7 +524,7 @@ def in_child(work):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_fork_after_use_neither_hangs_nor_lies() -> None:
     script = """
-    from convmixer_fast import native
+    from convmixer_fast.backends.cpu import native
     expected = native.depthwise_mix(x, *ops).numpy().tobytes()
     work = lambda: native.depthwise_mix(x, *ops).numpy().tobytes() == expected
     print(in_child(work), in_child(lambda: in_child(work) == 0), work())
@@ -539,7 +540,7 @@ def test_self_check_in_a_fork_of_a_busy_parent_does_not_hang() -> None:
     script = """
     torch.randn(1000, 1000).relu().sum()  # torch's pool lives, the extension is not loaded
     def work():
-        from convmixer_fast import native
+        from convmixer_fast.backends.cpu import native
         result = native.depthwise_mix(x, *ops)
         return bool(result.numpy().std() > 0)
     print(in_child(work))
@@ -552,7 +553,7 @@ def test_self_check_in_a_fork_of_a_busy_parent_does_not_hang() -> None:
 def test_nested_in_a_parallel_region_is_serial_and_right() -> None:
     script = """
     import ctypes
-    from convmixer_fast import native
+    from convmixer_fast.backends.cpu import native
     expected = native.depthwise_mix(x, *ops)
     backend = native.load().threading_backend()
     path = next(
@@ -635,7 +636,7 @@ def test_unknown_instruction_set_is_an_error_that_lists_the_known() -> None:
 def test_switched_off_by_the_environment_and_says_so() -> None:
     script = """
     import torch
-    from convmixer_fast import native
+    from convmixer_fast.backends.cpu import native
     assert native.load() is None
     print(native.why_unavailable())
     a, b = torch.randn(100), torch.randn(3, 5)
@@ -673,7 +674,7 @@ def test_build_is_on_record() -> None:
     assert info["cxx_standard"] >= 201703
     assert set(ISAS) <= set(info["isas"])
     assert "-ffast-math" not in info["flags"]
-    written = native.build_info()
+    written = build_info()
     assert written["built"] is True
     assert written["version"] == info["version"]
     assert written["compiler"] == info["compiler"]

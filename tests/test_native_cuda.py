@@ -13,8 +13,8 @@ from fakes.cuda import cuda_installed
 
 from convmixer_fast import BackendError, available_backends
 from convmixer_fast.arch import ACTIVATIONS
-from convmixer_fast.backends.cpu import native
 from convmixer_fast.backends.cuda import native as native_cuda
+from convmixer_fast.backends.extensions import build_info
 from convmixer_fast.backends.kernel_key import MANY_OUTPUTS
 from convmixer_fast.diagnostics import doctor
 from convmixer_fast.ops import pointwise_mix
@@ -56,7 +56,7 @@ def test_the_module_and_python_number_the_same_things():
     assert set(ENGINE.families()) <= set(native_cuda.FAMILIES)
     # Both forms of a kernel are checked, each before it serves: the border must be the same.
     assert ENGINE.few_outputs == MANY_OUTPUTS
-    info = native.build_info()["cuda"]
+    info = build_info()["cuda"]
     assert info["built"]
     assert info["kernels"] == ENGINE.families()
     assert " ".join(info["architectures"]) == ENGINE.architectures()
@@ -112,7 +112,7 @@ def test_refusals_say_why_and_ask_for_no_gpu():
     assert "ROCm" in native_cuda.why_not_gpu(0)
     assert native_cuda.refusal("mma.sync", 80, "bfloat16", 64, 64, 64, "gelu") == ""
     if "wgmma" not in ENGINE.families():
-        why = native.build_info()["cuda"]["omitted"]["wgmma"]
+        why = build_info()["cuda"]["omitted"]["wgmma"]
         assert native_cuda.refusal("wgmma", 90, "bfloat16", 64, 64, 64, "gelu") == why
         return
     wgmma = {**GOOD, "family": "wgmma", "capability": 90}

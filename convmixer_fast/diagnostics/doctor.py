@@ -22,6 +22,7 @@ from ..arch import ACTIVATIONS
 from ..backends import markers, self_check
 from ..backends.cpu import native
 from ..backends.cuda import native as native_cuda
+from ..backends.extensions import build_info
 from ..backends.triton import support
 from ..modules.blocks import MixerBlock
 from ..ops import BackendError, available_backends, depthwise_mix, pointwise_mix, use_backend
@@ -75,18 +76,18 @@ def usable_cores() -> int:
 def _extension() -> dict[str, Any]:
     module = native.load()
     if module is None:
-        return {"usable": False, "reason": native.why_unavailable(), "build": native.build_info()}
+        return {"usable": False, "reason": native.why_unavailable(), "build": build_info()}
     return {
         "usable": True,
         "isa": module.isa(),
         "isas": list(module.isas()),
         "threading": module.threading_backend(),
-        "build": native.build_info(),
+        "build": build_info(),
     }
 
 
 def _cuda_extension() -> dict[str, Any]:
-    build = native.build_info().get("cuda", {})
+    build = build_info().get("cuda", {})
     module = native_cuda.load()
     if module is None:
         return {"usable": False, "reason": native_cuda.why_unavailable(), "build": build}

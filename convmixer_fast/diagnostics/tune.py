@@ -3,7 +3,7 @@
 For every fused operator that a model calls: our kernel with the shipped tile and with its
 neighbours, and PyTorch's own operators in both layouts, the conversions counted. The fastest
 computes that operator at that shape from then on, in this process and, through a file
-(`convmixer_fast.ops.tuning_cache`), in later ones.
+(`convmixer_fast.backends.tuning_cache`), in later ones.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def reason_told_by(wheel: Path, folder: Path) -> str:
     script = (
         "import sys; "
         "sys.meta_path = [f for f in sys.meta_path if '__editable__' not in f.__module__]; "
-        "from convmixer_fast import _native; "
+        "from convmixer_fast.backends.cpu import native; "
         "print(native.why_unavailable(), native.__file__)"
     )
     done = run(sys.executable, "-c", script, cwd=folder, PYTHONPATH=str(folder))

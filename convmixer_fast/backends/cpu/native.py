@@ -7,15 +7,12 @@ avx512) makes it use a lower instruction set than the machine's best.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from ctypes import c_char, string_at
 from functools import cache, partial
 from hashlib import blake2b
 from importlib import import_module
-from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,22 +20,9 @@ from torch import Tensor
 
 from ... import environment
 from ...arch import ACTIVATIONS
+from ..extensions import build_info, why_absent
 
 _PLANAR, _CHANNELS_LAST = 0, 1
-
-
-def build_info() -> dict[str, Any]:
-    """What the build of the extension left on record; empty when nothing was ever built.
-
-    Keys: version, built, reason (why not, else ""), python, platform, and where it was built
-    compiler, flags, isas (name -> lanes, flags) and omitted (name -> why); cuda, the same of the
-    CUDA extension: built, reason, omitted, and compiler, flags, architectures and kernels.
-    """
-    try:
-        info = json.loads(Path(__file__).with_name("_build_info.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return info if isinstance(info, dict) else {}
 
 
 def _use(module: ModuleType, isa: str) -> None:
@@ -61,20 +45,6 @@ def _find() -> tuple[ModuleType | None, str]:
     except (ImportError, ValueError) as error:
         return None, why_absent("_cpu", "CPU", error, build_info())
     return module, ""
-
-
-def why_absent(module: str, what: str, error: Exception, info: dict[str, Any]) -> str:
-    """One line for an extension that cannot be imported: what its build said, and the import.
-
-    Args:
-        info: what `build_info` has of it.
-    """
-    causes = [f"convmixer_fast.{module}: {error}"]
-    if info.get("reason"):
-        causes.insert(0, f"the {what} extension was not built: {info['reason']}")
-    elif not info:
-        causes.append("the package was never built here: pip install .")
-    return "; ".join(" ".join(cause.split()) for cause in causes)
 
 
 def load() -> ModuleType | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ... import environment
-from ..cpu.native import build_info, why_absent
+from ..extensions import build_info, why_absent
 from ..triton.precision import dot_precision
 from ..triton.support import architecture
 
