@@ -4,8 +4,6 @@ Each builder takes an `Arch` and returns a fresh model with random weights. Only
 theirs: which module stands where, under which name, and which are shared.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn
