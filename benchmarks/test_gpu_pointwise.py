@@ -14,9 +14,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from convmixer_fast.backends import gpu
 from convmixer_fast.diagnostics import gpu_report
 from convmixer_fast.diagnostics.timing import gpu_seconds
+from convmixer_fast.ops import execution
 
 PROBLEMS = [p for p in gpu_report.problems() if p.op == "pointwise_mix"]
 
@@ -52,7 +52,7 @@ def test_channel_half(benchmark: Any, problem: gpu_report.Problem, tf32: bool) -
 
 def _measure(problem: gpu_report.Problem, device: torch.device) -> dict[str, Any]:
     (row,) = gpu_report.report(device, which=[problem])["rows"]
-    x, weight, *_ = gpu.operands_for(problem.case(device), problem.shape)
+    x, weight, *_ = execution.sample(problem.case(device), problem.shape)
     rows, matrix = x.permute(0, 2, 3, 1).flatten(0, 2), weight.flatten(1)
     row["seconds"]["cuBLAS alone"] = gpu_seconds(lambda: F.linear(rows, matrix))
     return row

@@ -59,7 +59,7 @@ def _ours(block: nn.Sequential, x: Tensor, shape: BlockShape) -> dict[str, Run |
     act = shape.act
     return {
         "depthwise half": lambda: native.depthwise_mix(x, *spatial, act),
-        "channel half": lambda: native.channel_mix(x, *channel, act),
+        "channel half": lambda: native.pointwise_mix(x, *channel, act),
         "block": lambda: native.mixer_stack(x, [weight], [packed], shape.kernel_size, act),
     }
 

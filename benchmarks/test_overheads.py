@@ -12,7 +12,7 @@ from fakes.triton import installed
 from recording import BenchmarkRecorder
 
 from convmixer_fast import MixerBlock, MixerStack, create_model, optimize_for_inference
-from convmixer_fast.backends import gpu
+from convmixer_fast.backends.triton import functions
 from convmixer_fast.diagnostics.timing import interleaved_times, spread
 from convmixer_fast.modules.route import Route
 
@@ -85,8 +85,10 @@ def test_host_time_of_fused_halves(
     x = torch.randn(1, 16, 2, 2).bfloat16().contiguous(memory_format=torch.channels_last)
     with installed(), torch.inference_mode():
         stack(x), stack(x)
-        table = gpu.kernels()._replace(depthwise_mix=_does_nothing, pointwise_mix=_does_nothing)
-        monkeypatch.setattr(gpu, "kernels", lambda: table)
+        table = functions.kernels()._replace(
+            depthwise_mix=_does_nothing, pointwise_mix=_does_nothing
+        )
+        monkeypatch.setattr(functions, "kernels", lambda: table)
         stack(x), stack(x)
         assert isinstance(stack._packed.route, Route)
         assert stack._packed.route.holds(x)

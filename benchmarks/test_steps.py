@@ -61,7 +61,7 @@ def _steps(model: Case, x: Tensor) -> dict[str, Run]:
     def both_fused() -> Tensor:
         y = plain.stem(x)
         for spatial, channel in halves:
-            y = native.channel_mix(native.depthwise_mix(y, *spatial, act), *channel, act)
+            y = native.pointwise_mix(native.depthwise_mix(y, *spatial, act), *channel, act)
         return head(y)
 
     def stack() -> Tensor:

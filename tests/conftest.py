@@ -10,10 +10,9 @@ import pytest
 import torch
 from hypothesis import settings
 
-from convmixer_fast.backends import gpu
 from convmixer_fast.backends.cuda import native as native_cuda
-from convmixer_fast.backends.triton import support
-from convmixer_fast.ops import registry
+from convmixer_fast.backends.triton import functions, support
+from convmixer_fast.ops import dispatch
 
 # On CI the same examples every time: a change fails by its own fault. Elsewhere, new ones.
 settings.register_profile("ci", derandomize=True)
@@ -47,9 +46,9 @@ _REPLACEABLE = (
     (native_cuda, "_find"),
     (native_cuda, "is_emulated"),
     (native_cuda, "pointwise_mix"),
-    (registry, "_auto_is_triton"),
-    (registry, "requested_backend"),
-    (gpu, "kernels"),
+    (dispatch, "automatic_backends"),
+    (dispatch, "requested_backend"),
+    (functions, "kernels"),
     (support, "architecture"),
 )
 

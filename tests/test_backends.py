@@ -8,7 +8,8 @@ from torch import nn
 
 from convmixer_fast import BackendError, ConvMixer, available_backends, explain, use_backend
 from convmixer_fast.backends.cpu import native
-from convmixer_fast.ops import registry
+from convmixer_fast.ops import dispatch
+from convmixer_fast.ops.registry import BACKENDS
 from convmixer_fast.testing import trained_like_
 
 needs_extension = pytest.mark.skipif(not native.load(), reason=native.why_unavailable() or "built")
@@ -24,7 +25,7 @@ X = torch.randn(2, 3, 16, 16)
 
 def test_available_backends_lists_all_with_reasons():
     available = available_backends()
-    assert tuple(available) == registry.BACKENDS
+    assert tuple(available) == BACKENDS
     assert available["reference"] == ""
     assert available["triton"]
     assert available["cuda"]
@@ -112,9 +113,9 @@ def test_unknown_names_are_refused(model, monkeypatch):
 def test_use_backend_ends_with_its_block():
     with use_backend("reference"):
         with use_backend("cpu"):
-            assert registry.requested_backend() == "cpu"
-        assert registry.requested_backend() == "reference"
-    assert registry.requested_backend() == "auto"
+            assert dispatch.requested_backend() == "cpu"
+        assert dispatch.requested_backend() == "reference"
+    assert dispatch.requested_backend() == "auto"
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -10,11 +10,12 @@ from gpu_cases import POINTWISE_CASES, MatrixCase, check, draw
 
 from convmixer_fast import ConvMixer, explain, use_backend
 from convmixer_fast.arch import ACTIVATIONS
-from convmixer_fast.backends import gpu, self_check
+from convmixer_fast.backends import self_check
 from convmixer_fast.backends.cuda import native as native_cuda
-from convmixer_fast.backends.kernel_key import case_of
 from convmixer_fast.backends.triton.configs import CudaConfig
-from convmixer_fast.ops import pointwise, registry
+from convmixer_fast.ops import pointwise
+from convmixer_fast.ops.dispatch import call_of
+from convmixer_fast.ops.registry import implementation_of
 from convmixer_fast.testing import assert_numerics, trained_like_
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -35,11 +36,12 @@ def run(family: str):
     """The operator by one family, as `gpu_cases.check` calls it; skips what the family refuses."""
 
     def pointwise_mix(x, weight, bias, scale, shift, act, out=None):
-        case = case_of("pointwise_mix", x, weight, bias, act)
-        shape = (x.shape[0], x.shape[2], x.shape[3])
-        if CudaConfig(family) not in registry.cuda_candidates(case, shape):
-            pytest.skip(f"{family} does not take it here")
-        got = gpu._RUN["pointwise_mix"](x, weight, bias, scale, shift, act, CudaConfig(family))
+        call = call_of(pointwise.POINTWISE, x, weight, bias, act)
+        kernel = implementation_of(call.key, CudaConfig(family))
+        why = kernel.unavailable(call)
+        if why:
+            pytest.skip(f"{family}: {why}")
+        got = kernel.run(x, weight, bias, scale, shift, act)
         return got if out is None else out.copy_(got)
 
     return pointwise_mix

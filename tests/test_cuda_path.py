@@ -12,10 +12,16 @@ from test_ops import make_operands
 
 import convmixer_fast as cf
 from convmixer_fast import BackendError, ConvMixer, explain, use_backend
-from convmixer_fast.backends import gpu, self_check, tuning_cache
-from convmixer_fast.backends.triton import support
+from convmixer_fast.backends import self_check, tuning_cache
+from convmixer_fast.backends.cuda import native as native_cuda
+from convmixer_fast.backends.triton import functions, support
+from convmixer_fast.backends.triton import pointwise as triton_pointwise
 from convmixer_fast.backends.triton.configs import ORDER, CudaConfig, ProductConfig, lookup_order
-from convmixer_fast.ops import pointwise, registry
+from convmixer_fast.modules import blocks
+from convmixer_fast.ops import dispatch, execution, pointwise
+from convmixer_fast.ops.dispatch import call_of, choose
+from convmixer_fast.ops.pointwise import POINTWISE
+from convmixer_fast.ops.registry import implementation_of
 from convmixer_fast.testing import assert_numerics, trained_like_
 
 IMAGES = (2, 3, 16, 16)
@@ -25,8 +31,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """``auto`` treats CPU tensors as it treats those on a GPU."""
-    monkeypatch.setattr(registry, "_auto_is_triton", lambda device: True)
-    monkeypatch.setattr(registry, "whole_blocks_run", lambda *args: False)
+    monkeypatch.setattr(dispatch, "automatic_backends", lambda device: ("triton", "cuda"))
 
 
 @pytest.fixture
@@ -107,21 +112,16 @@ def test_explain_says_who_and_why(model):
 @pytest.mark.usefixtures("as_on_a_gpu")
 def test_what_is_missing_is_named_and_triton_serves(monkeypatch):
     given = operands_for(BF16)
-    call = registry.call_of
     with cuda_installed(capability=90, families=("mma.sync",)) as double:
-        choice = registry.choose(
-            "pointwise_mix", given[0].device, BF16, 16, call("pointwise_mix", *given[:3], "gelu")
-        )
+        choice = choose(call_of(POINTWISE, *given[:3], "gelu"))
         assert choice.backend == "triton"
-        assert "not wgmma: " in choice.reason
+        assert "not cuda wgmma: " in choice.reason
         double.families = ("mma.sync", "wgmma")
-        registry.native_cuda.refusal.cache_clear()
+        native_cuda.refusal.cache_clear()
         double.refused["wgmma"] = "the moon is in the wrong house"
-        choice = registry.choose(
-            "pointwise_mix", given[0].device, BF16, 16, call("pointwise_mix", *given[:3], "gelu")
-        )
+        choice = choose(call_of(POINTWISE, *given[:3], "gelu"))
         assert choice.backend == "triton"
-        assert "not wgmma: the moon is in the wrong house" in choice.reason
+        assert "not cuda wgmma: the moon is in the wrong house" in choice.reason
         cf.ops.pointwise_mix(*given, "gelu")
         assert set(double.calls) == {"pointwise_mix"}
 
@@ -144,8 +144,7 @@ def test_a_bad_cuda_kernel_warns_once_and_triton_serves(fault):
             assert torch.equal(cf.ops.pointwise_mix(*given, "gelu"), got)
         assert double.calls["mma.sync"] == 1
         assert double.calls["pointwise_mix"] == 3
-        call = registry.call_of("pointwise_mix", *given[:3], "gelu")
-        choice = registry.choose("pointwise_mix", given[0].device, FP16, 16, call)
+        choice = choose(call_of(POINTWISE, *given[:3], "gelu"))
     assert choice.backend == "triton"
     cause = "wrong numbers" if fault == "wrong" else "cudaErrorNoKernelImageForDevice"
     assert f"not cuda mma.sync: {'RuntimeError: ' * (fault == 'error')}{cause}" in choice.reason
@@ -224,7 +223,7 @@ def test_by_name_the_other_halves_are_tritons(model):
     }
     assert all(reason.startswith("asked for by name: ") for _, _, reason in rows)
     others = {reason for _, backend, reason in rows if backend == "triton"}
-    assert all("the cuda backend has the 1x1 convolutions only" in reason for reason in others)
+    assert all("the cuda backend has no kernel for " in reason for reason in others)
 
 
 def test_by_name_what_cannot_run_raises_with_the_reason(monkeypatch):
@@ -248,14 +247,14 @@ def test_by_name_what_cannot_run_raises_with_the_reason(monkeypatch):
         double.wrong.add("mma.sync")
         with pytest.warns(RuntimeWarning), pytest.raises(BackendError, match="wrong numbers"):
             cf.ops.pointwise_mix(*given, "gelu")
-    monkeypatch.setenv(registry.ENVIRONMENT, "cuda")
+    monkeypatch.setenv(dispatch.ENVIRONMENT, "cuda")
     with pytest.raises(BackendError, match="'cuda' was asked for but cannot run"):
         cf.ops.pointwise_mix(*given, "gelu")
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
 def test_tune_measures_the_cuda_kernels_and_its_verdict_holds(model, monkeypatch):
-    monkeypatch.setattr(cf.tune.__globals__["gpu"], "pointwise_tiles", lambda device, dtype: ())
+    monkeypatch.setattr(triton_pointwise, "shipped_tiles", lambda device, dtype: ())
     x = torch.randn(IMAGES).bfloat16()
     fast: dict[str, float] = {}
 
@@ -288,7 +287,7 @@ def test_tune_measures_the_cuda_kernels_and_its_verdict_holds(model, monkeypatch
             assert (double.calls - before)[kernel] >= 2
             # In a build without it the verdict is none.
             with monkeypatch.context() as patch:
-                patch.setattr(registry, "_why_not_cuda", lambda device: "not built")
+                patch.setattr(native_cuda, "why_not", lambda device: "not built")
                 rows = {r.module: r for r in explain(model, x)}
             assert ("tuned" in rows["blocks.1"].reason) == (winner == "product")
             assert rows["blocks.1"].backend == "triton"
@@ -302,8 +301,7 @@ def test_a_steady_call_keeps_its_float32_bias(model, monkeypatch):
         model(x)
         want = model(x)
         with monkeypatch.context() as patch:
-            for name in ("call_of", "choose"):
-                patch.setattr(registry, name, lambda *args: pytest.fail("looked up"))
+            patch.setattr(dispatch, "implementations", lambda *args: pytest.fail("looked up"))
             known = set(double.biases)
             before = double.calls["mma.sync"]
             assert torch.equal(model(x), want)
@@ -329,7 +327,7 @@ def test_operands_that_begin_between_words_are_copied(monkeypatch):
             return kernel(*given, **named)
 
         with monkeypatch.context() as patch:  # undone before the stand-in is
-            patch.setattr(registry.native_cuda, "pointwise_mix", aligned)
+            patch.setattr(native_cuda, "pointwise_mix", aligned)
             got = cf.ops.pointwise_mix(x, off[0], bias, off[1], shift, "gelu")
         assert not any(self_check.results().values())
     assert torch.equal(got, want)
@@ -344,8 +342,7 @@ def test_a_product_that_pytorch_computes_is_ended_by_one_kernel(act, bias):
     with cuda_installed() as double:
         got = cf.ops.pointwise_mix(*given, act)
         assert set(double.calls) == {"after_product_"}
-        call = registry.call_of("pointwise_mix", *given[:3], act)
-        choice = registry.choose("pointwise_mix", x.device, FP32, 16, call)
+        choice = choose(call_of(POINTWISE, *given[:3], act))
     assert choice.reason.startswith("PyTorch's product and one Triton kernel for the rest, checked")
     assert "float32 without TF32" in choice.reason
     torch.testing.assert_close(got, pointwise._reference(*given, act), rtol=1e-5, atol=1e-5)
@@ -367,8 +364,7 @@ def test_float64_is_multiplied_by_pytorch_and_ended_by_one_kernel(act, capabilit
     with cuda_installed(capability=capability) as double:
         got = cf.ops.pointwise_mix(*given, act)
         assert double.calls == {"after_product_": 2}
-        call = registry.call_of("pointwise_mix", *given[:3], act)
-        choice = registry.choose("pointwise_mix", given[0].device, F64, 16, call)
+        choice = choose(call_of(POINTWISE, *given[:3], act))
     assert (choice.backend, choice.reason) == (
         "triton",
         "PyTorch's product and one Triton kernel for the rest, checked against PyTorch; "
@@ -390,9 +386,9 @@ def test_a_float64_check_sees_what_float32_would_round():
             vectors = [t.float() if isinstance(t, torch.Tensor) else t for t in rest]
             return h.copy_(finish(h.float(), *vectors))
 
-        table = gpu.kernels()._replace(after_product_=narrow)
+        table = functions.kernels()._replace(after_product_=narrow)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(gpu, "kernels", lambda: table)
+            patch.setattr(functions, "kernels", lambda: table)
             with pytest.warns(RuntimeWarning, match="wrong numbers"):
                 got = cf.ops.pointwise_mix(*given, "gelu")
     assert torch.equal(got, pointwise._reference(*given, "gelu"))
@@ -404,8 +400,9 @@ def test_the_check_of_float64_does_not_depend_on_the_order_of_a_sum():
     # PyTorch's convolution and its matrix product add 1536 terms in different orders.
     with cuda_installed():
         x, weight = torch.empty(1, 1536, 2, 2, dtype=F64), torch.empty(1536, 1536, 1, 1)
-        case = registry.call_of("pointwise_mix", x, weight, None, "gelu").case
-        report = gpu.measure_errors(case, pointwise._reference, ProductConfig())
+        key = call_of(POINTWISE, x, weight, None, "gelu").key
+        product = implementation_of(key, ProductConfig())
+        report = execution.measure_errors(product, key, ProductConfig())
     assert report.ok
     assert report.max_error <= 0.5 * report.max_bar, report
 
@@ -424,13 +421,11 @@ def test_a_float64_model(monkeypatch):
         model(x)
         with monkeypatch.context() as patch:
             # What was looked up for a pointwise half is kept, though the other half has no kernel.
-            choose = registry.choose
+            def other_half(call):
+                assert call.operator is not POINTWISE
+                return choose(call)
 
-            def other_half(op, *args):
-                assert op != "pointwise_mix" or args[3].case.op == "patch_embed"
-                return choose(op, *args)
-
-            patch.setattr(registry, "choose", other_half)
+            patch.setattr(blocks, "choose", other_half)
             before = double.calls["after_product_"]
             torch.testing.assert_close(model(x), want, rtol=1e-12, atol=1e-12)
             assert double.calls["after_product_"] == before + 2
@@ -442,8 +437,7 @@ def test_a_float64_model(monkeypatch):
 
 
 def chosen(given, act="gelu"):
-    call = registry.call_of("pointwise_mix", *given[:3], act)
-    return registry.choose("pointwise_mix", given[0].device, given[0].dtype, 16, call)
+    return choose(call_of(POINTWISE, *given[:3], act))
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
@@ -455,12 +449,12 @@ def chosen(given, act="gelu"):
         (121, BF16, ("mma.sync", "wgmma"), "mma.sync", "85-95 %"),
         (90, BF16, ("mma.sync", "wgmma"), "wgmma", "90-100 %"),
         # Slower than PyTorch, all of them, or nothing that computes it.
-        (90, BF16, ("mma.sync",), None, "not wgmma: .*mma.sync at 55-65 %, under what pays"),
-        (100, BF16, ("mma.sync", "wgmma"), None, "cuda: no kernel for sm_100; there are some for"),
-        (80, FP32, ("mma.sync",), None, "not mma.sync: float32 is multiplied exactly unless"),
-        (80, F64, ("mma.sync",), None, "not mma.sync: no kernel for float64"),
-        (75, FP16, ("mma.sync",), None, "cuda: no kernel for sm_75"),
-        (0, FP16, ("mma.sync",), None, "cuda: .*ROCm"),
+        (90, BF16, ("mma.sync",), None, "cuda wgmma: .*mma.sync at 55-65 %, under what pays"),
+        (100, BF16, ("mma.sync", "wgmma"), None, "^triton: Triton is not installed[^;]*$"),
+        (80, FP32, ("mma.sync",), None, "^triton product: Triton is not installed[^;]*$"),
+        (80, F64, ("mma.sync",), None, "^triton product: Triton is not installed[^;]*$"),
+        (75, FP16, ("mma.sync",), None, "^triton: Triton is not installed[^;]*$"),
+        (0, FP16, ("mma.sync",), None, "^triton: Triton is not installed[^;]*$"),
     ],
 )
 def test_without_triton_the_architecture_decides(capability, dtype, families, kernel, why):
@@ -471,11 +465,11 @@ def test_without_triton_the_architecture_decides(capability, dtype, families, ke
         got = cf.ops.pointwise_mix(*given, "gelu")
         assert set(double.calls) == ({kernel} if kernel else set())
         if kernel:
-            assert self_check.results() == {chosen(given).case: ""}
+            assert self_check.results() == {chosen(given).key: ""}
     assert choice.backend == ("cuda" if kernel else "reference")
     start = f"one CUDA kernel ({kernel}), to be checked at its first use; "
-    assert choice.reason.startswith(start if kernel else "triton: ")
-    assert "Triton is not installed" in choice.reason
+    assert choice.reason.startswith(start if kernel else ("triton", "cuda wgmma: "))
+    assert kernel or "Triton is not installed" in choice.reason
     assert re.search(why, choice.reason), choice.reason
     if dtype != F64:
         right(*given, "gelu", got)
@@ -497,7 +491,6 @@ def test_without_triton_a_bad_cuda_kernel_leaves_it_to_pytorch(fault):
     assert torch.equal(got, pointwise._reference(*given, "gelu"))
     assert choice.backend == "reference"
     cause = "wrong numbers" if fault == "wrong" else "RuntimeError: cudaErrorNoKernelImage"
-    assert choice.reason.startswith("triton: Triton is not installed: pip install triton; cuda mma")
     assert f"cuda mma.sync: {cause}" in choice.reason
 
 
@@ -506,7 +499,7 @@ def test_without_triton_and_without_the_extension_both_reasons_are_told(monkeypa
     given = operands_for(BF16)
     with cuda_installed() as double, without_triton():
         with monkeypatch.context() as patch:
-            patch.setattr(registry.native_cuda, "_find", lambda: (None, "no nvcc in this house"))
+            patch.setattr(native_cuda, "_find", lambda: (None, "no nvcc in this house"))
             choice = chosen(given)
             assert torch.equal(
                 cf.ops.pointwise_mix(*given, "gelu"), pointwise._reference(*given, "gelu")
@@ -514,7 +507,7 @@ def test_without_triton_and_without_the_extension_both_reasons_are_told(monkeypa
         assert not double.calls
     assert (choice.backend, choice.reason) == (
         "reference",
-        "triton: Triton is not installed: pip install triton; cuda: no nvcc in this house",
+        "cuda mma.sync: no nvcc in this house; triton: Triton is not installed: pip install triton",
     )
 
 
@@ -529,6 +522,7 @@ def test_without_triton_a_models_pointwise_halves_keep_what_they_need(model):
         torch.testing.assert_close(model(x), want, rtol=0.1, atol=0.1)
         rows = {(r.op, r.backend) for r in explain(model, x) if r.module != "stem"}
         assert rows == {("depthwise_mix", "reference"), ("pointwise_mix", "cuda")}
+        model(x)
         biases = set(double.biases)
         before = double.calls["mma.sync"]
         model(x)

@@ -16,7 +16,7 @@ from convmixer_fast.backends import self_check
 from convmixer_fast.backends.cpu import native
 from convmixer_fast.diagnostics import doctor
 from convmixer_fast.ops import depthwise_mix, pointwise_mix
-from convmixer_fast.ops.registry import requested_backend
+from convmixer_fast.ops.dispatch import requested_backend
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from convmixer_fast import ConvMixer, cli, environment
 from convmixer_fast.backends.cpu import native
 from convmixer_fast.environment import BUILD_VARIABLES, PREFIX, VARIABLES
-from convmixer_fast.ops.registry import BACKENDS, BackendError, requested_backend
+from convmixer_fast.ops.dispatch import BackendError, requested_backend
+from convmixer_fast.ops.registry import BACKENDS
 
 ROOT = Path(__file__).parents[1]
 CHOSEN = [v for v in VARIABLES.values() if v.values]

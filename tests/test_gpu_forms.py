@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,30 +21,30 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import create_function_from_signature
 
-from convmixer_fast.backends import gpu
 from convmixer_fast.backends.kernel_key import (
     BEYOND_INT32,
-    UINT8_STEM,
-    Case,
-    case_of,
+    KernelKey,
     pixels_of,
     stride_class,
     strides_like,
 )
 from convmixer_fast.backends.operands import Packed
-from convmixer_fast.backends.triton import (
+from convmixer_fast.backends.triton import support
+from convmixer_fast.backends.triton.configs import ProductConfig
+from convmixer_fast.backends.triton.kernels import (
     after_product,
     depthwise,
     operands,
     pointwise,
     stem,
-    support,
 )
-from convmixer_fast.backends.triton.configs import ProductConfig
+from convmixer_fast.ops import execution
+from convmixer_fast.ops.dispatch import call_of
+from convmixer_fast.ops.registry import OPERATORS, implementation_of
 
 pytestmark = compiler
 
-OPS = ("depthwise_mix", "pointwise_mix", "product", "patch_embed", UINT8_STEM)
+OPS = ("depthwise_mix", "pointwise_mix", "product", "patch_embed", "patch_embed_uint8")
 LAYOUTS = ("nchw", "nhwc", "offset", "rows", "columns", "channels", "images", "expanded", "windows")
 KERNELS = (
     depthwise.depthwise_kernel,
@@ -97,7 +99,7 @@ def lay_out(layout: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -
     return torch.zeros(shape, dtype=dtype)
 
 
-def check(case: Case, config: object = None) -> None:
+def check(case: KernelKey, config: object = None) -> None:
     """The check of a case, beside results that take no time."""
 
     def reference(x: Tensor, weight: Tensor, *rest: object) -> Tensor:
@@ -105,7 +107,12 @@ def check(case: Case, config: object = None) -> None:
         p = 1 if case.op == "depthwise_mix" else case.kernel_size
         return torch.zeros(n, weight.shape[0], h // p, w // p, dtype=weight.dtype)
 
-    gpu.check(case, reference, config)
+    kernel = copy.copy(implementation_of(case, config))
+    own = kernel.operator
+    kernel.operator = SimpleNamespace(
+        reference=reference, sample=own.sample, sample_shape=own.sample_shape
+    )
+    execution.check(kernel, case, config)
 
 
 def call(
@@ -116,7 +123,7 @@ def call(
     dtype: torch.dtype,
     bias: bool = True,
     flat: bool = False,
-) -> tuple[Case, list[object]]:
+) -> tuple[KernelKey, list[object]]:
     """The case of a call, and its arguments; ``flat``: parameters are parts of one buffer."""
 
     def parameter(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -128,17 +135,17 @@ def call(
     k = 1 if op in ("pointwise_mix", "product") else kernel_size
     weight = parameter(d, 1 if op == "depthwise_mix" else c, k, k)
     vectors = [parameter(d) if bias else None, *(parameter(d, dtype=torch.float32),) * 2]
-    normal = [[0.5] * c, [0.25] * c] if op == UINT8_STEM else []
-    name = "pointwise_mix" if op in ("product", "patch_embed") else op
-    case = case_of(name, x, weight, vectors[0], "gelu", dtype)
-    return case, [weight, *vectors, "gelu", *normal]
+    normal = [[0.5] * c, [0.25] * c] if op == "patch_embed_uint8" else []
+    operator = OPERATORS["patch_embed" if op in ("product", "pointwise_mix") else op]
+    found = call_of(operator, x, weight, vectors[0], "gelu", dtype)
+    return found.key, [weight, *vectors, "gelu", *normal]
 
 
 def assert_checked_as_called(
-    launches: list[tuple], case: Case, x: Tensor, arguments: list, config: object = None
+    launches: list[tuple], case: KernelKey, x: Tensor, arguments: list, config: object = None
 ) -> None:
     launches.clear()
-    gpu.launch(case, config, x, *arguments)
+    execution.launch(implementation_of(case, config), case, config, x, *arguments)
     (called,) = launches
     launches.clear()
     check(case, config)
@@ -172,17 +179,17 @@ shapes = st.tuples(
 @example("depthwise_mix", (1, 2, 5, 90), 1, 3, torch.bfloat16, "nhwc", True, True, False)
 @example("patch_embed", (2, 3, 32, 225), 8, 7, torch.bfloat16, "nchw", True, False, False)
 @example("patch_embed", (2, 3, 32, 224), 8, 7, torch.bfloat16, "nchw", True, False, False)
-@example(UINT8_STEM, (2, 1, 32, 64), 8, 4, torch.float16, "nhwc", False, True, False)
+@example("patch_embed_uint8", (2, 1, 32, 64), 8, 4, torch.float16, "nhwc", False, True, False)
 @example("pointwise_mix", (1, 16, 4, 4), 16, 1, torch.float32, "nhwc", True, True, True)
 def test_any_call_is_checked_in_its_own_form(
     launches, op, shape, out_channels, kernel_size, dtype, layout, bias, flat, tf32
 ):
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     k = kernel_size
-    if op in ("patch_embed", UINT8_STEM):
+    if op in ("patch_embed", "patch_embed_uint8"):
         k += k == 1 and op == "patch_embed"
         shape = (*shape[:2], max(shape[2], k), max(shape[3], k))
-    x = lay_out(layout, shape, torch.uint8 if op == UINT8_STEM else dtype)
+    x = lay_out(layout, shape, torch.uint8 if op == "patch_embed_uint8" else dtype)
     case, arguments = call(op, x, out_channels, k, dtype, bias, flat)
     config = ProductConfig() if op == "product" else None
     assert_checked_as_called(launches, case, x, arguments, config)
@@ -205,7 +212,7 @@ def test_rows_beyond_32_bits_are_checked_without_the_copy_engine(launches):
     with FakeTensorMode():
         x = torch.empty(2, 16, 1 << 15, 1 << 15, dtype=torch.bfloat16)
         weight = torch.empty(1024, 16, 1, 1, dtype=torch.bfloat16)
-    case = case_of("pointwise_mix", x, weight, None, "gelu")
+    case = call_of(OPERATORS["pointwise_mix"], x, weight, None, "gelu").key
     assert case.size == 2
     check(case)
     check(case._replace(size=1))
@@ -223,7 +230,7 @@ def test_images_whose_strides_do_not_fit_32_bits(launches):
     except RuntimeError as error:
         pytest.skip(f"no 2 GiB of addresses: {error}")
     x = room.as_strided((2, 3, 16, 16), (BEYOND_INT32 + 7, 256, 16, 1))
-    case, arguments = call(UINT8_STEM, x, 8, 4, torch.bfloat16)
+    case, arguments = call("patch_embed_uint8", x, 8, 4, torch.bfloat16)
     assert case.form[0] == "anyL"
     assert_checked_as_called(launches, case, x, arguments)
 
@@ -234,7 +241,9 @@ def test_images_whose_strides_do_not_fit_32_bits(launches):
 def test_a_bound_launch_has_the_form_of_the_check(launches, op, width, flat):
     x = torch.zeros(2, 5, width, 12).permute(0, 3, 1, 2)
     case, (weight, bias, scale, shift, *_) = call(op, x, 12, 3, torch.float32, flat=flat)
-    run = gpu.bind(case, None, Packed(weight, bias, scale, shift))
+    kernel = implementation_of(case, None)
+    packed = kernel.pack(Packed(weight, bias, scale, shift), None)
+    run = kernel.bind(case, None, packed)
     run(x, torch.empty_like(x))
     check(case)
     bound, checked = launches

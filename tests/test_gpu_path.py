@@ -31,8 +31,8 @@ from convmixer_fast import (
 from convmixer_fast.backends import tuning_cache
 from convmixer_fast.backends.cuda import native as native_cuda
 from convmixer_fast.backends.triton import support
-from convmixer_fast.modules.fusible import POINTWISE, reason_not_fusible
-from convmixer_fast.ops import registry
+from convmixer_fast.modules.fusible import DEPTHWISE, POINTWISE, reason_not_fusible
+from convmixer_fast.ops import dispatch, pointwise, recording
 from convmixer_fast.reference import reference_block
 from convmixer_fast.testing import assert_numerics, trained_like_
 
@@ -177,7 +177,7 @@ def test_frozen_statistics_with_gradients(double, model):
 @torch.no_grad()
 def test_taps_are_packed_once_for_a_version_of_the_weight(double, model):
     x = torch.randn(IMAGES)
-    model(x)
+    model(x), model(x)
     packed = double.calls["pack_taps"]
     before = model(x)
     assert double.calls["pack_taps"] == packed
@@ -244,7 +244,7 @@ def fake_model_rows(dtype: torch.dtype) -> list[tuple]:
         images = torch.empty(IMAGES, device="cuda", dtype=dtype)
         maps = []
         handle = model.blocks.register_forward_hook(lambda m, a, out: maps.append(out))
-        with registry.recording(modes=1) as rows:
+        with recording.recording(modes=1) as rows:
             torch.func.functional_call(model, state, (images,))
         handle.remove()
     assert maps[0].device.type == "cuda"
@@ -258,7 +258,7 @@ KERNEL = ("triton", "one Triton kernel, to be checked at its first use", True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_auto_takes_the_kernels_on_a_gpu(monkeypatch, dtype):
     on_a_fake_gpu(monkeypatch)
-    monkeypatch.setattr(registry.precision, "dot_precision", lambda dtype: "tf32")
+    monkeypatch.setattr(pointwise, "dot_precision", lambda dtype: "tf32")
     rows = fake_model_rows(dtype)
     assert {row[1:] for row in rows[:2]} == {KERNEL}
     # The reason why this kernel and no other goes on.
@@ -285,7 +285,7 @@ def test_auto_leaves_exact_float32_products_to_pytorch(monkeypatch):
 def test_a_compiler_gets_plain_operators_for_exact_float32_products(monkeypatch):
     on_a_fake_gpu(monkeypatch)
     runs = {
-        (op, dtype): registry.compiled_kernels_run(torch.device("cuda"), dtype, op)
+        (op, dtype): dispatch.compiled_kernels_run(torch.device("cuda"), dtype, op)
         for op in ("depthwise_mix", "pointwise_mix", "patch_embed")
         for dtype in (torch.float32, torch.bfloat16)
     }
@@ -323,7 +323,8 @@ def test_auto_falls_through_on_a_gpu_and_says_why(monkeypatch):
     }
     on_a_fake_gpu(monkeypatch, "the card is in the post")
     assert {row[1:3] for row in fake_model_rows(torch.float32)} == {
-        ("reference", "triton: the card is in the post")
+        ("reference", "triton: the card is in the post"),
+        ("reference", "triton product: the card is in the post"),
     }
     with use_backend("triton"), pytest.raises(BackendError, match="the card is in the post"):
         fake_model_rows(torch.float32)
@@ -346,10 +347,11 @@ def test_without_triton_auto_takes_the_cuda_extension_on_a_gpu(monkeypatch):
             products = {row[1] for row in rows[1:] if row[0] == "pointwise_mix"}
             assert products == {backend}
             assert {row[1] for row in rows if row[0] == "depthwise_mix"} == {"reference"}
-            assert all("Triton is not installed" in row[2] for row in rows)
+            others = (row[2] for row in rows if row[1] == "reference")
+            assert all("Triton is not installed" in reason for reason in others)
         # The compiler's own products, with what stands around them.
         on = (torch.device("cuda"), torch.bfloat16, "pointwise_mix")
-        assert not registry.compiled_kernels_run(*on)
+        assert not dispatch.compiled_kernels_run(*on)
     finally:
         native_cuda.refusal.cache_clear()
         native_cuda._numbers.cache_clear()
@@ -363,7 +365,7 @@ def test_a_compiler_on_a_gpu_gets_the_operators_only_where_kernels_run(monkeypat
             half = PointwiseMix(8, device="cuda").eval()
             x = torch.empty(2, 8, 4, 4, device="cuda")
             patch.setattr(torch.compiler, "is_compiling", lambda: True)
-            reason = reason_not_fusible(POINTWISE, *half, x, "depthwise_mix")
+            reason = reason_not_fusible(DEPTHWISE._replace(fits=POINTWISE.fits), *half, x)
         assert reason == (
             why and "no fused kernel for this device: the compiler gets plain operators"
         )
@@ -430,8 +432,7 @@ def test_a_steady_call_looks_nothing_up_and_notices_what_changes(double, model, 
     want = model(x)
     with monkeypatch.context() as patch:
         # Who serves it, what was tuned and what was found out are not asked again.
-        for name in ("call_of", "choose"):
-            patch.setattr(registry, name, lambda *args: pytest.fail("looked up"))
+        patch.setattr(dispatch, "implementations", lambda *args: pytest.fail("looked up"))
         before = double.calls.copy()
         assert torch.equal(model(x), want)
         assert sum((double.calls - before).values()) == 7
@@ -476,10 +477,9 @@ def test_a_steady_call_looks_nothing_up_and_notices_what_changes(double, model, 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:the Triton kernel")
 def test_a_steady_call_whose_launch_fails(double, model, monkeypatch):
-    monkeypatch.setattr(registry, "requested_backend", lambda: "auto")
-    monkeypatch.setattr(registry, "_auto_is_triton", lambda device: True)
-    monkeypatch.setattr(registry, "whole_blocks_run", lambda *args: False)
-    monkeypatch.setattr(registry, "_why_slower", lambda op, dtype: "")
+    monkeypatch.setattr(dispatch, "requested_backend", lambda: "auto")
+    monkeypatch.setattr(dispatch, "automatic_backends", lambda device: ("triton", "cuda"))
+    monkeypatch.setattr(pointwise, "reason_library_is_faster", lambda dtype: "")
     x = torch.randn(IMAGES)
     want = model(x)
     assert torch.equal(model(x), want)

@@ -13,8 +13,8 @@ from fakes.triton import installed
 
 from convmixer_fast import BackendError, cli
 from convmixer_fast.arch import VARIANTS
-from convmixer_fast.backends import gpu
-from convmixer_fast.backends.triton import configs, support
+from convmixer_fast.backends.triton import configs, functions, support
+from convmixer_fast.backends.triton.pointwise import TritonPointwise
 from convmixer_fast.diagnostics import gpu_report
 from convmixer_fast.diagnostics.gpu_report import Problem
 
@@ -94,7 +94,7 @@ def test_a_wrong_kernel_has_no_speed_and_a_broken_one_a_reason():
 @pytest.mark.parametrize("works", [True, False])
 def test_a_tile_of_the_copy_engine_that_fails_is_timed_without_it(monkeypatch, works):
     plain = configs.PointwiseConfig(64, 64, 32, num_warps=4)
-    monkeypatch.setattr(gpu, "plainer_tile", lambda case: plain)
+    monkeypatch.setattr(TritonPointwise, "plainer", lambda self, key, config: plain)
     with installed() as double:
         run = double.pointwise_mix
 
@@ -103,9 +103,9 @@ def test_a_tile_of_the_copy_engine_that_fails_is_timed_without_it(monkeypatch, w
                 raise RuntimeError("no descriptors")
             return run(*args, config=config, **kw)
 
-        table = gpu.kernels()._replace(pointwise_mix=broken)
+        table = functions.kernels()._replace(pointwise_mix=broken)
         with monkeypatch.context() as patch:  # undone before the stand-in is
-            patch.setattr(gpu, "kernels", lambda: table)
+            patch.setattr(functions, "kernels", lambda: table)
             report = gpu_report.report(CPU, which=SMALL[3:], timer=seconds)
     (row,) = report["rows"]
     assert not row["ok"]

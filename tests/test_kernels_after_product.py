@@ -15,10 +15,12 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from convmixer_fast.arch import ACTIVATIONS
 from convmixer_fast.backends import self_check
-from convmixer_fast.backends.triton import operands
-from convmixer_fast.backends.triton.after_product import after_product_
-from convmixer_fast.ops import pointwise_mix, registry, use_backend
+from convmixer_fast.backends.triton.kernels import operands
+from convmixer_fast.backends.triton.kernels.after_product import after_product_
+from convmixer_fast.ops import pointwise_mix, use_backend
 from convmixer_fast.ops.common import activation, affine
+from convmixer_fast.ops.dispatch import call_of, choose
+from convmixer_fast.ops.pointwise import POINTWISE
 from convmixer_fast.testing import assert_numerics
 
 SMALL = [c for c in POINTWISE_CASES if not c.large]
@@ -94,8 +96,7 @@ def test_interpreter_float64_operator(layout: str) -> None:
     self_check.forget()
     with use_backend("triton"):
         got = pointwise_mix(*given)
-        call = registry.call_of("pointwise_mix", *given[:3], case.act)
-        choice = registry.choose("pointwise_mix", o.x.device, o.x.dtype, 16, call)
+        choice = choose(call_of(POINTWISE, *given[:3], case.act))
     assert list(self_check.results().values()) == [""]
     assert choice.reason == (
         "asked for by name: PyTorch's product and one Triton kernel for the rest, "

@@ -23,7 +23,12 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from convmixer_fast.arch import ACTIVATIONS
 from convmixer_fast.backends.triton.configs import DepthwiseConfig
-from convmixer_fast.backends.triton.depthwise import MAX_COLUMNS, depthwise_mix, edges, pack_taps
+from convmixer_fast.backends.triton.kernels.depthwise import (
+    MAX_COLUMNS,
+    depthwise_mix,
+    edges,
+    pack_taps,
+)
 
 SMALL = [c for c in DEPTHWISE_CASES if not c.large]
 HALF = (torch.bfloat16, torch.float16)

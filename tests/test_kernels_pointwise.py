@@ -17,9 +17,10 @@ from triton_modes import compiler, interpreter, run_in_interpreter, triton_simul
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from convmixer_fast.arch import ACTIVATIONS
-from convmixer_fast.backends.triton import operands, support
+from convmixer_fast.backends.triton import support
 from convmixer_fast.backends.triton.configs import PointwiseConfig
-from convmixer_fast.backends.triton.pointwise import pointwise_mix
+from convmixer_fast.backends.triton.kernels import operands
+from convmixer_fast.backends.triton.kernels.pointwise import pointwise_mix
 
 SMALL = [c for c in POINTWISE_CASES if not c.large]
 HALF = (torch.bfloat16, torch.float16)

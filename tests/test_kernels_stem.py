@@ -13,7 +13,7 @@ from triton_modes import compiler, interpreter, run_in_interpreter, triton_simul
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from convmixer_fast.backends.triton.stem import patch_embed
+from convmixer_fast.backends.triton.kernels.stem import patch_embed
 
 SMALL = [c for c in STEM_CASES if not c.large]
 

@@ -15,6 +15,7 @@ LAYERS = (
     ("reference", "testing", "checkpoint"),
     ("backends",),
     ("ops",),
+    ("implementations",),
     ("modules",),
     ("blocks", "model", "compat", "diagnostics", "inference"),
     ("demo",),
@@ -27,6 +28,13 @@ RANK = {part: i for i, parts in enumerate(LAYERS) for part in parts}
 def name_of(file: Path) -> str:
     return ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts)
 
+
+#: Folder and file of what implements an operator.
+IMPLEMENTATIONS = {
+    (file.parent.name, file.stem)
+    for file in PACKAGE.glob("backends/*/*.py")
+    if "ops.registry import" in file.read_text()
+}
 
 MODULES = {name_of(file): file for file in PACKAGE.rglob("*.py")}
 
@@ -61,7 +69,11 @@ def at_import(tree: ast.Module) -> Iterator[ast.AST]:
 
 
 def part_of(name: str) -> str:
-    return name.split(".")[1]
+    """The part of the package; implementations of operators are above those, kernels below."""
+    _, part, *inner = name.split(".")
+    if part == "backends" and len(inner) == 2 and (inner[0], inner[1]) in IMPLEMENTATIONS:
+        return "implementations"
+    return part
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))

@@ -17,22 +17,22 @@ from fakes.triton import installed
 
 from convmixer_fast import ConvMixer, explain
 from convmixer_fast.backends import markers, self_check, tuning_cache
-from convmixer_fast.backends.kernel_key import Case
+from convmixer_fast.backends.kernel_key import KernelKey
 from convmixer_fast.backends.triton import support
 from convmixer_fast.diagnostics import doctor
-from convmixer_fast.ops import registry
+from convmixer_fast.ops import available_backends, dispatch, pointwise
 from convmixer_fast.testing import trained_like_
 
 pytest.importorskip("fcntl", reason="there are no locks here")
 
-CASE = Case("depthwise_mix", "cpu", torch.float32, 8, 8, 3, "gelu", True, 16)
+CASE = KernelKey("depthwise_mix", "cpu", torch.float32, 8, 8, 3, "gelu", True, 16)
 GPU = CASE._replace(device="cuda:1")
 
 PROGRAM = """
     import os, signal, sys, torch
     from convmixer_fast.backends import self_check
-    from convmixer_fast.backends.kernel_key import Case
-    case = Case("depthwise_mix", "cpu", torch.float32, 8, 8, 3, "gelu", True, 16)
+    from convmixer_fast.backends.kernel_key import KernelKey
+    case = KernelKey("depthwise_mix", "cpu", torch.float32, 8, 8, 3, "gelu", True, 16)
     def check(tile):
         {}
         return ""
@@ -166,10 +166,9 @@ def test_a_folder_that_cannot_be_written_is_no_obstacle(folder, monkeypatch):
 @torch.no_grad()
 def test_explain_says_it_before_the_first_call(monkeypatch):
     with installed() as double:
-        monkeypatch.setattr(registry, "requested_backend", lambda: "auto")
-        monkeypatch.setattr(registry, "_auto_is_triton", lambda device: True)
-        monkeypatch.setattr(registry, "whole_blocks_run", lambda *args: False)
-        monkeypatch.setattr(registry, "_why_slower", lambda op, dtype: "")
+        monkeypatch.setattr(dispatch, "requested_backend", lambda: "auto")
+        monkeypatch.setattr(dispatch, "automatic_backends", lambda device: ("triton", "cuda"))
+        monkeypatch.setattr(pointwise, "reason_library_is_faster", lambda dtype: "")
         model = trained_like_(ConvMixer(8, 2, 3, 4, num_classes=3), (2, 3, 16, 16))
         x = torch.randn(2, 3, 16, 16)
         model(x)
@@ -358,12 +357,12 @@ def test_the_reason_reaches_the_backends_and_the_doctor(programs, monkeypatch):
     monkeypatch.setattr(support, "_why_not_gpu", lambda index: "")
     monkeypatch.setattr(support, "_capable", set())
     programs()
-    assert "install gcc or clang" in registry.available_backends()["triton"]
+    assert "install gcc or clang" in available_backends()["triton"]
     report = doctor.examine()
     assert report["backends"]["triton"].startswith("Triton compiles its launcher at run time and")
     if report["triton"]:
         assert "C compiler" in doctor.render(report)
         assert "Triton needs one at run time and finds no C compiler" in doctor.render(report)
     place = programs("gcc")
-    assert registry.available_backends()["triton"] == ""
+    assert available_backends()["triton"] == ""
     assert doctor.examine()["compiler"] == {"path": str(place / "gcc"), "lacks": ""}

@@ -19,6 +19,12 @@ from torch import Tensor
 
 from convmixer_fast.arch import ACTIVATIONS
 from convmixer_fast.backends.cpu import native
+from convmixer_fast.backends.cpu.fingerprint import (
+    _plain_fingerprint,
+    fingerprint,
+    fingerprint_of,
+    span_of,
+)
 from convmixer_fast.backends.extensions import build_info
 from convmixer_fast.testing import assert_numerics
 
@@ -640,10 +646,10 @@ def test_switched_off_by_the_environment_and_says_so() -> None:
     assert native.load() is None
     print(native.why_unavailable())
     a, b = torch.randn(100), torch.randn(3, 5)
-    first = native.fingerprint([a, b])
-    assert first == native.fingerprint([a.clone(), b])
+    first = fingerprint([a, b])
+    assert first == fingerprint([a.clone(), b])
     a.data.mul_(1.01)
-    assert first != native.fingerprint([a, b])
+    assert first != fingerprint([a, b])
     try:
         native.epilogue_(torch.randn(1, 3, 2, 2), b[0, :3], b[1, :3], "gelu")
     except RuntimeError as error:
@@ -692,8 +698,8 @@ def test_fingerprint_sees_every_dense_write(
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     tensors = [torch.randn(size, generator=generator) for size in sizes]
-    before = native.fingerprint(tensors)
-    assert before == native.fingerprint([t.clone() for t in tensors])
+    before = fingerprint(tensors)
+    assert before == fingerprint([t.clone() for t in tensors])
     changed = tensors[which % len(tensors)]
     old = changed.clone()
     if kind == "scale":
@@ -704,21 +710,21 @@ def test_fingerprint_sees_every_dense_write(
         changed.data.normal_(generator=generator)
     else:
         changed.data = changed.data.roll(1)
-    assert torch.equal(old, changed) == (before == native.fingerprint(tensors))
+    assert torch.equal(old, changed) == (before == fingerprint(tensors))
 
 
 def test_fingerprint_sees_every_byte_of_a_small_tensor_and_sizes() -> None:
     for t in (torch.randn(1000), torch.randn(9000), torch.randn(25, 3, 7), torch.randn(11).half()):
-        before = native.fingerprint([t])
+        before = fingerprint([t])
         for index in (0, t.numel() // 3, -1):
             kept = t.flatten()[index].item()
             t.data.view(-1)[index] += 1
-            assert native.fingerprint([t]) != before
+            assert fingerprint([t]) != before
             t.data.view(-1)[index] = kept
-        assert native.fingerprint([t]) == before
+        assert fingerprint([t]) == before
     zeros = [torch.zeros(n) for n in (0, 1, 2, 3, 33, 1000, 1001)]
-    assert len({native.fingerprint([z]) for z in zeros}) == len(zeros)
-    assert native.fingerprint(zeros) != native.fingerprint(zeros[::-1])
+    assert len({fingerprint([z]) for z in zeros}) == len(zeros)
+    assert fingerprint(zeros) != fingerprint(zeros[::-1])
 
 
 @given(
@@ -731,39 +737,39 @@ def test_fingerprint_sees_every_byte_of_a_small_tensor_and_sizes() -> None:
 @settings(max_examples=80, deadline=None, derandomize=True)
 def test_fingerprint_sees_a_write_to_one_row_or_column(rows, columns, place, column, dtype) -> None:
     t = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)).to(dtype)
-    before, plain = native.fingerprint([t]), native._plain_fingerprint([native.span_of(t)])
+    before, plain = fingerprint([t]), _plain_fingerprint([span_of(t)])
     # The diagonal crosses every column of a matrix that has as many rows.
     if column and rows < columns:
         column = False
     line = t.data[:, place % columns] if column else t.data[place % rows]
     line.mul_(3).add_(0.5)
-    assert native.fingerprint([t]) != before
-    assert native._plain_fingerprint([native.span_of(t)]) != plain
+    assert fingerprint([t]) != before
+    assert _plain_fingerprint([span_of(t)]) != plain
 
 
 def test_fingerprint_reads_just_the_elements_of_a_view() -> None:
     base = torch.randn(64, 10)
     view = base[:, 3:5]
-    before = native.fingerprint([view])
+    before = fingerprint([view])
     base.data[:, :3] += 1
     base.data[:, 5:] += 1
-    assert native.fingerprint([view]) == before
+    assert fingerprint([view]) == before
     base.data[:, 3:5] += 1
-    assert native.fingerprint([view]) != before
+    assert fingerprint([view]) != before
 
 
 def test_fingerprint_takes_addresses_and_channels_last() -> None:
     t = torch.randn(2, 8, 5, 5).contiguous(memory_format=torch.channels_last)
-    by_tensor = native.fingerprint([t])
-    assert by_tensor == native.fingerprint_of([(t.data_ptr(), t.nbytes, t.nbytes // 2)])
+    by_tensor = fingerprint([t])
+    assert by_tensor == fingerprint_of([(t.data_ptr(), t.nbytes, t.nbytes // 2)])
     with pytest.raises(ValueError, match="CPU tensors"):
-        native.fingerprint([torch.empty(3, device="meta")])
+        fingerprint([torch.empty(3, device="meta")])
 
 
 @needs_engine
 def test_fingerprint_of_takes_spans_alone() -> None:
     t = torch.randn(3, 5)
-    assert native.fingerprint_of([(t.data_ptr(), t.nbytes, 20)]) == native.fingerprint([t])
+    assert fingerprint_of([(t.data_ptr(), t.nbytes, 20)]) == fingerprint([t])
     engine = native.load()
     assert engine is not None
     for pieces, error in (
@@ -815,16 +821,16 @@ def test_prepared_stack_names_what_does_not_fit() -> None:
 
 @needs_engine
 @pytest.mark.parametrize("p", [1, 3])
-def test_prepared_mix_is_channel_mix(p: int) -> None:
+def test_prepared_pointwise_is_pointwise(p: int) -> None:
     x, weight = torch.randn(2, 3, 7, 8), torch.randn(5, 3, p, p)
     bias, scale, shift = torch.randn(3, 5)
     for offset in (bias, None):
-        want = native.channel_mix(x, weight, offset, scale, shift, "gelu")
-        assert torch.equal(native.prepared_mix(weight, offset, scale, shift, "gelu")(x), want)
+        want = native.pointwise_mix(x, weight, offset, scale, shift, "gelu")
+        assert torch.equal(native.prepared_pointwise(weight, offset, scale, shift, "gelu")(x), want)
 
 
 @needs_engine
-def test_prepared_mix_names_what_does_not_fit() -> None:
+def test_prepared_pointwise_names_what_does_not_fit() -> None:
     weight, vector = torch.randn(5, 3, 2, 2), torch.randn(5)
     strided = torch.randn(10)[::2]
     for error, match, args in (
@@ -835,7 +841,7 @@ def test_prepared_mix_names_what_does_not_fit() -> None:
         (ValueError, "shift must be contiguous", (weight, None, vector, strided, "gelu")),
     ):
         with pytest.raises(error, match=match):
-            native.prepared_mix(*args)
-    run = native.prepared_mix(weight, None, vector, vector, "gelu")
+            native.prepared_pointwise(*args)
+    run = native.prepared_pointwise(weight, None, vector, vector, "gelu")
     with pytest.raises(ValueError, match="1 x 4 is smaller than a patch of 2 x 2"):
         run(torch.randn(1, 3, 1, 4))

@@ -151,7 +151,7 @@ def test_a_refusal_says_which_kernel_shape_and_architecture(monkeypatch):
     vector, out = torch.zeros(24), torch.zeros(2, 24, 3, 3).half()
     monkeypatch.setattr(native_cuda, "_find", lambda: (engine, ""))
     monkeypatch.setattr(native_cuda, "_check", lambda *given, **named: None)
-    monkeypatch.setattr(native_cuda, "architecture", lambda device: 86)
+    monkeypatch.setattr(native_cuda.support, "architecture", lambda device: 86)
     native_cuda._numbers.cache_clear()
     try:
         what = r"mma.sync \(18 x 8 -> 24 float16 silu, sm_86\): rows of a lie backwards"

@@ -14,12 +14,15 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from convmixer_fast import MixerStack, refresh, use_backend
-from convmixer_fast.backends import gpu, self_check
+from convmixer_fast.backends import self_check
 from convmixer_fast.backends.cpu import native
+from convmixer_fast.backends.kernel_key import KernelKey
 from convmixer_fast.backends.operands import Packed
+from convmixer_fast.backends.triton.depthwise import TritonDepthwise
 from convmixer_fast.modules.blocks import DropPath, MixerBlock, PatchEmbed
 from convmixer_fast.modules.route import ModuleSnapshot, Route
-from convmixer_fast.ops import registry
+from convmixer_fast.ops import dispatch, pointwise, recording
+from convmixer_fast.ops.registry import implementation_of
 from convmixer_fast.testing import trained_like_
 
 SHAPE = (2, 8, 7, 9)
@@ -193,7 +196,7 @@ def test_modes_and_watchers_are_noticed(stack, x, monkeypatch):
     with torch.enable_grad():
         out = stack(x.clone().requires_grad_())
         assert out.requires_grad
-    with registry.recording() as rows:
+    with recording.recording() as rows:
         stack(x)
     assert len(rows) == 6
     settle(stack, x)
@@ -226,9 +229,8 @@ def test_a_launch_that_fails_leaves_the_call_to_pytorch(double, stack, x):
         want = stack(x)
     settle(stack, x)
     with use_backend("auto"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "_auto_is_triton", lambda device: True)
-        patch.setattr(registry, "whole_blocks_run", lambda *args: False)
-        patch.setattr(registry, "_why_slower", lambda op, dtype: "")
+        patch.setattr(dispatch, "automatic_backends", lambda device: ("triton", "cuda"))
+        patch.setattr(pointwise, "reason_library_is_faster", lambda dtype: "")
         settle(stack, x)
         double.error["pointwise_mix"] = RuntimeError("lost")
         with pytest.warns(RuntimeWarning, match="pointwise_mix of 8 -> 8 .* lost"):
@@ -254,11 +256,11 @@ def test_copies_and_pickles_start_afresh(stack, x):
 
 
 def test_kernels_that_are_launched_otherwise_are_left_to_the_blocks(double, x):
-    case = gpu.Case("patch_embed", "cpu", torch.float32, 3, 8, 4, "gelu", True)
+    case = KernelKey("patch_embed", "cpu", torch.float32, 3, 8, 4, "gelu", True)
     packed = Packed(torch.ones(8, 3, 4, 4), None, torch.ones(8), torch.ones(8))
-    assert gpu.bind(case, None, packed) is None
+    assert implementation_of(case, None).bind(case, None, packed) is None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu, "bind", lambda *args: None)
+        patch.setattr(TritonDepthwise, "bind", lambda *args: None)
         net = trained_like_(MixerStack(MixerBlock(8, 3)), SHAPE)
         first = net(x)
         assert torch.equal(net(x), first)
@@ -332,7 +334,7 @@ def test_modes_and_watchers_are_noticed_on_a_cpu(whole, x):
         assert not whole._packed.route.holds(x)
         assert whole(x.clone().requires_grad_()).requires_grad
     whole(x)
-    with registry.recording() as rows:
+    with recording.recording() as rows:
         whole(x)
     assert len(rows) == 3
     whole(x)
@@ -353,7 +355,7 @@ def test_modes_and_watchers_are_noticed_on_a_cpu(whole, x):
 def test_nothing_is_kept_of_a_stack_that_is_watched(x):
     with torch.no_grad():
         net = trained_like_(MixerStack(*[MixerBlock(8, 3) for _ in range(2)]), SHAPE)
-        with registry.recording():
+        with recording.recording():
             net(x)
         assert net._packed.route is None
         net(x)
@@ -456,7 +458,7 @@ def test_modes_and_watchers_of_a_stem_are_noticed(stem, images):
     with torch.enable_grad():
         assert not route.holds(images)
         assert stem(images).requires_grad
-    with registry.recording() as rows:
+    with recording.recording() as rows:
         stem(images)
     assert [row.op for row in rows] == ["pointwise_mix"]
     with installed():

@@ -12,11 +12,14 @@ from fakes.triton import installed
 from test_ops import OPS, make_operands
 
 from convmixer_fast import BackendError, ConvMixer, explain
-from convmixer_fast.backends import gpu, self_check
-from convmixer_fast.backends.kernel_key import MANY_OUTPUTS, WIDE
+from convmixer_fast.backends import self_check
+from convmixer_fast.backends.kernel_key import MANY_OUTPUTS
+from convmixer_fast.backends.triton import functions
 from convmixer_fast.backends.triton.configs import lookup_pointwise
 from convmixer_fast.diagnostics import doctor
-from convmixer_fast.ops import depthwise, pointwise, registry
+from convmixer_fast.ops import depthwise, dispatch, pointwise
+from convmixer_fast.ops.depthwise import WIDE
+from convmixer_fast.ops.dispatch import call_of, choose
 from convmixer_fast.testing import trained_like_
 
 IMAGES = (2, 3, 16, 16)
@@ -28,10 +31,9 @@ def double(monkeypatch):
     """Kernels that ``auto`` takes for CPU tensors, as it does on a GPU."""
     with installed() as kernels:
         # By name a bad kernel raises; here PyTorch is to step in.
-        monkeypatch.setattr(registry, "requested_backend", lambda: "auto")
-        monkeypatch.setattr(registry, "_auto_is_triton", lambda device: True)
-        monkeypatch.setattr(registry, "whole_blocks_run", lambda *args: False)
-        monkeypatch.setattr(registry, "_why_slower", lambda op, dtype: "")
+        monkeypatch.setattr(dispatch, "requested_backend", lambda: "auto")
+        monkeypatch.setattr(dispatch, "automatic_backends", lambda device: ("triton", "cuda"))
+        monkeypatch.setattr(pointwise, "reason_library_is_faster", lambda dtype: "")
         yield kernels
 
 
@@ -105,18 +107,20 @@ def gpu_reference(op: str):
 @pytest.fixture
 def copy_engine(double):
     """Tells which tiles are right: `FakeTriton.pointwise_mix`, as on a GPU with a copy engine."""
-    operands = pytest.importorskip("convmixer_fast.backends.triton.operands", reason="needs Triton")
+    operands = pytest.importorskip(
+        "convmixer_fast.backends.triton.kernels.operands", reason="needs Triton"
+    )
     good, allowed = double.pointwise_mix, []
 
     def pointwise_mix(*args, config=None, **kwargs):
         out = good(*args, config=config, **kwargs)
         return out if config in allowed else out.mul_(1.5)
 
-    table = gpu.kernels()._replace(pointwise_mix=pointwise_mix)
+    table = functions.kernels()._replace(pointwise_mix=pointwise_mix)
     # Its own patch: the test's is undone after the double's, and would put the double back.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(operands, "architecture", lambda device: 90)
-        patch.setattr(gpu, "kernels", lambda: table)
+        patch.setattr(functions, "kernels", lambda: table)
         yield allowed
 
 
@@ -139,8 +143,7 @@ def test_a_bad_form_of_the_copy_engine_is_replaced_by_a_plain_one(double, copy_e
     (case,) = self_check.results()
     assert self_check.results() == {case: ""}
     assert "wrong numbers" in self_check.fallback_tiles()[case]
-    call = registry.call_of("pointwise_mix", x, weight, None, "gelu")
-    choice = registry.choose("pointwise_mix", x.device, x.dtype, 8, call)
+    choice = choose(call_of(pointwise.POINTWISE, x, weight, None, "gelu"))
     assert choice.backend == "triton"
     assert "checked against PyTorch, without the copy engine: wrong numbers" in choice.reason
     # A product of few outputs has no such form: nothing else is tried.
@@ -242,7 +245,7 @@ def test_asked_for_by_name_a_bad_kernel_raises():
 def test_explain_says_what_became_of_each_kernel(double):
     model = trained_like_(ConvMixer(8, 2, 3, 4, num_classes=3), IMAGES)
     x = torch.randn(IMAGES)
-    assert {r.reason for r in explain(model, x)} == {
+    assert {r.reason.split(";")[0] for r in explain(model, x)} == {
         "one Triton kernel, to be checked at its first use"
     }
     assert self_check.results() == {}  # explain runs nothing

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.library import opcheck
 
 from convmixer_fast import ConvMixer, create_model, explain, optimize, restore, to_reference
-from convmixer_fast.ops import patch_embed_uint8, registry, use_backend
+from convmixer_fast.ops import dispatch, patch_embed_uint8, use_backend
 from convmixer_fast.ops.common import activation, affine
 from convmixer_fast.testing import assert_numerics, trained_like_
 
@@ -137,7 +137,7 @@ def test_a_kernel_that_is_wrong_gives_way_to_the_float_stem(model):
     with installed() as double:
         double.wrong = {"patch_embed_uint8"}
         with use_backend("auto"), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(registry, "_auto_is_triton", lambda device: True)
+            patch.setattr(dispatch, "automatic_backends", lambda device: ("triton", "cuda"))
             with pytest.warns(RuntimeWarning, match="patch_embed_uint8 of 3 -> 16"):
                 got = model(x)
             rows = [row for row in explain(model, x) if row.module == "stem"]

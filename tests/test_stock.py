@@ -11,7 +11,8 @@ from torch import nn
 from convmixer_fast import ConvMixer, MixerBlock, explain, to_reference, use_backend
 from convmixer_fast.backends import stock
 from convmixer_fast.backends.cpu import native
-from convmixer_fast.ops import registry
+from convmixer_fast.ops.dispatch import runs
+from convmixer_fast.ops.mixer import MIXER_STACK
 from convmixer_fast.testing import trained_like_
 
 SHAPE = (2, 3, 20, 24)
@@ -138,8 +139,8 @@ def test_matmul_precision_does_not_concern_convolutions(multiplies) -> None:
 def test_operators_called_directly_follow_the_same_rule(multiplies) -> None:
     device = torch.device("cpu")
     for dtype in (torch.bfloat16, torch.float16):
-        assert registry.whole_blocks_run(device, dtype, 8) is not multiplies
-    assert registry.whole_blocks_run(device, torch.float32, 8)
+        assert runs(MIXER_STACK, device, dtype, 8) is not multiplies
+    assert runs(MIXER_STACK, device, torch.float32, 8)
     block = MixerBlock(8, 3).eval().bfloat16()
     x = torch.randn(1, 8, 5, 5).bfloat16()
     torch.testing.assert_close(block(x), copy.deepcopy(block)(x))

@@ -13,9 +13,11 @@ from fakes.triton import FakeTriton, installed
 
 import convmixer_fast as cf
 from convmixer_fast import BackendError, ConvMixer, explain, use_backend
-from convmixer_fast.backends import gpu, tuning_cache
+from convmixer_fast.backends import tuning_cache
+from convmixer_fast.backends.triton import functions
+from convmixer_fast.backends.triton import pointwise as triton_pointwise
 from convmixer_fast.backends.triton.configs import DepthwiseConfig, PointwiseConfig
-from convmixer_fast.ops import registry
+from convmixer_fast.ops import dispatch, pointwise
 from convmixer_fast.testing import trained_like_
 
 IMAGES = (2, 3, 20, 20)
@@ -26,11 +28,10 @@ TILES = (PointwiseConfig(64, 64, 32), PointwiseConfig(128, 128, 32))
 def double(monkeypatch):
     """Kernels that ``auto`` takes for CPU tensors, as it does on a GPU."""
     with installed() as kernels:
-        monkeypatch.setattr(registry, "requested_backend", lambda: "auto")
-        monkeypatch.setattr(registry, "_auto_is_triton", lambda device: True)
-        monkeypatch.setattr(registry, "whole_blocks_run", lambda *args: False)
-        monkeypatch.setattr(registry, "_why_slower", lambda op, dtype: "")
-        monkeypatch.setattr(gpu, "pointwise_tiles", lambda device, dtype: TILES)
+        monkeypatch.setattr(dispatch, "requested_backend", lambda: "auto")
+        monkeypatch.setattr(dispatch, "automatic_backends", lambda device: ("triton", "cuda"))
+        monkeypatch.setattr(pointwise, "reason_library_is_faster", lambda dtype: "")
+        monkeypatch.setattr(triton_pointwise, "shipped_tiles", lambda device, dtype: TILES)
         yield kernels
 
 
@@ -134,9 +135,10 @@ def test_of_a_float64_product_its_end_alone_is_tried(double, model, seconds):
 
 @torch.no_grad()
 def test_a_measurement_counts_for_more_than_an_expectation(double, model, monkeypatch):
-    monkeypatch.setattr(registry, "_why_slower", lambda op, dtype: "it looks slow")
+    monkeypatch.setattr(pointwise, "reason_library_is_faster", lambda dtype: "it looks slow")
     x = torch.randn(IMAGES)
-    before = {(r.backend, r.reason) for r in explain(model, x)}
+    halves = [r for r in explain(model, x) if r.module in ("blocks.0", "blocks.1")]
+    before = {(r.backend, r.reason) for r in halves}
     assert before == {
         (
             "triton",
@@ -157,11 +159,11 @@ def test_a_tile_that_is_wrong_or_cannot_run_never_wins(double, model):
         out = good(*args, config=config, **kwargs)
         return out.add_(0.1) if config == TILES[1] else out
 
-    table = gpu.kernels()._replace(pointwise_mix=pointwise_mix)
+    table = functions.kernels()._replace(pointwise_mix=pointwise_mix)
     ours = {**KERNELS_WIN, TILES[0]: 1e-9, TILES[1]: 1e-9}
     # Its own patch: the test's is undone after the double's, and would put the double back.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu, "kernels", lambda: table)
+        patch.setattr(functions, "kernels", lambda: table)
         report = cf.tune(model, [IMAGES], timer=Stopwatch(double, (1, 1), ours))
     row = next(row for row in report if row.case.op == "pointwise_mix")
     assert (row.verdict.winner, row.verdict.config) == ("triton", None)
@@ -184,7 +186,7 @@ def test_where_no_kernel_of_ours_runs_pytorch_serves_in_its_best_layout(double, 
 def test_asked_for_by_name_the_kernel_runs_whatever_was_tuned(double, model, monkeypatch):
     cf.tune(model, [IMAGES], timer=Stopwatch(double, (1e-4, 2e-4), KERNELS_WIN))
     assert {r.backend for r in explain(model, torch.randn(IMAGES))} == {"reference"}
-    monkeypatch.setattr(registry, "requested_backend", lambda: "triton")
+    monkeypatch.setattr(dispatch, "requested_backend", lambda: "triton")
     assert {r.backend for r in explain(model, torch.randn(IMAGES))} == {"triton"}
 
 

@@ -183,9 +183,9 @@ def count_gpu() -> Counts:
     import torch.nn.functional as F
 
     from convmixer_fast import ops
-    from convmixer_fast.backends.triton.depthwise import depthwise_mix, pack_taps
-    from convmixer_fast.backends.triton.pointwise import pointwise_mix
-    from convmixer_fast.backends.triton.stem import patch_embed
+    from convmixer_fast.backends.triton.kernels.depthwise import depthwise_mix, pack_taps
+    from convmixer_fast.backends.triton.kernels.pointwise import pointwise_mix
+    from convmixer_fast.backends.triton.kernels.stem import patch_embed
 
     gpu_key()
     counts: Counts = {}

@@ -135,7 +135,7 @@ def seconds_to_compile(architectures: list[int]) -> dict[str, float]:
 
 def simulated(arch: Arch, grid: int) -> dict[str, Any]:
     """Counts per output for one image of ``SIMULATED_CHANNELS`` channels; the result is checked."""
-    from convmixer_fast.backends.triton.depthwise import depthwise_mix, pack_taps
+    from convmixer_fast.backends.triton.kernels.depthwise import depthwise_mix, pack_taps
     from convmixer_fast.ops import depthwise_mix as reference
     from convmixer_fast.ops import use_backend
 

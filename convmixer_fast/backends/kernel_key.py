@@ -2,8 +2,8 @@
 
 Triton compiles a kernel again for every class of its arguments: an integer that is 1, a multiple of
 16, or neither, of 32 bits or 64; an address that is a multiple of 16 or not. What of that follows
-from channels and dtype needs no name of its own; the rest is in `Case.size` and `Case.form`, so
-that a kernel is checked in the very form that the call runs.
+from channels and dtype needs no name of its own; the rest is in `KernelKey.size` and
+`KernelKey.form`, so that a kernel is checked in the very form that the call runs.
 """
 
 from __future__ import annotations
@@ -16,32 +16,21 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .triton.configs import POINTWISE
-from .triton.precision import dot_precision
 
-#: The stem's operator on uint8 images.
-UINT8_STEM = "patch_embed_uint8"
-#: Columns from which every row of tiles has a first, a last and inner tiles, for any k and tile.
-WIDE = 64
 #: Outputs above which no row of the table for products of few outputs holds.
 MANY_OUTPUTS = max(row.outputs for row in POINTWISE if row.outputs is not None)
-
-
 #: Rows of a product, and strides, that do not fit 32 bits.
 BEYOND_INT32 = 1 << 31
 
 
-class Case(NamedTuple):
+class KernelKey(NamedTuple):
     """One operator, on one device, in the form that one compiled kernel computes.
 
-    ``op``: ``depthwise_mix``, ``pointwise_mix``, ``patch_embed`` (the stem's form of the second) or
-    ``patch_embed_uint8`` (the same on uint8 images); ``dtype``: the weight's;
-    ``kernel_size``: k of a depthwise convolution, p of a stem, else 1. ``size``: what of the
-    activations' size chooses another form: of a depthwise convolution the width, below `WIDE`
-    itself and from there on the smallest one of its class; of a product 1 where it has more than
-    `MANY_OUTPUTS`, 2 where it has `BEYOND_INT32` rows; else 0. ``tile``: the kernel's configuration
-    in words, where it is not the shipped one. ``form``: what else chooses another form: of a stem
-    the classes of the strides of its pixels (N, C, H, W) and of their address, of a product or stem
-    in float32 ``tf32`` where that is allowed.
+    ``op``: an operator's key; ``dtype``: the weight's; ``kernel_size``: k of a depthwise
+    convolution, p of a stem, else 1. ``size``: what of the activations' size chooses another form,
+    as a number that the operator's sample is made from; ``tile``: the kernel's configuration in
+    words, where it is not the shipped one; ``form``: what else chooses another form, in words.
+    Operators set both (`Operator.form`).
     """
 
     op: str
@@ -58,16 +47,11 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        size = ""
-        if self.op == "depthwise_mix":
-            size = f", width {self.size}{' or more' if self.size >= WIDE else ''}"
-        elif self.size:
-            size = ", many outputs"
         form = f", {' '.join(self.form)}" if self.form else ""
         return (
             f"{self.op} of {self.channels} -> {self.out_channels} channels, "
             f"kernel {self.kernel_size}, {self.act}, {'' if self.bias else 'no bias, '}"
-            f"{dtype} on {self.device}{size}{form}"
+            f"{dtype} on {self.device}{form}"
         )
 
 
@@ -113,36 +97,3 @@ def is_aligned(x: torch.Tensor) -> bool:
         with suppress(RuntimeError):  # other tensors without memory
             address = x.data_ptr()
     return bool(address % 16 == 0)
-
-
-def case_of(
-    op: str,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    act: str,
-    dtype: torch.dtype | None = None,
-) -> Case:
-    """The case of an operator's call on ``x`` (N, C, H, W) with a convolution's ``weight``.
-
-    Args:
-        dtype: that is computed in, where it is not that of ``x``.
-    """
-    n, c, h, w = x.shape
-    d, p = weight.shape[0], weight.shape[-1]
-    dtype, size, form = dtype or x.dtype, 0, []
-    if op == "depthwise_mix":
-        size = w
-        if w >= WIDE:
-            # The kernel's distance from row to row, in words of two channels where there are such.
-            words = c // 2 if dtype == torch.bfloat16 and c % 2 == 0 else c
-            size = WIDE if w * words % 16 == 0 else WIDE + 1
-    elif p == 1 and op != UINT8_STEM:
-        rows = n * h * w
-        size = int(rows * d > MANY_OUTPUTS) + int(rows >= BEYOND_INT32)
-    else:
-        op = UINT8_STEM if op == UINT8_STEM else "patch_embed"
-        form = [*map(stride_class, pixels_of(x).stride()), "" if is_aligned(x) else "unaligned"]
-    if op != "depthwise_mix" and dot_precision(dtype) == "tf32":
-        form.append("tf32")
-    return Case(op, str(x.device), dtype, c, d, p, act, bias is not None, size, form=tuple(form))

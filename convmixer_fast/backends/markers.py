@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from . import tuning_cache
-from .kernel_key import Case
+from .kernel_key import KernelKey
 
 try:
     import fcntl
@@ -46,7 +46,7 @@ class Marker:
             # On the disk even if the machine has to be switched off.
             os.fsync(self._file.fileno())
 
-    def keep(self, case: Case, why: str) -> None:
+    def keep(self, case: KernelKey, why: str) -> None:
         """Leave the mark for later processes, with what was found, though this one lives."""
         with suppress(OSError):
             self.write(kernel=str(case), found=why)
@@ -61,7 +61,7 @@ class Marker:
 
 
 @contextmanager
-def marked(case: Case) -> Iterator[Marker]:
+def marked(case: KernelKey) -> Iterator[Marker]:
     """A mark on disk that the kernel of ``case`` runs inside the block, whatever ends the block."""
     marker = _begin(case)
     try:
@@ -71,7 +71,7 @@ def marked(case: Case) -> Iterator[Marker]:
             marker.end()
 
 
-def _begin(case: Case) -> Marker:
+def _begin(case: KernelKey) -> Marker:
     stem = _stem(case)
     if fcntl is None or stem is None:
         return Marker()
@@ -93,7 +93,7 @@ def _begin(case: Case) -> Marker:
     return Marker(path, file)
 
 
-def left(case: Case) -> str:
+def left(case: KernelKey) -> str:
     """Why the kernel of ``case`` is not to be tried: what an earlier process left; else ``""``."""
     stem = _stem(case)
     return next((why for why, _ in _found(stem).values()), "") if stem else ""
@@ -105,7 +105,7 @@ def all_left(device: torch.device) -> dict[str, str]:
     return {kernel: why for why, kernel in _found(stem).values()} if stem else {}
 
 
-def clear(case: Case) -> None:
+def clear(case: KernelKey) -> None:
     """Remove what earlier processes left about the kernel of ``case``."""
     stem = _stem(case)
     for path in _found(stem) if stem else ():
@@ -153,7 +153,7 @@ def _machine_stem(device: torch.device) -> str | None:
         return None
 
 
-def _stem(case: Case) -> str | None:
+def _stem(case: KernelKey) -> str | None:
     stem = _machine_stem(torch.device(case.device))
     text = " ".join(map(str, case._replace(device="")))
     return stem and f"{stem}{hashlib.sha256(text.encode()).hexdigest()[:16]}-"

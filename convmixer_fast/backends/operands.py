@@ -15,6 +15,8 @@ class Packed(NamedTuple):
     bias: Tensor | None
     scale: Tensor
     shift: Tensor
+    #: What an implementation made of them for its kernel (`Implementation.pack`).
+    prepared: Tensor | None = None
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -27,16 +27,16 @@ import torch
 
 from .. import environment
 from . import markers
-from .kernel_key import Case
+from .kernel_key import KernelKey
 from .triton import support
 from .triton.support import is_capturing as is_capturing
 
 ENVIRONMENT = "CONVMIXER_FAST_VERIFY"
 
 #: "" for a case that was found right, else the reason for the fallback to PyTorch.
-_results: dict[Case, str] = {}
+_results: dict[KernelKey, str] = {}
 #: The tile that computes a case instead of its own, and what was wrong with that one.
-_fallback_tiles: dict[Case, tuple[Any, str]] = {}
+_fallback_tiles: dict[KernelKey, tuple[Any, str]] = {}
 _lock = threading.RLock()
 
 
@@ -48,7 +48,7 @@ def is_on() -> bool:
     return environment.flag("VERIFY", default=True)
 
 
-def result(case: Case) -> str | None:
+def result(case: KernelKey) -> str | None:
     """``""`` for a case that was checked and is right, the reason for one that is PyTorch's, else
     None. What an earlier process left is a verdict, too."""
     known = _results.get(case)
@@ -62,19 +62,19 @@ def result(case: Case) -> str | None:
     return known
 
 
-def results() -> dict[Case, str]:
+def results() -> dict[KernelKey, str]:
     """Every case so far, with ``""`` or the reason for the fallback to PyTorch."""
     with _lock:
         return dict(_results)
 
 
-def fallback_tiles() -> dict[Case, str]:
+def fallback_tiles() -> dict[KernelKey, str]:
     """Every case that another tile computes than its own, and what was wrong with that one."""
     with _lock:
         return {case: why for case, (_, why) in _fallback_tiles.items()}
 
 
-def fallback_tile(case: Case) -> tuple[Any, str]:
+def fallback_tile(case: KernelKey) -> tuple[Any, str]:
     """The tile that was found right where the case's own was not, and why; (None, "") for none."""
     return _fallback_tiles.get(case, (None, ""))
 
@@ -88,7 +88,7 @@ def forget() -> None:
 
 
 def ready(
-    case: Case, check: Callable[[Any], str], plainer: Callable[[], Any] = lambda: None
+    case: KernelKey, check: Callable[[Any], str], plainer: Callable[[], Any] = lambda: None
 ) -> bool:
     """Whether a kernel computes ``case``, the fallback tile's if any; the first call checks it.
 
@@ -129,7 +129,7 @@ def ready(
     return not known
 
 
-def _found(case: Case, check: Callable[[Any], str], tile: Any) -> str:
+def _found(case: KernelKey, check: Callable[[Any], str], tile: Any) -> str:
     why = left(case, tile)
     if why:
         return why
@@ -142,12 +142,12 @@ def _found(case: Case, check: Callable[[Any], str], tile: Any) -> str:
         return describe(error)
 
 
-def _tiled(case: Case, tile: Any) -> Case:
+def _tiled(case: KernelKey, tile: Any) -> KernelKey:
     return case if tile is None else case._replace(tile=str(tile))
 
 
 @contextmanager
-def trying(case: Case, tile: Any = None) -> Iterator[None]:
+def trying(case: KernelKey, tile: Any = None) -> Iterator[None]:
     """Mark on disk that the kernel of ``case``, with ``tile`` if any, is tried inside the block.
 
     Raises:
@@ -168,12 +168,12 @@ def trying(case: Case, tile: Any = None) -> Iterator[None]:
             raise
 
 
-def left(case: Case, tile: Any = None) -> str:
+def left(case: KernelKey, tile: Any = None) -> str:
     """Why an earlier process says that a kernel is not to be tried; ``""`` where none does."""
     return markers.left(_tiled(case, tile))
 
 
-def found_right(case: Case, tile: Any = None) -> None:
+def found_right(case: KernelKey, tile: Any = None) -> None:
     """A kernel that an earlier process left a mark of is right after all: remove the mark."""
     markers.clear(_tiled(case, tile))
 
@@ -203,7 +203,7 @@ def raise_if_lost(device: torch.device, what: str, error: BaseException | None =
         ) from (error or fault)
 
 
-def fail(case: Case, error: BaseException) -> None:
+def fail(case: KernelKey, error: BaseException) -> None:
     """A kernel that was right once could not be launched: PyTorch computes ``case`` from now on.
 
     Raises:
@@ -228,7 +228,7 @@ def describe(error: BaseException) -> str:
     return text if len(text) <= 300 else f"{text[:120]} ... {text[-175:]}"
 
 
-def _settle(case: Case, why: str) -> None:
+def _settle(case: KernelKey, why: str) -> None:
     _results[case] = why
     support.invalidate_routes()
     if not why:

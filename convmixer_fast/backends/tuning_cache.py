@@ -27,7 +27,7 @@ import torch
 
 from .. import environment
 from ..files import whole_or_absent
-from .kernel_key import Case
+from .kernel_key import KernelKey
 from .triton import configs, support
 
 ENVIRONMENT = "CONVMIXER_FAST_CACHE"
@@ -38,17 +38,16 @@ Config = (
     configs.DepthwiseConfig | configs.PointwiseConfig | configs.CudaConfig | configs.ProductConfig
 )
 
-#: The winners there can be: Triton's kernel, a CUDA kernel, PyTorch's product with one kernel after
-#: it, PyTorch's operators on channels-last activations, and those on contiguous ones, with both
-#: conversions counted.
-WINNERS = ("triton", "cuda", "product", "channels_last", "contiguous")
 _TYPES = {kind.__name__: kind for kind in typing.get_args(Config)}
 
 
 class TunedEntry(NamedTuple):
     """Who was fastest at a call.
 
-    ``config``: our kernel's tile where it is not the shipped one; ``seconds``: of each candidate.
+    ``winner``: a backend, an implementation, or the layout in which PyTorch's operators, with both
+    conversions, were faster (``channels_last``, ``contiguous``); ``config``: the kernel's tile
+    where it is not the shipped one; ``seconds``: of each candidate, whose name begins with such a
+    word.
     """
 
     winner: str
@@ -56,11 +55,10 @@ class TunedEntry(NamedTuple):
     seconds: Mapping[str, float]
 
     def reason(self) -> str:
-        best = {
-            kind: min(t for name, t in self.seconds.items() if name.startswith(kind))
-            for kind in WINNERS
-            if any(name.startswith(kind) for name in self.seconds)
-        }
+        best: dict[str, float] = {}
+        for name, seconds in self.seconds.items():
+            kind = name.split(" ")[0]
+            best[kind] = min(seconds, best.get(kind, seconds))
         return ", ".join(f"{kind} {1e3 * t:.3g} ms" for kind, t in best.items())
 
 
@@ -134,7 +132,7 @@ def _file_of(device: str, environment: str | None) -> Path:
     return file_for(torch.device(device))
 
 
-def lookup(case: Case, shape: tuple[int, int, int]) -> TunedEntry | None:
+def lookup(case: KernelKey, shape: tuple[int, int, int]) -> TunedEntry | None:
     """The entry for exactly this call, or None.
 
     Args:
@@ -150,7 +148,7 @@ def lookup(case: Case, shape: tuple[int, int, int]) -> TunedEntry | None:
 
 def keep(
     device: torch.device,
-    found: Mapping[tuple[Case, tuple[int, int, int]], TunedEntry],
+    found: Mapping[tuple[KernelKey, tuple[int, int, int]], TunedEntry],
     save: bool = True,
 ) -> Path:
     """Use entries from now on, and add them to the device's file; returns the file.
@@ -173,7 +171,7 @@ def keep(
     return path
 
 
-def _key(case: Case, shape: tuple[int, int, int]) -> str:
+def _key(case: KernelKey, shape: tuple[int, int, int]) -> str:
     dtype = str(case.dtype).removeprefix("torch.")
     fields = (case.op, dtype, case.channels, case.out_channels, case.kernel_size, case.act)
     return " ".join(map(str, (*fields, int(case.bias), *shape)))
@@ -206,13 +204,13 @@ def _warn(path: Path, error: Exception) -> None:
 
 
 def _verdict(row: dict[str, Any]) -> TunedEntry:
-    if row["winner"] not in WINNERS:
-        raise ValueError(f"unknown winner {row['winner']!r}")
     config = None
     if row["config"] is not None:
         fields = dict(row["config"])
         config = _TYPES[fields.pop("type")](**fields)
-    return TunedEntry(row["winner"], config, {str(k): float(v) for k, v in row["seconds"].items()})
+    return TunedEntry(
+        str(row["winner"]), config, {str(k): float(v) for k, v in row["seconds"].items()}
+    )
 
 
 def _row(verdict: TunedEntry) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from ..backends.extensions import build_info
 from ..backends.triton import support
 from ..modules.blocks import MixerBlock
 from ..ops import BackendError, available_backends, depthwise_mix, pointwise_mix, use_backend
-from ..ops.registry import ENVIRONMENT, requested_backend
+from ..ops.dispatch import ENVIRONMENT, requested_backend
 from ..reference import reference_block
 from ..testing import error_report, trained_like_
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..modules.optimize import unwrapped
-from ..ops import registry
+from ..ops.recording import Record, recording
+from ..ops.registry import Call
 
 
 class Row(NamedTuple):
@@ -70,18 +71,19 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
     )
 
 
-def recorded_calls(model: nn.Module, x: Tensor) -> list[registry.Call]:
+def recorded_calls(model: nn.Module, x: Tensor) -> list[Call]:
     """Every call that GPU kernels may compute in a forward of ``model`` on inputs like ``x``."""
-    return [record.call for record in _records(model, x) if record.call is not None]
+    calls = (record.call for record in _records(model, x) if record.call is not None)
+    return [call for call in calls if call.key is not None]
 
 
-def _records(model: nn.Module, x: Tensor) -> list[registry.Record]:
+def _records(model: nn.Module, x: Tensor) -> list[Record]:
     model, compiled = unwrapped(model)
     fake = FakeTensorMode()
     state: dict[str, Tensor] = {
         name: fake.from_tensor(tensor)
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]
     }
-    with fake, registry.recording(whole_blocks=not compiled, modes=1) as records:
+    with fake, recording(whole_blocks=not compiled, modes=1) as records:
         torch.func.functional_call(model, state, (fake.from_tensor(x),))
     return records

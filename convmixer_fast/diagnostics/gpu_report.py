@@ -21,14 +21,27 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..arch import VARIANTS
-from ..backends import gpu, self_check, tuning_cache
-from ..backends.kernel_key import UINT8_STEM, Case, case_of
-from ..backends.triton import configs, precision, support
+from ..backends import self_check, tuning_cache
+from ..backends.kernel_key import KernelKey
+from ..backends.layout import in_layout
+from ..backends.triton import precision
+from ..backends.triton.support import on_device
 from ..backends.tuning_cache import Config
 from ..files import write_whole
-from ..ops import BackendError, registry
+from ..ops import BackendError, execution
+from ..ops.depthwise import DEPTHWISE
+from ..ops.pointwise import PATCH_EMBED, POINTWISE
+from ..ops.registry import (
+    OPERATORS,
+    Call,
+    Implementation,
+    Operator,
+    implementation_of,
+    implementations,
+)
+from ..ops.stem import PATCH_EMBED_UINT8
 from .timing import gpu_seconds
-from .tune import LAYOUTS, REFERENCES, STEMS, layout_of
+from .tune import LAYOUTS, reason_nothing_compiles
 
 FORMAT = 1
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -52,36 +65,39 @@ class Problem(NamedTuple):
     kernel_size: int
     act: str
 
-    def case(self, device: torch.device) -> Case:
+    def case(self, device: torch.device) -> KernelKey:
         n, h, w = self.shape
-        k = self.kernel_size
-        inputs = 1 if self.op == "depthwise_mix" else self.channels
+        k, operator = self.kernel_size, self.operator()
         one = torch.empty((), dtype=self.dtype, device=device)
         with FakeTensorMode():  # contiguous, as images come
             x = torch.empty((n, self.channels, h, w), dtype=self.pixels(), device=device)
-        weight = one.expand(self.out_channels, inputs, k, k)
-        op = "pointwise_mix" if self.op == "patch_embed" else self.op
-        return case_of(op, x, weight, one.expand(self.out_channels), self.act, self.dtype)
+        weight = one.expand(self.out_channels, self.inputs(), k, k)
+        return operator.key_of(x, weight, one.expand(self.out_channels), self.act, self.dtype)
+
+    def operator(self) -> Operator:
+        return OPERATORS[self.op]
 
     def pixels(self) -> torch.dtype:
-        return torch.uint8 if self.op == UINT8_STEM else self.dtype
+        return torch.uint8 if self.operator() is PATCH_EMBED_UINT8 else self.dtype
+
+    def inputs(self) -> int:
+        """Channels that each output is a sum over."""
+        return 1 if self.operator().depthwise else self.channels
+
+    def outputs(self) -> int:
+        n, h, w = self.shape
+        stride = self.kernel_size if self.operator().strided else 1
+        return n * (h // stride) * (w // stride) * self.out_channels
 
     def macs(self) -> int:
-        n, h, w = self.shape
-        k, c, d = self.kernel_size, self.channels, self.out_channels
-        if self.op == "depthwise_mix":
-            return n * h * w * c * k * k
-        stride = k if self.op in STEMS else 1
-        return n * (h // stride) * (w // stride) * d * c * k * k
+        return self.outputs() * self.inputs() * self.kernel_size**2
 
     def bytes(self) -> int:
         """Read and written once: activations in, out, and the weight."""
         n, h, w = self.shape
-        k, c, d = self.kernel_size, self.channels, self.out_channels
-        stride = k if self.op in STEMS else 1
-        weight = d * k * k * (1 if self.op == "depthwise_mix" else c)
-        out = n * (h // stride) * (w // stride) * d
-        return self.pixels().itemsize * n * h * w * c + self.dtype.itemsize * (out + weight)
+        weight = self.out_channels * self.inputs() * self.kernel_size**2
+        pixels = self.pixels().itemsize * n * h * w * self.channels
+        return pixels + self.dtype.itemsize * (self.outputs() + weight)
 
 
 def problems(
@@ -97,17 +113,17 @@ def problems(
             act = arch.act or "gelu"
             for n in batches:
                 at = (n, *grid)
-                for op in STEMS:
+                for stem in (PATCH_EMBED, PATCH_EMBED_UINT8):
                     yield Problem(
-                        *(variant.paper_name, op, dtype, (n, *size)),
+                        *(variant.paper_name, stem.key, dtype, (n, *size)),
                         *(arch.in_chans, arch.dim, arch.patch_size, act),
                     )
                 yield Problem(
-                    *(variant.paper_name, "depthwise_mix", dtype, at),
+                    *(variant.paper_name, DEPTHWISE.key, dtype, at),
                     *(arch.dim, arch.dim, arch.kernel_size, act),
                 )
                 yield Problem(
-                    *(variant.paper_name, "pointwise_mix", dtype, at), *(arch.dim, arch.dim, 1, act)
+                    *(variant.paper_name, POINTWISE.key, dtype, at), *(arch.dim, arch.dim, 1, act)
                 )
 
 
@@ -135,7 +151,7 @@ def report(
         BackendError: no GPU kernels can run here, with the reason.
     """
     device = torch.device("cuda") if device is None else device
-    why_not = support.why_not(device)
+    why_not = reason_nothing_compiles(device)
     if why_not:
         raise BackendError(f"there is no GPU to report on: {why_not}")
     if device.type == "cuda" and device.index is None:
@@ -251,42 +267,45 @@ def _described(problem: Problem) -> dict[str, Any]:
 def _row(
     problem: Problem, device: torch.device, timer: Callable[[Callable[[], Any]], float]
 ) -> dict[str, Any]:
-    with support.on_device(device):
+    with on_device(device):
         return _checked_and_timed(problem, problem.case(device), timer)
 
 
 def _checked_and_timed(
-    problem: Problem, case: Case, timer: Callable[[Callable[[], Any]], float]
+    problem: Problem, case: KernelKey, timer: Callable[[Callable[[], Any]], float]
 ) -> dict[str, Any]:
-    row = _described(problem) | _errors(case, None)
+    fused = implementation_of(case, None)
+    row = _described(problem) | _errors(fused, case, None)
     # A speed of wrong numbers is none. Where the copy engine's form is wrong, users get another.
-    right: dict[str, Config | None] = {"triton": None} if row["ok"] else {}
-    tile = None if row["ok"] else gpu.plainer_tile(case)
+    right: dict[str, Config | None] = {fused.name: None} if row["ok"] else {}
+    tile = None if row["ok"] else fused.plainer(case, None)
     if tile is not None:
-        row["substitute"] = {"tile": str(tile)} | _errors(case, tile)
+        row["substitute"] = {"tile": str(tile)} | _errors(fused, case, tile)
         if row["substitute"]["ok"]:
             right[WITHOUT_TMA] = tile
-    reference = REFERENCES[case.op]
+    operator = problem.operator()
     try:
-        operands = gpu.operands_for(case, problem.shape)
+        operands = execution.sample(case, problem.shape)
         for name, config in right.items():
             with self_check.trying(case, config):
-                row["seconds"][name] = timer(gpu.launcher(case, operands, config))
-        row["others"] = _others(case, problem.shape, operands, timer, row["seconds"])
-        wanted = layout_of(case, operands[0])
+                row["seconds"][name] = timer(execution.launcher(fused, operands, config))
+        row["others"] = _others(problem, case, operands, timer, row["seconds"])
+        wanted = operator.result_format(*operands[:2])
         for name, memory_format in LAYOUTS.items():
-            arguments = (memory_format, wanted, reference, *operands)
-            row["seconds"][name] = timer(lambda arguments=arguments: gpu.in_layout(*arguments))  # type: ignore[misc]
+            arguments = (memory_format, wanted, operator.reference, *operands)
+            row["seconds"][name] = timer(lambda arguments=arguments: in_layout(*arguments))  # type: ignore[misc]
     except Exception as error:  # whatever a broken kernel raises is the finding
         row |= {"ok": False, "reason": row.get("reason", self_check.describe(error))}
     return row
 
 
-def _errors(case: Case, config: Config | None) -> dict[str, Any]:
+def _errors(
+    implementation: Implementation, case: KernelKey, config: Config | None
+) -> dict[str, Any]:
     """Whether the kernel with that tile is right, and its errors, or the reason why it failed."""
     try:
         with self_check.trying(case, config):
-            errors = gpu.measure_errors(case, REFERENCES[case.op], config)
+            errors = execution.measure_errors(implementation, case, config)
     except Exception as error:  # as above
         return {"ok": False, "reason": self_check.describe(error)}
     if errors.ok:
@@ -303,22 +322,25 @@ def _errors(case: Case, config: Config | None) -> dict[str, Any]:
 
 
 def _others(
-    case: Case,
-    shape: tuple[int, int, int],
+    problem: Problem,
+    case: KernelKey,
     operands: list[Any],
     timer: Callable[[Callable[[], Any]], float],
     seconds: dict[str, float],
 ) -> dict[str, str]:
-    """The other kernels of a 1x1 convolution: seconds of those that are right, and the faults."""
+    """The other implementations: seconds of those that are right, and the faults."""
+    operator, device = problem.operator(), torch.device(case.device)
+    call = Call(operator, device, case.dtype, case.out_channels, case, problem.shape)
     faults: dict[str, str] = {}
-    if case.op != "pointwise_mix":
-        return faults
-    for config in (configs.ProductConfig(), *registry.cuda_candidates(case, shape)):
+    for other in implementations(operator):
+        config = other.config
+        if config is None or not other.compiles_for(device) or other.unavailable(call):
+            continue
         try:
             with self_check.trying(case, config):
-                faults[str(config)] = gpu.check(case, REFERENCES[case.op], config)
+                faults[str(config)] = execution.check(other, case, config)
                 if not faults[str(config)]:
-                    seconds[str(config)] = timer(gpu.launcher(case, operands, config))
+                    seconds[str(config)] = timer(execution.launcher(other, operands, config))
         except Exception as error:  # as above
             faults[str(config)] = self_check.describe(error)
     return {name: why for name, why in faults.items() if why}

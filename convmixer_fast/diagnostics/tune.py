@@ -10,32 +10,24 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..backends import gpu, self_check, tuning_cache
-from ..backends.kernel_key import UINT8_STEM, Case
-from ..backends.triton import configs, support
-from ..ops import BackendError, depthwise, pointwise, registry, stem
+from ..backends import self_check, tuning_cache
+from ..backends.kernel_key import KernelKey
+from ..backends.layout import Shape, in_layout
+from ..backends.triton.support import on_device
+from ..ops import BackendError, execution
+from ..ops.registry import OPERATORS, Call, Implementation, backends, implementations
 from .explain import recorded_calls
 from .timing import gpu_seconds
 
 #: Another candidate than the shipped kernel must be faster by this factor: less is noise.
 MARGIN = 1.02
 
-#: Each kernel's operator in PyTorch's own calls.
-REFERENCES: dict[str, Callable[..., Tensor]] = {
-    "depthwise_mix": depthwise._reference,
-    "pointwise_mix": pointwise._reference,
-    "patch_embed": pointwise._reference,
-    UINT8_STEM: stem._reference,
-}
-#: Operators whose kernel size is a stride.
-STEMS = ("patch_embed", UINT8_STEM)
 #: In which PyTorch's own operators are tried.
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
@@ -43,7 +35,7 @@ LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_
 class TuneRow(NamedTuple):
     """One kind of call, and the fastest candidate. ``skipped``: candidates that cannot run here."""
 
-    case: Case
+    case: KernelKey
     shape: tuple[int, int, int]
     verdict: tuning_cache.TunedEntry
     skipped: dict[str, str]
@@ -102,23 +94,25 @@ def tune(
         raise TypeError(f"tune takes a torch.nn.Module, got {type(model).__name__}")
     parameter = next(iter(model.parameters()), None)
     device = torch.device("cpu") if parameter is None else parameter.device
-    why_not = support.why_not(device)
+    why_not = reason_nothing_compiles(device)
     if why_not:
         raise BackendError(f"tune measures GPU kernels, which cannot run: {why_not}")
     dtype = torch.float32 if parameter is None else parameter.dtype
-    calls: dict[tuple[Case, tuple[int, int, int]], None] = {}
+    calls: dict[tuple[KernelKey, Shape], Call] = {}
     for given in shapes:
         if not isinstance(given, Tensor):
             # Memory of its own: strides are part of a stem's form.
             given = torch.empty(tuple(given), dtype=dtype, device=device)
         for call in recorded_calls(model, given):
-            calls[call.case._replace(tile=""), call.shape] = None
+            assert call.key is not None
+            assert call.shape is not None
+            calls[call.key, call.shape] = call
     report = TuneReport()
-    found: dict[tuple[Case, tuple[int, int, int]], tuning_cache.TunedEntry] = {}
-    for case, shape in calls:
-        with torch.no_grad(), support.on_device(device):
-            row = _measure(case, shape, timer or gpu_seconds)
-        found[case, shape] = row.verdict
+    found: dict[tuple[KernelKey, Shape], tuning_cache.TunedEntry] = {}
+    for (key, shape), call in calls.items():
+        with torch.no_grad(), on_device(device):
+            row = _measure(call, key, shape, timer or gpu_seconds)
+        found[key, shape] = row.verdict
         report.append(row)
     if found:
         try:
@@ -133,25 +127,38 @@ def tune(
     return report
 
 
+def reason_nothing_compiles(device: torch.device) -> str:
+    """Why no backend compiles kernels for tensors of ``device``; ``""`` where one does."""
+    known = backends()
+    compiling = [known[name] for name in known if _compiles(name, device)]
+    reasons = [backend.unavailable(device) for backend in compiling]
+    if not reasons:
+        return f"the tensors are on {device.type}"
+    return "" if "" in reasons else reasons[0]
+
+
+def _compiles(backend: str, device: torch.device) -> bool:
+    found = (i for operator in OPERATORS.values() for i in implementations(operator))
+    return any(i.backend == backend and i.compiles_for(device) for i in found)
+
+
 def _measure(
-    case: Case, shape: tuple[int, int, int], timer: Callable[[Callable[[], Any]], float]
+    call: Call, key: KernelKey, shape: Shape, timer: Callable[[Callable[[], Any]], float]
 ) -> TuneRow:
-    operands = gpu.operands_for(case, shape)
-    wanted = layout_of(case, operands[0])
-    reference = REFERENCES[case.op]
+    operator = call.operator
+    operands = execution.sample(key, shape)
+    wanted = operator.result_format(*operands[:2])
     seconds: dict[str, float] = {}
     tiles: dict[str, tuning_cache.Config | None] = {}
     skipped: dict[str, str] = {}
-    for config in _candidates(case, shape):
-        name = "triton" if config is None else str(config)
-        if isinstance(config, configs.DepthwiseConfig | configs.PointwiseConfig):
-            name = f"triton {config}"
+    for implementation, config in _candidates(call):
+        name = _name_of(implementation, config)
         tiles[name] = config
-        why = self_check.left(case, config)
+        why = self_check.left(key, config)
         try:
             if not why:
-                with self_check.trying(case, config):
-                    why = gpu.check(case, reference, config)
+                with self_check.trying(key, config):
+                    why = execution.check(implementation, key, config)
         except (torch.OutOfMemoryError, self_check.ContextLostError):
             raise
         except Exception as error:  # a tile that does not fit this GPU is no candidate
@@ -159,42 +166,35 @@ def _measure(
         if why:
             skipped[name] = why
             continue
-        with self_check.trying(case, config):
-            seconds[name] = timer(gpu.launcher(case, operands, config))
+        with self_check.trying(key, config):
+            seconds[name] = timer(execution.launcher(implementation, operands, config))
     for name, memory_format in LAYOUTS.items():
-        arguments = (memory_format, wanted, reference, *operands)
-        seconds[name] = timer(partial(gpu.in_layout, *arguments))
+        arguments = (memory_format, wanted, operator.reference, *operands)
+        seconds[name] = timer(partial(in_layout, *arguments))
     fastest = min(seconds, key=lambda name: seconds[name])
-    if "triton" in seconds and seconds["triton"] <= MARGIN * seconds[fastest]:
-        fastest = "triton"
+    shipped = next((name for name, config in tiles.items() if config is None), "")
+    if shipped in seconds and seconds[shipped] <= MARGIN * seconds[fastest]:
+        fastest = shipped
     winner = fastest.split(" ")[0]
     entry = tuning_cache.TunedEntry(winner, tiles.get(fastest), seconds)
-    return TuneRow(case, shape, entry, skipped)
+    return TuneRow(key, shape, entry, skipped)
 
 
-def layout_of(case: Case, x: Tensor) -> torch.memory_format:
-    """The layout that the operator of ``case`` gives its result for activations ``x``."""
-    return gpu.stem_format(x, case.kernel_size if case.op in STEMS else 1)
+def _name_of(implementation: Implementation, config: tuning_cache.Config | None) -> str:
+    """A candidate's name, which begins with one of `tuning_cache.WINNERS`."""
+    if config is None:
+        return implementation.name
+    own = config == implementation.config
+    return str(config) if own else f"{implementation.name} {config}"
 
 
-def _candidates(case: Case, shape: tuple[int, int, int]) -> Iterator[tuning_cache.Config | None]:
-    """The shipped tile (None), then others that may suit this GPU better."""
-    if registry.uses_library_gemm(case.op, case.dtype):
-        yield configs.ProductConfig()
-        return
-    yield None
-    found: list[tuning_cache.Config] = []
-    if case.op == "depthwise_mix":
-        shipped = configs.lookup_depthwise(case.dtype, case.kernel_size, case.channels)
-        found += [row.config for row in configs.DEPTHWISE if case.kernel_size in row.kernel_sizes]
-        # Fewer registers and more programs at once; taller tiles, which read less of their borders.
-        found += [replace(shipped, columns=4), replace(shipped, rows=2 * shipped.rows)]
-        found = [config for config in found if config != shipped]
-    elif case.op == "pointwise_mix":
-        device = torch.device(case.device)
-        found += gpu.pointwise_tiles(device, case.dtype)
-        found += [configs.ProductConfig(), *registry.cuda_candidates(case, shape)]
-    yield from dict.fromkeys(found)
+def _candidates(call: Call) -> Iterator[tuple[Implementation, tuning_cache.Config | None]]:
+    """The implementations that can compute a call, each with the shipped tile and with others."""
+    for implementation in implementations(call.operator):
+        if not implementation.compiles_for(call.device) or implementation.unavailable(call):
+            continue
+        for config in implementation.candidates(call):
+            yield implementation, config
 
 
 __all__ = ["TuneReport", "TuneRow", "tune"]

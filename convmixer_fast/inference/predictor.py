@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..modules.for_inference import is_promised, optimize_for_inference
 from ..modules.model import ConvMixer
 from ..ops import use_backend
-from ..ops.registry import recording
+from ..ops.recording import recording
 from .ambient import autocast
 from .batches import Prepare, Prepared, image_batches, in_one_piece, load_image
 from .heatmap import Heatmap, HeatmapFolder, check_mean_pooling, check_target, heatmap_of

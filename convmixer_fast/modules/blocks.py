@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -20,22 +21,35 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
 from ..arch import activation_layer, activation_name
-from ..backends import gpu, self_check
+from ..backends import self_check
 from ..backends.cpu import native
-from ..backends.kernel_key import UINT8_STEM
+from ..backends.layout import as_channels_last
 from ..backends.operands import Packed, accumulation_dtype, memory_format_of
 from ..backends.stock import fastest_layout
 from ..backends.triton import support
-from ..ops import registry
+from ..ops import recording
 from ..ops.depthwise import depthwise_mix
-from ..ops.mixer import mixer_stack
+from ..ops.dispatch import (
+    Choice,
+    call_of,
+    choose,
+    compiled_kernels_run,
+    composed,
+    has_gpu_implementation,
+    reason_left_to_pytorch,
+    runs,
+)
+from ..ops.execution import launch, run
+from ..ops.mixer import MIXER_STACK, mixer_stack
 from ..ops.pointwise import pointwise_mix
+from ..ops.registry import Call
 from ..ops.stem import normalized, patch_embed_uint8
 from ..reference import DropPath, Normalization, in_turn, normalized_in_turn, residual, scripted_as
 from . import cuda_graph
 from .fusible import (
     DEPTHWISE,
     PATCHWISE,
+    PATCHWISE_UINT8,
     POINTWISE,
     Kind,
     has_its_forward,
@@ -60,39 +74,58 @@ def _operands(
     conv: Any,
     bn: Any,
     x: Tensor,
-    depthwise: bool,
+    choice: Choice | None,
     dtype: torch.dtype | None = None,
 ) -> Packed:
     """The operator's arguments: cached copies for inference, differentiable ones otherwise.
 
     Args:
+        choice: who computes; None for a compiler to see.
         dtype: as for `reason_not_fusible`.
     """
     dtype = dtype or x.dtype
     sources = sources_of(conv, bn)
     inference = not (torch.is_grad_enabled() and need_gradients(sources))
-    if inference and not torch.compiler.is_compiling() and cacheable(sources):
-        op = "" if depthwise else "pointwise_mix"
-        on_gpu = registry.has_gpu_implementation(x.device, dtype, op)
-        # Only the channels-last kernels want another order than the parameter's own.
-        repack = depthwise and not on_gpu and memory_format_of(x) == torch.channels_last
+    if choice is not None and inference and cacheable(sources):
+        chosen = choice.implementation
 
         def pack() -> Packed:
             weight = conv.weight.detach().to(dtype)
-            if repack:
-                weight = weight.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
-            elif on_gpu:
-                weight = gpu.keep_taps(weight) if depthwise else weight.contiguous()
             bias = None if conv.bias is None else conv.bias.detach().to(dtype)
-            if on_gpu and not depthwise:
-                bias = gpu.keep_float32(bias)
             wide = accumulation_dtype(dtype)
             scale, shift = (v.to(wide) for v in batch_norm_affine(bn, torch.float64))
-            return Packed(weight, bias, scale, shift)
+            packed = Packed(weight, bias, scale, shift)
+            return packed if chosen is None else chosen.pack(packed, chosen.layout_of_packed(x))
 
-        return cache.get((repack, on_gpu, dtype, bn.eps), sources, pack)
+        return cache.get(_packed_key(choice, x, dtype, bn), sources, pack)
     bias = None if conv.bias is None else conv.bias.to(dtype)
     return Packed(conv.weight.to(dtype), bias, *batch_norm_affine(bn, dtype))
+
+
+def _computed(
+    kind: Kind, op: Any, choice: Choice | None, packed: Packed, x: Tensor, act: Any
+) -> Any:
+    """The result of a fused module, through PyTorch's dispatcher where something there must see the
+    operator ``op`` or its arguments are to be checked."""
+    weight, bias, scale, shift, prepared = packed
+    if (
+        choice is None
+        or kind is PATCHWISE
+        or type(x) is not Tensor
+        or x.numel() == 0
+        or dispatch_state(x.device, x.dtype) is None
+    ):
+        return op(x, weight, bias, scale, shift, act)
+    operands = (weight, bias, scale, shift)
+    return run(kind.operator, x, *operands, act, choice=choice, prepared=prepared)
+
+
+def _packed_key(choice: Choice, x: Tensor, dtype: torch.dtype, bn: Any) -> tuple[Any, ...]:
+    """What a packed copy depends on, besides the parameters."""
+    chosen = choice.implementation
+    if chosen is None:
+        return dtype, bn.eps
+    return dtype, bn.eps, chosen.name, chosen.layout_of_packed(x)
 
 
 class _Fused(nn.Module):
@@ -158,26 +191,28 @@ class _Fused(nn.Module):
 
     def _decide(
         self,
-        op: str,
+        kind: Kind,
         why_composed: str,
         x: Tensor,
         conv: Any,
         act: Any,
         dtype: torch.dtype | None = None,
-    ) -> bool:
-        """Whether to call the fused operator, reporting the choice to `registry.recording`."""
+    ) -> tuple[bool, Choice | None]:
+        """Whether to call the fused operator, and who computes it; the latter is unknown to a
+        compiler. Reports the choice to `recording.recording`."""
         if torch.compiler.is_compiling():
-            return not why_composed
+            return not why_composed, None
         call = None
         if why_composed:
-            choice = registry.composed(why_composed)
+            choice = composed(why_composed)
         else:
-            call = registry.call_of(op, x, conv.weight, conv.bias, activation_name(act), dtype)
-            choice = registry.choose(op, x.device, dtype or x.dtype, conv.out_channels, call)
-        if registry.is_recording():
-            registry.record(self, op, choice, call)
+            name: Any = activation_name(act)
+            call = call_of(kind.operator, x, conv.weight, conv.bias, name, dtype)
+            choice = choose(call)
+        if recording.is_recording():
+            recording.record(self, kind.operator.name, choice, call)
         # The operator also knows PyTorch's own calls, in the layout that was measured.
-        return choice.backend != "reference" or choice.memory_format is not None
+        return choice.backend != "reference" or choice.memory_format is not None, choice
 
 
 class _FusedSequential(_Fused, nn.Sequential):
@@ -264,13 +299,14 @@ class DepthwiseMix(_Fused):
         why = self._reason_composed(fn, x)
         # Where it is not three modules, `why` says so and they are not looked at.
         conv, act, bn = (None, None, None) if why else fn
-        if not self._decide("depthwise_mix", why, x, conv, act):
+        is_fused, choice = self._decide(DEPTHWISE, why, x, conv, act)
+        if not is_fused:
             branch = fn(x)
             return (branch if self.drop_path is None else self.drop_path(branch)) + x
-        weight, bias, scale, shift = _operands(self._packed, conv, bn, x, depthwise=True)
-        out = depthwise_mix(x, weight, bias, scale, shift, activation_name(act))
+        packed = _operands(self._packed, conv, bn, x, choice)
+        out = _computed(DEPTHWISE, depthwise_mix, choice, packed, x, activation_name(act))
         parts = FusedParts(conv, act, bn, self._packed)
-        self._packed.route = _half_route(self, "depthwise_mix", parts, x)
+        self._packed.route = _half_route(self, DEPTHWISE, parts, x)
         return out
 
     def _reason_composed(self, fn: nn.Module, x: Tensor) -> str:
@@ -284,7 +320,7 @@ class DepthwiseMix(_Fused):
         if drop is not None and type(drop) not in (DropPath, nn.Identity, self._idle_in_eval):
             return f"the drop_path is a {type(drop).__name__}"
         conv, act, bn = fn
-        return reason_not_fusible(DEPTHWISE, conv, act, bn, x, "depthwise_mix")
+        return reason_not_fusible(DEPTHWISE, conv, act, bn, x)
 
 
 class PointwiseMix(_FusedSequential):
@@ -422,18 +458,19 @@ class PatchEmbed(_FusedSequential):
         conv, act, bn = self
         dtype = dtype_of_pixels(x, self)
         compiling = torch.compiler.is_compiling()
-        has_kernel = registry.compiled_kernels_run if compiling else registry.has_gpu_implementation
-        if (not compiling and torch._C._get_tracing_state()) or not has_kernel(x.device, dtype):
+        if (not compiling and torch._C._get_tracing_state()) or not _has_kernels(x, dtype):
             return None
         if torch.is_grad_enabled() and need_gradients(sources_of(conv, bn)):
             return None
         # Where the modules run one by one the float stem says so.
-        if reason_not_fusible(PATCHWISE, conv, act, bn, x, UINT8_STEM, dtype):
+        if reason_not_fusible(PATCHWISE_UINT8, conv, act, bn, x, dtype):
             return None
-        if not self._decide(UINT8_STEM, "", x, conv, act, dtype):
+        is_fused, choice = self._decide(PATCHWISE_UINT8, "", x, conv, act, dtype)
+        if not is_fused:
             return None
-        operands = _operands(self._packed, conv, bn, x, depthwise=False, dtype=dtype)
-        return patch_embed_uint8(x, *operands, activation_name(act), mean, std)
+        weight, bias, scale, shift, _ = _operands(self._packed, conv, bn, x, choice, dtype)
+        name = activation_name(act)
+        return patch_embed_uint8(x, weight, bias, scale, shift, name, mean, std)
 
 
 def _checked_normalization(normalize: Normalization, channels: int) -> Normalization:
@@ -571,7 +608,7 @@ class MixerBlock(_FusedSequential):
         branch: Any = spatial._modules[spatial._branch]
         if spatial._reason_composed(branch, x):
             return None
-        if reason_not_fusible(POINTWISE, conv, act, bn, x, "pointwise_mix"):
+        if reason_not_fusible(POINTWISE, conv, act, bn, x):
             return None
         depthwise, spatial_act, spatial_bn = branch
         name = activation_name(act)
@@ -583,7 +620,7 @@ class MixerBlock(_FusedSequential):
         if torch.is_grad_enabled() and (x.requires_grad or need_gradients(sources)):
             return None
         whole = PackedBlock(x, x, conv.in_channels, depthwise.kernel_size[0], name)
-        if registry.is_recording() and is_fake(x):
+        if recording.is_recording() and is_fake(x):
             return whole
         key = (spatial_bn.eps, bn.eps)
         packed = self._packed.fresh(key, sources)
@@ -633,7 +670,9 @@ def can_run_whole_blocks(x: Tensor) -> bool:
     """Whether the CPU engine runs whole blocks on ``x``; a compiler sees the halves instead."""
     if torch.compiler.is_compiling() or isinstance(x, torch.fx.Proxy):
         return False
-    return x.dim() == 4 and registry.whole_blocks_run(x.device, x.dtype, x.shape[1])
+    if x.dim() != 4 or not recording.has_whole_blocks():
+        return False
+    return runs(MIXER_STACK, x.device, x.dtype, x.shape[1])
 
 
 def to_preferred_layout(module: nn.Module, x: Tensor) -> Tensor:
@@ -646,8 +685,14 @@ def to_preferred_layout(module: nn.Module, x: Tensor) -> Tensor:
         return x
     if not compiling and (reason_observed(x) or x.is_contiguous(memory_format=torch.channels_last)):
         return x
-    has_kernel = registry.compiled_kernels_run if compiling else registry.has_gpu_implementation
-    return x.contiguous(memory_format=torch.channels_last) if has_kernel(x.device, x.dtype) else x
+    return x.contiguous(memory_format=torch.channels_last) if _has_kernels(x, x.dtype) else x
+
+
+def _has_kernels(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether GPU kernels compute a block on ``x``, or a compiler is to see that they do."""
+    if torch.compiler.is_compiling():
+        return compiled_kernels_run(x.device, dtype, DEPTHWISE.operator.key)
+    return has_gpu_implementation(x.device, dtype, DEPTHWISE.operator)
 
 
 def _by_stock(
@@ -665,7 +710,7 @@ def _by_stock(
     if x.device.type != "cpu" or reason_observed(x) or x.dim() != 4:
         return forward(x)
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    if not registry.stock_runs(x.device, dtype, x.shape[1]):
+    if not reason_left_to_pytorch(MIXER_STACK, x.device, dtype, x.shape[1]):
         return forward(x)
     given = memory_format_of(x)
     wanted = fastest_layout(x)
@@ -697,7 +742,7 @@ def _fusible_halves(blocks: Iterable[nn.Module], x: Tensor) -> Iterator[FusedPar
         branch: Any = spatial._modules[spatial._branch]
         if spatial._reason_composed(branch, x):
             return
-        if reason_not_fusible(POINTWISE, conv, act, bn, x, "pointwise_mix"):
+        if reason_not_fusible(POINTWISE, conv, act, bn, x):
             return
         depthwise, spatial_act, spatial_bn = branch
         yield FusedParts(depthwise, spatial_act, spatial_bn, spatial._packed)
@@ -747,7 +792,7 @@ class MixerStack(_FusedSequential):
             return super().forward(x) if packed is None else _run_stack(self, self, packed, x)
         if not self._modules or not self._may_run_kernels(x):
             return _by_stock(self, self, super().forward, x)
-        if planned and not gpu.is_capturing(x.device):
+        if planned and not support.is_capturing(x.device):
             return self._on_gpu(x)
         return self._one_by_one(x)
 
@@ -775,7 +820,7 @@ class MixerStack(_FusedSequential):
         parts = list(_fusible_halves(self, x))
         if len(parts) != 2 * len(self._modules):
             return None
-        laid_out = gpu.as_channels_last(x.detach())
+        laid_out = as_channels_last(x.detach())
         kernels: list[Kernel] = []
         for part in parts:
             route = part.cache.route
@@ -812,10 +857,10 @@ class MixerStack(_FusedSequential):
             self.training
             or torch.compiler.is_compiling()
             or isinstance(x, torch.fx.Proxy)
-            or registry.is_recording()
+            or recording.is_recording()
             or x.dim() != 4
             or x.numel() == 0
-            or not registry.has_gpu_implementation(x.device, x.dtype)
+            or not _has_kernels(x, x.dtype)
         ):
             return None
         halves = list(_fusible_halves(self, x))
@@ -827,8 +872,8 @@ class MixerStack(_FusedSequential):
         ):
             return None
         return tuple(
-            _operands(half.cache, half.conv, half.bn, x, depthwise=i % 2 == 0)
-            for i, half in enumerate(halves)
+            _operands(half.cache, half.conv, half.bn, x, _choice_of(kind, half, x))
+            for kind, half in zip(cycle((DEPTHWISE, POINTWISE)), halves, strict=False)
         )
 
 
@@ -836,10 +881,10 @@ def _run_stack(
     owner: _Fused, blocks: Iterable[nn.Module], wholes: Sequence[PackedBlock], x: Tensor
 ) -> Tensor:
     """Blocks of the same width, kernel and activation as one operator of the CPU engine."""
-    if registry.is_recording():
-        choice = registry.choose("mixer_stack", x.device, x.dtype, wholes[0].dim)
+    if recording.is_recording():
+        choice = choose(Call(MIXER_STACK, x.device, x.dtype, wholes[0].dim))
         for block in blocks:
-            registry.record(block, "mixer_stack", choice)
+            recording.record(block, MIXER_STACK.name, choice)
     weights, packed = [whole.weight for whole in wholes], [whole.packed for whole in wholes]
     operands = (weights, packed, wholes[0].kernel_size, wholes[0].act)
     out = mixer_stack(x, *operands)
@@ -873,21 +918,26 @@ def _fused_pointwise(
     kind: Kind = POINTWISE,
 ) -> Tensor | None:
     """``bn(act(conv(x)))`` as one operator, or None where the three must run one by one."""
-    op = "patch_embed" if kind is PATCHWISE else "pointwise_mix"
     out = owner._by_route(cache, x)
     if out is not None:
         return out
-    why = reason_not_fusible(kind, conv, act, bn, x, op)
-    if not owner._decide("pointwise_mix", why, x, conv, act):
+    why = reason_not_fusible(kind, conv, act, bn, x)
+    is_fused, choice = owner._decide(kind, why, x, conv, act)
+    if not is_fused:
         return None
-    weight, bias, scale, shift = _operands(cache, conv, bn, x, depthwise=False)
-    out = pointwise_mix(x, weight, bias, scale, shift, activation_name(act))
+    packed = _operands(cache, conv, bn, x, choice)
+    out = _computed(kind, pointwise_mix, choice, packed, x, activation_name(act))
     parts = FusedParts(conv, act, bn, cache)
-    cache.route = _half_route(owner, "pointwise_mix", parts, x)
+    cache.route = _half_route(owner, kind, parts, x)
     return out
 
 
-def _half_route(owner: _Fused, op: str, parts: FusedParts, x: Tensor) -> Route | None:
+def _choice_of(kind: Kind, parts: FusedParts, x: Tensor) -> Choice:
+    name: Any = activation_name(parts.act)
+    return choose(call_of(kind.operator, x, parts.conv.weight, parts.conv.bias, name))
+
+
+def _half_route(owner: _Fused, kind: Kind, parts: FusedParts, x: Tensor) -> Route | None:
     """The route of half a block, or of a stem, that was just computed for ``x``.
 
     None where PyTorch's operators computed it, and for a half on a CPU, which computes a block as a
@@ -901,33 +951,31 @@ def _half_route(owner: _Fused, op: str, parts: FusedParts, x: Tensor) -> Route |
         return None
     conv, act, bn, cache = parts
     name: Any = activation_name(act)
-    call = registry.call_of(op, x, conv.weight, conv.bias, name)
-    choice = registry.choose(op, x.device, x.dtype, conv.out_channels, call)
+    choice = _choice_of(kind, parts, x)
+    packed = cache.fresh(_packed_key(choice, x, x.dtype, bn), sources_of(conv, bn))
+    if packed is None:
+        return None
+    *plain, prepared = packed
     if choice.backend == "cpu":
         if x.dtype != torch.float32 or not isinstance(owner, PatchEmbed):
             return None
-        packed = cache.fresh((False, False, x.dtype, bn.eps), sources_of(conv, bn))
-        if packed is None:
-            return None
-        operands = (*packed, name)
+        operands = (*plain, name)
         inputs = Inputs(x.device, x.dtype, x.shape[1])
-        run = native.prepared_mix(*operands)
-        launch = _on_plain_maps(run, lambda x: pointwise_mix(x, *operands))
-        return Route.of(inputs, owner, [parts], owner._promise, launch)
-    if choice.case is None or self_check.result(choice.case) != "":
+        run = native.prepared_pointwise(*operands)
+        call = _on_plain_maps(run, lambda x: pointwise_mix(x, *operands))
+        return Route.of(inputs, owner, [parts], owner._promise, call)
+    implementation, key = choice.implementation, choice.key
+    if implementation is None or key is None or self_check.result(key) != "":
         return None
-    packed = cache.fresh((False, True, x.dtype, bn.eps), sources_of(conv, bn))
-    if packed is None:
-        return None
-    case, config = choice.case, self_check.fallback_tile(choice.case)[0] or choice.config
-    bound = gpu.bind(case, config, packed)
+    config = self_check.fallback_tile(key)[0] or choice.config
+    bound = implementation.bind(key, config, packed)
     return Route.of(
         Inputs(x.device, x.dtype, x.shape[1], x.shape, x.stride()),
         owner,
         [parts],
         owner._promise,
-        lambda x: gpu.launch(case, config, x, *packed, case.act),
-        () if bound is None else (Kernel(case, bound),),
+        lambda x: launch(implementation, key, config, x, *plain, name, prepared=prepared),
+        () if bound is None else (Kernel(key, bound),),
     )
 
 

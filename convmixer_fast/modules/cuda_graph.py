@@ -25,7 +25,7 @@ from torch import Tensor
 from ..backends import self_check
 from ..backends.triton import precision
 from ..backends.triton.support import on_device
-from ..ops.registry import requested_backend
+from ..ops.dispatch import requested_backend
 
 #: Larger batches keep the GPU busy for longer than their launches take.
 MAX_BATCH = 8

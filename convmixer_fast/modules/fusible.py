@@ -26,7 +26,12 @@ from torch.utils._device import DeviceContext
 
 from ..arch import ACTIVATIONS, activation_name
 from ..backends.operands import accumulation_dtype
-from ..ops import registry
+from ..ops import dispatch, recording
+from ..ops.depthwise import DEPTHWISE as DEPTHWISE_MIX
+from ..ops.pointwise import PATCH_EMBED
+from ..ops.pointwise import POINTWISE as POINTWISE_MIX
+from ..ops.registry import Operator
+from ..ops.stem import PATCH_EMBED_UINT8
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
@@ -94,13 +99,16 @@ def is_patchwise(conv: nn.Module) -> bool:
 class Kind(NamedTuple):
     """The convolution that a fused operator stands for, and what to say of another."""
 
+    operator: Operator
     fits: Any
     otherwise: str
 
 
-DEPTHWISE = Kind(is_depthwise, 'the convolution is not a plain "same" depthwise one')
-POINTWISE = Kind(is_pointwise, "the convolution is not a plain dense 1x1 one")
-PATCHWISE = Kind(is_patchwise, "the convolution is not one of square patches that do not overlap")
+_NO_PATCHES = "the convolution is not one of square patches that do not overlap"
+DEPTHWISE = Kind(DEPTHWISE_MIX, is_depthwise, 'the convolution is not a plain "same" depthwise one')
+POINTWISE = Kind(POINTWISE_MIX, is_pointwise, "the convolution is not a plain dense 1x1 one")
+PATCHWISE = Kind(PATCH_EMBED, is_patchwise, _NO_PATCHES)
+PATCHWISE_UINT8 = Kind(PATCH_EMBED_UINT8, is_patchwise, _NO_PATCHES)
 
 
 def is_touched(module: nn.Module) -> bool:
@@ -201,7 +209,7 @@ def is_under_mode() -> bool:
     The mode that `torch.set_default_device` sets changes factory calls alone, and the one in which
     `explain` runs a model is its own.
     """
-    if torch._C._len_torch_dispatch_stack() > registry.modes_of_recording():
+    if torch._C._len_torch_dispatch_stack() > recording.modes_of_recording():
         return True
     return any(
         not isinstance(torch._C._get_function_stack_at(i), DeviceContext)
@@ -227,7 +235,7 @@ def reason_observed(x: Any) -> str:
         return _PATCHED
     if x.layout != torch.strided:
         return f"the input has the layout {x.layout}"
-    if type(x) not in (Tensor, nn.Parameter) and not registry.modes_of_recording():
+    if type(x) not in (Tensor, nn.Parameter) and not recording.modes_of_recording():
         return f"the input is a {type(x).__name__}"
     return ""
 
@@ -272,14 +280,12 @@ def reason_not_fusible(
     act: nn.Module,
     bn: Any,
     x: Tensor,
-    op: str,
     dtype: torch.dtype | None = None,
 ) -> str:
     """Why these three children must run one by one on ``x``; ``""`` when fusing is the same.
 
     Args:
-        kind: of convolution that the operator stands for.
-        op: the operator's name.
+        kind: the operator, and the convolution that it stands for.
         dtype: that ``x`` is converted to on the way, where it is another than its own.
     """
     why = reason_observed(x) or reason_not_plain(kind, conv, act, bn)
@@ -306,10 +312,12 @@ def reason_not_fusible(
     if torch.compiler.is_compiling():
         # The operator is opaque to the compiler; where no kernel of ours stands behind it, the
         # plain operators are the faster graph.
-        if device != "cpu" and not registry.compiled_kernels_run(x.device, dtype, op):
+        if device != "cpu" and not dispatch.compiled_kernels_run(
+            x.device, dtype, kind.operator.key
+        ):
             return "no fused kernel for this device: the compiler gets plain operators"
         return ""
-    if type(weight) not in (Tensor, nn.Parameter) and not registry.modes_of_recording():
+    if type(weight) not in (Tensor, nn.Parameter) and not recording.modes_of_recording():
         return f"the weight is a {type(weight).__name__}"
     if weight.is_neg() or (conv.bias is not None and conv.bias.is_neg()):
         return "a parameter is a lazily negated view"

@@ -28,9 +28,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..backends import gpu
-from ..backends.cpu import native
+from ..backends.cpu.fingerprint import Span, fingerprint_of, span_of
 from ..backends.operands import accumulation_dtype
+from ..backends.triton.support import is_capturing
 from .watch import Watch
 
 
@@ -136,7 +136,7 @@ class _Stamp(NamedTuple):
 class _Entry(NamedTuple):
     key: Any
     stamps: tuple[_Stamp | None, ...]
-    spans: list[native.Span]
+    spans: list[Span]
     fingerprint: int
     packed: Any
     made: _Made | None
@@ -163,8 +163,7 @@ class _Made(NamedTuple):
         stream.wait_event(self.event)
         for tensor in packed:
             if isinstance(tensor, Tensor):
-                for part in gpu.memory_of(tensor):
-                    part.record_stream(stream)
+                tensor.record_stream(stream)
 
 
 class Now(NamedTuple):
@@ -179,7 +178,7 @@ def now_on(device: torch.device) -> Now:
     if device.type != "cuda":
         return Now(None, 0, False)
     stream = torch.cuda.current_stream(device)
-    return Now(stream, stream.cuda_stream, gpu.is_capturing(device))
+    return Now(stream, stream.cuda_stream, is_capturing(device))
 
 
 T = TypeVar("T")
@@ -198,7 +197,7 @@ class WeightSnapshot(NamedTuple):
     addresses: list[int]
     strides: list[tuple[int, ...]]
     kinds: list[tuple[torch.Size, torch.dtype]]
-    spans: list[native.Span]
+    spans: list[Span]
     fingerprint: int
     watch: Watch | None
 
@@ -217,7 +216,7 @@ class WeightSnapshot(NamedTuple):
         spans = [span for entry in known for span in entry.spans]
         # Before each copy is compared by itself: a write in between is either seen there, or makes
         # this fingerprint differ from that of the next call.
-        fingerprint = native.fingerprint_of(spans) if spans else 0
+        fingerprint = fingerprint_of(spans) if spans else 0
         if len(known) != len(entries):
             return None
         for cache, entry, tensors in zip(caches, known, sources, strict=True):
@@ -259,9 +258,9 @@ class WeightSnapshot(NamedTuple):
             and [*map(_KIND, tensors)] == self.kinds
         ):
             return False
-        if self.spans and self.fingerprint != native.fingerprint_of(self.spans):
+        if self.spans and self.fingerprint != fingerprint_of(self.spans):
             return False
-        if self.watch is None or gpu.is_capturing(tensors[0].device):
+        if self.watch is None or is_capturing(tensors[0].device):
             return True
         return not self.watch.changed()
 
@@ -315,7 +314,7 @@ class PackedCache(Generic[T]):
             return None
         if not _are_stamped(entry.stamps, sources):
             return None
-        if entry.spans and entry.fingerprint != native.fingerprint_of(entry.spans):
+        if entry.spans and entry.fingerprint != fingerprint_of(entry.spans):
             return None
         packed: T = entry.packed
         made = entry.made
@@ -342,12 +341,12 @@ class PackedCache(Generic[T]):
             return known
         stamps = tuple(map(_Stamp.of, sources))
         tensors = [t for t in sources if t is not None]
-        spans = [native.span_of(t) for t in tensors if t.device.type == "cpu"]
+        spans = [span_of(t) for t in tensors if t.device.type == "cpu"]
         # Stamps and fingerprint before the copy: a write in between makes the entry stale, where
         # the other order would make a stale entry look true.
-        before = native.fingerprint_of(spans) if spans else 0
+        before = fingerprint_of(spans) if spans else 0
         on_gpu = tuple(t for t in tensors if t.device.type == "cuda")
-        if on_gpu and gpu.is_capturing(on_gpu[0].device):
+        if on_gpu and is_capturing(on_gpu[0].device):
             # Made inside a CUDA graph, a copy is true only while that graph is replayed.
             with torch.inference_mode(False), torch.no_grad():
                 return pack()
@@ -359,8 +358,8 @@ class PackedCache(Generic[T]):
         parts = packed if isinstance(packed, tuple) else ()
         used = {t.data_ptr() for t in parts if isinstance(t, Tensor)}
         copied = [span for span in spans if span[0] not in used]
-        fingerprint = native.fingerprint_of(copied) if copied else 0
-        if not spans or before == native.fingerprint_of(spans):
+        fingerprint = fingerprint_of(copied) if copied else 0
+        if not spans or before == fingerprint_of(spans):
             self._entry = _Entry(key, stamps, copied, fingerprint, packed, made, watch)
         return packed
 

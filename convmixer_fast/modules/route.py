@@ -26,13 +26,15 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..backends import gpu, self_check
-from ..backends.kernel_key import Case
+from ..backends import self_check
+from ..backends.kernel_key import KernelKey
+from ..backends.layout import as_channels_last
 from ..backends.operands import memory_format_of
 from ..backends.stock import allows_bfloat16, fastest_layout
 from ..backends.triton import support
 from ..backends.triton.precision import dot_precision
-from ..ops import registry
+from ..ops import dispatch, recording
+from ..ops.registry import Launch
 from .fusible import is_patched
 from .packing import PackedCache, WeightSnapshot, shadows, sources_of
 
@@ -59,8 +61,8 @@ class FusedParts(NamedTuple):
 class Kernel(NamedTuple):
     """A GPU kernel with its operands bound: ``launch(x, out)`` on packed channels-last maps."""
 
-    case: Case
-    launch: gpu.Launch
+    key: KernelKey
+    launch: Launch
 
 
 class Inputs(NamedTuple):
@@ -84,7 +86,7 @@ def dispatch_state(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...] 
     """What decides, besides input and modules, which backend computes; compared by equality.
 
     None while something must see every operator: gradients, a mode, a profiler, a transform, a
-    tracer, hooks on all modules, or `registry.recording`.
+    tracer, hooks on all modules, or `recording.recording`.
     """
     if (
         torch.is_grad_enabled()
@@ -95,10 +97,10 @@ def dispatch_state(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...] 
         or forward_ad._current_level >= 0
         or torch.autograd.profiler._is_profiler_enabled
         or _has_any_global_hook()
-        or registry.is_recording()
+        or recording.is_recording()
     ):
         return None
-    kind, asked = device.type, registry.requested_backend()
+    kind, asked = device.type, dispatch.requested_backend()
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     rule: Any = allows_bfloat16() if kind == "cpu" else False
     if dtype is torch.float32 and support.is_kernel_device(device):
@@ -261,10 +263,10 @@ def chained(kernels: Sequence[Kernel]) -> Callable[[Tensor], Tensor | None]:
     """The kernels of a stack of blocks one after the other, on two maps that they write in turn."""
 
     def call(x: Tensor) -> Tensor | None:
-        x = gpu.as_channels_last(x.detach().resolve_neg())
+        x = as_channels_last(x.detach().resolve_neg())
         inner, outer = torch.empty_like(x), torch.empty_like(x)
         kernel = kernels[0]
-        with gpu.on_device(x):
+        with support.on_device(x.device):
             try:
                 # A block's first half writes the one map, its second half the other.
                 out = inner
@@ -273,10 +275,10 @@ def chained(kernels: Sequence[Kernel]) -> Callable[[Tensor], Tensor | None]:
                     x, out = out, outer if out is inner else inner
             except torch.OutOfMemoryError:
                 raise
-            except Exception as error:  # as in gpu.launch
+            except Exception as error:  # as in execution.launch
                 if not self_check.is_on():
                     raise
-                self_check.fail(kernel.case, error)
+                self_check.fail(kernel.key, error)
                 return None
         return x
 

@@ -6,9 +6,9 @@
 """
 
 from .depthwise import depthwise_mix
+from .dispatch import BackendError, available_backends, use_backend
 from .mixer import mixer_stack
 from .pointwise import pointwise_mix
-from .registry import BackendError, available_backends, use_backend
 from .stem import patch_embed_uint8
 
 __all__ = [

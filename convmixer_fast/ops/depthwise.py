@@ -18,26 +18,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends import gpu
-from ..backends.cpu import native
+from ..backends.kernel_key import KernelKey
+from ..backends.layout import Shape
 from ..backends.operands import accumulation_dtype, memory_format_of
-from . import registry
 from .common import (
-    LIBRARY,
     activation,
     activation_,
     activation_backward,
     affine,
     check_operands,
+    define,
     per_channel,
+    sample_operands,
 )
+from .execution import run
+from .registry import Operator
 
 NAME = "depthwise_mix"
-
-LIBRARY.define(
-    f"{NAME}(Tensor x, Tensor weight, Tensor? bias, Tensor scale, Tensor shift, str act) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+#: Columns from which every row of tiles has a first, a last and inner tiles, for any k and tile.
+WIDE = 64
 
 
 def same_padding(kernel_size: int) -> list[int]:
@@ -70,32 +69,42 @@ def _reference(
     return affine(h, scale, shift).add_(x).contiguous(memory_format=memory_format_of(x))
 
 
+def _form(x: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[int, tuple[str, ...]]:
+    """The width: below `WIDE` itself, from there on the smallest one of its class."""
+    c, width = x.shape[1], x.shape[3]
+    if width < WIDE:
+        return width, (f"width {width}",)
+    # The kernel's distance from row to row, in words of two channels where there are such.
+    words = c // 2 if dtype == torch.bfloat16 and c % 2 == 0 else c
+    width = WIDE if width * words % 16 == 0 else WIDE + 1
+    return width, (f"width {width} or more",)
+
+
+def _sample(key: KernelKey, shape: Shape) -> list[Any]:
+    x, *rest = sample_operands(key, shape, inputs=1)
+    return [x.contiguous(memory_format=torch.channels_last), *rest]
+
+
+DEPTHWISE = Operator(
+    name=NAME,
+    key=NAME,
+    reference=_reference,
+    form=_form,
+    sample=_sample,
+    sample_shape=lambda key: (2, 2 * key.kernel_size + 11, key.size),
+    depthwise=True,
+)
+
+
 def _kernel(
     x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, act: str
 ) -> Tensor:
     _check(x, weight, bias, scale, shift, act)
     if x.numel() == 0:
         return torch.empty_like(x, memory_format=memory_format_of(x))
-    call = registry.call_of(NAME, x, weight, bias, act)
-    choice = registry.choose(NAME, x.device, x.dtype, weight.shape[0], call)
-    backend = choice.backend
-    if backend == "cpu":
-        return native.depthwise_mix(x, weight, bias, scale, shift, act)
-    if choice.case is not None:
-        out = gpu.serve(choice.case, choice.config, _reference, x, weight, bias, scale, shift, act)
-        if out is not None:
-            return out
-        registry.fall_back(NAME, choice)
-    # Operands have the dtype they are to be computed in: autocast has nothing to add.
-    with torch.autocast(x.device.type, enabled=False):
-        operands = (weight, bias, scale, shift, act)
-        return gpu.in_layout(choice.memory_format, memory_format_of(x), _reference, x, *operands)
+    return run(DEPTHWISE, x, weight, bias, scale, shift, act)
 
 
-LIBRARY.impl(NAME, _kernel, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake(f"convmixer_fast::{NAME}", lib=LIBRARY)
 def _fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, act: str
 ) -> Tensor:
@@ -147,8 +156,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, grad_weight, grad_bias, grad_scale, grad_shift, None
 
 
-torch.library.register_autograd(
-    f"convmixer_fast::{NAME}", _backward, setup_context=_setup_context, lib=LIBRARY
+depthwise_mix = define(
+    f"{NAME}(Tensor x, Tensor weight, Tensor? bias, Tensor scale, Tensor shift, str act) -> Tensor",
+    _kernel,
+    _fake,
+    gradient=(_setup_context, _backward),
 )
-
-depthwise_mix = torch.ops.convmixer_fast.depthwise_mix

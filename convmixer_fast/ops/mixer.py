@@ -16,18 +16,11 @@ import torch
 from torch import Tensor
 
 from ..arch import ACTIVATIONS
-from ..backends.cpu import native
 from ..backends.operands import memory_format_of
-from .common import LIBRARY
+from .common import define
+from .registry import Operator, implementations
 
 NAME = "mixer_stack"
-#: Images converted to float32 together: enough work for every thread, 16 MB.
-_WIDE_FLOATS = 1 << 22
-
-LIBRARY.define(
-    f"{NAME}(Tensor x, Tensor[] weights, Tensor[] packed, int kernel_size, str act) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
 
 def _check(
@@ -49,28 +42,19 @@ def _check(
         raise ValueError(f"{NAME}: unknown activation {act!r}: one of {', '.join(ACTIVATIONS)}")
 
 
+MIXER_STACK = Operator(name=NAME, key=NAME)
+
+
 def _kernel(
     x: Tensor, weights: list[Tensor], packed: list[Tensor], kernel_size: int, act: str
 ) -> Tensor:
     _check(x, weights, packed, kernel_size, act)
-    memory_format = memory_format_of(x)
     if x.numel() == 0:
-        return torch.empty_like(x, memory_format=memory_format)
-    if x.dtype == torch.float32 and x.is_contiguous():
-        return native.mixer_stack(x, weights, packed, kernel_size, act)
-    # A few images at a time as contiguous float32, in place: never a second batch of that.
-    out = torch.empty_like(x, memory_format=memory_format)
-    step = max(1, _WIDE_FLOATS // x[0].numel())
-    for i in range(0, x.shape[0], step):
-        wide = x[i : i + step].to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-        out[i : i + step] = native.mixer_stack(wide, weights, packed, kernel_size, act, out=wide)
-    return out
+        return torch.empty_like(x, memory_format=memory_format_of(x))
+    (engine,) = (i for i in implementations(MIXER_STACK) if i.backend == "cpu")
+    return engine.run(x, weights, packed, kernel_size, act)
 
 
-LIBRARY.impl(NAME, _kernel, "CPU")
-
-
-@torch.library.register_fake(f"convmixer_fast::{NAME}", lib=LIBRARY)
 def _fake(
     x: Tensor, weights: list[Tensor], packed: list[Tensor], kernel_size: int, act: str
 ) -> Tensor:
@@ -78,4 +62,9 @@ def _fake(
     return torch.empty_like(x, memory_format=memory_format_of(x))
 
 
-mixer_stack = torch.ops.convmixer_fast.mixer_stack
+mixer_stack = define(
+    f"{NAME}(Tensor x, Tensor[] weights, Tensor[] packed, int kernel_size, str act) -> Tensor",
+    _kernel,
+    _fake,
+    key="CPU",
+)

@@ -21,26 +21,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends import gpu
-from ..backends.cpu import native
-from ..backends.operands import accumulation_dtype, memory_format_of
-from . import registry
+from ..backends.kernel_key import (
+    BEYOND_INT32,
+    MANY_OUTPUTS,
+    KernelKey,
+    is_aligned,
+    pixels_of,
+    stride_class,
+)
+from ..backends.layout import Shape, stem_format
+from ..backends.operands import accumulation_dtype
+from ..backends.triton import support
+from ..backends.triton.configs import lookup_order, why_slower
+from ..backends.triton.precision import dot_precision
 from .common import (
-    LIBRARY,
     activation,
     activation_,
     activation_backward,
     affine,
     check_operands,
+    define,
+    laid_out_as,
     per_channel,
+    sample_operands,
 )
+from .execution import run
+from .registry import Call, Operator, Order
 
 NAME = "pointwise_mix"
-
-LIBRARY.define(
-    f"{NAME}(Tensor x, Tensor weight, Tensor? bias, Tensor scale, Tensor shift, str act) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
 
 def _check(
@@ -69,21 +77,101 @@ def _check(
 def _empty(x: Tensor, weight: Tensor) -> Tensor:
     p = weight.shape[2]
     shape = (x.shape[0], weight.shape[0], x.shape[2] // p, x.shape[3] // p)
-    memory_format = gpu.stem_format(x, p)
+    memory_format = stem_format(x, p)
     return torch.empty(shape, dtype=weight.dtype, device=x.device, memory_format=memory_format)
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The convolution alone, by PyTorch, in the layout of the operator's result."""
     p = weight.shape[2]
     h = F.conv2d(x, weight, bias, stride=p)
-    return h.contiguous(memory_format=gpu.stem_format(x, p))
+    return h.contiguous(memory_format=stem_format(x, p))
 
 
 def _reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, act: str
 ) -> Tensor:
-    out = affine(activation_(_convolve(x, weight, bias), act), scale, shift)
-    return out.contiguous(memory_format=gpu.stem_format(x, weight.shape[2]))
+    out = affine(activation_(convolve(x, weight, bias), act), scale, shift)
+    return out.contiguous(memory_format=stem_format(x, weight.shape[2]))
+
+
+def _tf32(dtype: torch.dtype) -> tuple[str, ...]:
+    return ("tf32",) if dot_precision(dtype) == "tf32" else ()
+
+
+def _form(x: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[int, tuple[str, ...]]:
+    """1 where a product has more than `MANY_OUTPUTS`, 2 where it has `BEYOND_INT32` rows."""
+    rows = x.shape[0] * x.shape[2] * x.shape[3]
+    size = int(rows * weight.shape[0] > MANY_OUTPUTS) + int(rows >= BEYOND_INT32)
+    return size, (*(("many outputs",) if size else ()), *_tf32(dtype))
+
+
+def _sample(key: KernelKey, shape: Shape) -> list[Any]:
+    x, *rest = sample_operands(key, shape, inputs=key.channels)
+    return [x.contiguous(memory_format=torch.channels_last), *rest]
+
+
+def _sample_shape(key: KernelKey) -> Shape:
+    pixels = MANY_OUTPUTS // key.out_channels + 150 if key.size else 390
+    return 2, -(-pixels // 26), 13
+
+
+def reason_library_is_faster(dtype: torch.dtype) -> str:
+    """Why PyTorch's own product and one more pass are expected to be faster; ``""`` where ours."""
+    return why_slower(dtype, dot_precision(dtype) == "tf32")
+
+
+def _order(call: Call) -> Order | None:
+    """Who multiplies on a GPU, by the architecture's row of `triton.configs.ORDER`."""
+    if not support.is_kernel_device(call.device):
+        return None
+    if call.dtype == torch.float64:
+        return Order(("product",), "float64 is multiplied by no kernel of ours")
+    slower = reason_library_is_faster(call.dtype)
+    if slower:
+        return Order(("product",), f"expected to be faster: {slower}")
+    row = lookup_order(support.architecture(call.device))
+    return Order(row.kernels, row.reason)
+
+
+POINTWISE = Operator(
+    name=NAME,
+    key=NAME,
+    reference=_reference,
+    form=_form,
+    sample=_sample,
+    sample_shape=_sample_shape,
+    strided=True,
+    order=_order,
+)
+
+
+def stem_form(x: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[int, tuple[str, ...]]:
+    """The classes of the strides of the pixels (N, C, H, W) and of their address."""
+    classes = map(stride_class, pixels_of(x).stride())
+    return 0, (*classes, "" if is_aligned(x) else "unaligned", *_tf32(dtype))
+
+
+def _stem_sample(key: KernelKey, shape: Shape) -> list[Any]:
+    x, *rest = sample_operands(key, shape, inputs=key.channels)
+    return [laid_out_as(key.form, x), *rest]
+
+
+def stem_sample_shape(key: KernelKey) -> Shape:
+    return 2, 11 * key.kernel_size + 1, 13 * key.kernel_size
+
+
+#: The stem's form of the operator.
+PATCH_EMBED = Operator(
+    name=NAME,
+    key="patch_embed",
+    reference=_reference,
+    form=stem_form,
+    sample=_stem_sample,
+    sample_shape=stem_sample_shape,
+    strided=True,
+    of_stride_one=POINTWISE,
+)
 
 
 def _kernel(
@@ -92,33 +180,9 @@ def _kernel(
     _check(x, weight, bias, scale, shift, act)
     if x.numel() == 0 or weight.numel() == 0:
         return _empty(x, weight)
-    call = registry.call_of(NAME, x, weight, bias, act)
-    choice = registry.choose(NAME, x.device, x.dtype, weight.shape[0], call)
-    if choice.backend == "cpu" and memory_format_of(x) == torch.contiguous_format:
-        return native.channel_mix(x, weight, bias, scale, shift, act)
-    while choice.case is not None:
-        out = gpu.serve(choice.case, choice.config, _reference, x, weight, bias, scale, shift, act)
-        if out is not None:
-            return out
-        # What was just found to be bad has a second choice; what could not be checked has not.
-        registry.fall_back(NAME, choice)
-        tried, choice = choice.case, registry.choose(NAME, x.device, x.dtype, weight.shape[0], call)
-        if choice.case == tried:
-            break
-    # Operands have the dtype they are to be computed in: autocast has nothing to add.
-    with torch.autocast(x.device.type, enabled=False):
-        if choice.backend == "cpu":
-            return native.epilogue_(_convolve(x, weight, bias), scale, shift, act)
-        operands = (weight, bias, scale, shift, act)
-        return gpu.in_layout(
-            choice.memory_format, gpu.stem_format(x, weight.shape[2]), _reference, x, *operands
-        )
+    return run(PATCH_EMBED, x, weight, bias, scale, shift, act)
 
 
-LIBRARY.impl(NAME, _kernel, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake(f"convmixer_fast::{NAME}", lib=LIBRARY)
 def _fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, act: str
 ) -> Tensor:
@@ -152,8 +216,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, grad_weight, grad_bias, grad_scale, grad_shift, None
 
 
-torch.library.register_autograd(
-    f"convmixer_fast::{NAME}", _backward, setup_context=_setup_context, lib=LIBRARY
+pointwise_mix = define(
+    f"{NAME}(Tensor x, Tensor weight, Tensor? bias, Tensor scale, Tensor shift, str act) -> Tensor",
+    _kernel,
+    _fake,
+    gradient=(_setup_context, _backward),
 )
-
-pointwise_mix = torch.ops.convmixer_fast.pointwise_mix

@@ -13,21 +13,20 @@ parameters that are trained, normalise first.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backends import gpu
-from ..backends.kernel_key import UINT8_STEM as NAME
+from ..backends.kernel_key import KernelKey
+from ..backends.layout import Shape
 from ..backends.operands import accumulation_dtype, memory_format_of
-from . import pointwise, registry
-from .common import LIBRARY, per_channel
+from . import pointwise
+from .common import define, laid_out_as, per_channel, sample_operands
+from .execution import run
+from .registry import Operator
 
-LIBRARY.define(
-    f"{NAME}(Tensor x, Tensor weight, Tensor? bias, Tensor scale, Tensor shift, str act, "
-    "float[] mean, float[] std) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+NAME = "patch_embed_uint8"
 
 
 def normalized(
@@ -78,6 +77,32 @@ def _reference(
     return pointwise._reference(pixels, weight, bias, scale, shift, act)
 
 
+def _composed(x: Tensor, weight: Tensor, *operands: Any) -> Tensor:
+    """PyTorch normalises, then as `pointwise_mix`."""
+    *rest, mean, std = operands
+    return run(pointwise.PATCH_EMBED, normalized(x, mean, std, weight.dtype), weight, *rest)
+
+
+def _sample(key: KernelKey, shape: Shape) -> list[Any]:
+    x, *rest = sample_operands(key, shape, inputs=key.channels)
+    # Three in four pixels are drawn, the others are black or white.
+    pixels = (x * 110 + 128).clamp_(0, 255).to(torch.uint8)
+    mean = [0.4 + c % 7 / 40 for c in range(key.channels)]
+    return [laid_out_as(key.form, pixels), *rest, mean, mean[::-1]]
+
+
+PATCH_EMBED_UINT8 = Operator(
+    name=NAME,
+    key=NAME,
+    reference=_reference,
+    form=pointwise.stem_form,
+    sample=_sample,
+    sample_shape=pointwise.stem_sample_shape,
+    strided=True,
+    composed=_composed,
+)
+
+
 def _kernel(
     x: Tensor,
     weight: Tensor,
@@ -90,28 +115,11 @@ def _kernel(
 ) -> Tensor:
     _check(x, weight, bias, scale, shift, act, mean, std)
     if x.numel() == 0 or weight.numel() == 0:
-        return _fake(x, weight, bias, scale, shift, act, mean, std)
-    call = registry.call_of(NAME, x, weight, bias, act, weight.dtype)
-    if call is not None:
-        choice = registry.choose(NAME, x.device, weight.dtype, weight.shape[0], call)
-        operands = (weight, bias, scale, shift, act, mean, std)
-        if choice.case is not None:
-            out = gpu.serve(choice.case, choice.config, _reference, x, *operands)
-            if out is not None:
-                return out
-            registry.fall_back(NAME, choice)
-        elif choice.memory_format is not None:
-            wanted = gpu.stem_format(x, weight.shape[2])
-            with torch.autocast(x.device.type, enabled=False):
-                return gpu.in_layout(choice.memory_format, wanted, _reference, x, *operands)
-    pixels = normalized(x, mean, std, weight.dtype)
-    return pointwise._kernel(pixels, weight, bias, scale, shift, act)
+        return pointwise._empty(x, weight)
+    operands = (weight, bias, scale, shift, act, mean, std)
+    return run(PATCH_EMBED_UINT8, x, *operands, dtype=weight.dtype)
 
 
-LIBRARY.impl(NAME, _kernel, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake(f"convmixer_fast::{NAME}", lib=LIBRARY)
 def _fake(
     x: Tensor,
     weight: Tensor,
@@ -126,4 +134,9 @@ def _fake(
     return pointwise._empty(x, weight)
 
 
-patch_embed_uint8 = torch.ops.convmixer_fast.patch_embed_uint8
+patch_embed_uint8 = define(
+    f"{NAME}(Tensor x, Tensor weight, Tensor? bias, Tensor scale, Tensor shift, str act, "
+    "float[] mean, float[] std) -> Tensor",
+    _kernel,
+    _fake,
+)

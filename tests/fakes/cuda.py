@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from convmixer_fast.arch import ACTIVATIONS
-from convmixer_fast.backends import gpu
 from convmixer_fast.backends.cuda import native as native_cuda
-from convmixer_fast.backends.triton import support
+from convmixer_fast.backends.triton import functions, support
 from fakes.triton import FakeTriton, installed
 
 SERVED = {"mma.sync": range(80, 1000), "wgmma": range(90, 91)}
@@ -87,7 +86,7 @@ def without_triton() -> Iterator[None]:
     why = "Triton is not installed: pip install triton"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(support, "_why_no_triton", lambda: why)
-        patch.setattr(gpu, "kernels", lambda: pytest.fail("Triton's kernels were requested"))
+        patch.setattr(functions, "kernels", lambda: pytest.fail("Triton's kernels were requested"))
         yield
 
 

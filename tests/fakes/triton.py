@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convmixer_fast.arch import ACTIVATIONS
-from convmixer_fast.backends import gpu, self_check, tuning_cache
+from convmixer_fast.backends import self_check, tuning_cache
 from convmixer_fast.backends.operands import accumulation_dtype
-from convmixer_fast.backends.triton import support
+from convmixer_fast.backends.triton import functions, support
 from convmixer_fast.backends.triton.configs import ProductConfig
 from convmixer_fast.ops import use_backend
 
@@ -119,8 +119,8 @@ def installed(backend: str = "triton", fake: FakeTriton | None = None) -> Iterat
     with pytest.MonkeyPatch.context() as patch, support.emulated(), use_backend(backend):
         patch.setattr(support, "_why_no_triton", lambda: "")
         names = ("pack_taps", "depthwise_mix", "pointwise_mix", "patch_embed", "after_product_")
-        table = gpu.Kernels(*(getattr(fake, name) for name in names))
-        patch.setattr(gpu, "kernels", lambda: table)
+        table = functions.Kernels(*(getattr(fake, name) for name in names))
+        patch.setattr(functions, "kernels", lambda: table)
         # Neither earlier tuning nor earlier self-checks count, and none is left behind.
         patch.setenv(tuning_cache.ENVIRONMENT, tempfile.mkdtemp())
         self_check.forget()

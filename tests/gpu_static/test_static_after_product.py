@@ -11,7 +11,11 @@ from triton_modes import assert_bars, compiler
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from convmixer_fast.arch import ACTIVATIONS
-from convmixer_fast.backends.triton.after_product import TILE, TILE_FLOAT64, after_product_kernel
+from convmixer_fast.backends.triton.kernels.after_product import (
+    TILE,
+    TILE_FLOAT64,
+    after_product_kernel,
+)
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 #: Triton's name of a type -> bytes.

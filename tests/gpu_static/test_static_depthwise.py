@@ -119,6 +119,6 @@ def test_every_row_has_a_reason_and_can_be_reached() -> None:
 
 
 def test_no_tile_is_wider_than_the_padding_of_the_taps() -> None:
-    from convmixer_fast.backends.triton.depthwise import MAX_COLUMNS
+    from convmixer_fast.backends.triton.kernels.depthwise import MAX_COLUMNS
 
     assert all(row.config.columns <= MAX_COLUMNS for row in DEPTHWISE)

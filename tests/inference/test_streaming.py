@@ -39,7 +39,8 @@ from convmixer_fast.inference import (
 )
 from convmixer_fast.inference.bands import Axis, Plan, blocks_of
 from convmixer_fast.inference.sources import VipsSource
-from convmixer_fast.ops import registry
+from convmixer_fast.ops.dispatch import runs
+from convmixer_fast.ops.mixer import MIXER_STACK
 from convmixer_fast.testing import trained_like_
 
 HAS_ENGINE = native.load() is not None
@@ -671,7 +672,7 @@ def test_a_checkpoint_is_a_safetensors_file(tmp_path: Path, dtype: torch.dtype) 
     assert tensors["picture"].dtype == torch.uint8
     kept = [tensor for name, tensor in tensors.items() if "-" in name]
     # The engine computes narrow bfloat16 blocks in float32.
-    whole = registry.whole_blocks_run(torch.device("cpu"), dtype, model.arch.dim)
+    whole = runs(MIXER_STACK, torch.device("cpu"), dtype, model.arch.dim)
     assert {tensor.dtype for tensor in kept} == {torch.float32 if whole else dtype}
     assert sum(float(tensor.float().abs().sum()) for tensor in kept) > 0
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from convmixer_fast.backends.triton.operands import pixel_rows
+from convmixer_fast.backends.triton.kernels.operands import pixel_rows
 
 _ROOT = Path(__file__).resolve().parents[2]
 SHIM = Path(ptxsim.__file__).parent / "shim"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from convmixer_fast.backends.triton.configs import family
-from convmixer_fast.backends.triton.operands import pixel_rows
+from convmixer_fast.backends.triton.kernels.operands import pixel_rows
 
 from .build import REGISTERS_ALL, SHARED_ALL, WARPS_ALL
 

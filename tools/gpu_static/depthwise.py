@@ -56,7 +56,7 @@ def source(
     """Kernel, signature, constants and integers divisible by 16 of one depthwise kernel."""
     import triton.language as tl
 
-    from convmixer_fast.backends.triton.depthwise import depthwise_kernel
+    from convmixer_fast.backends.triton.kernels.depthwise import depthwise_kernel
 
     kind = TRITON_TYPES[dtype]
     pair = dtype == torch.bfloat16 if pair is None else pair

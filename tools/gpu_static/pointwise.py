@@ -33,7 +33,7 @@ def source(
     long_rows: bool = False,
 ) -> tuple[Any, dict[str, str], dict[str, Any], tuple[str, ...]]:
     """Kernel, signature, constants and integers divisible by 16 of a square 1x1 convolution."""
-    from convmixer_fast.backends.triton import operands, pointwise
+    from convmixer_fast.backends.triton.kernels import operands, pointwise
 
     kind = TRITON_TYPES[dtype]
     vectors = {"bias": f"*{kind}", "scale": "*fp32", "shift": "*fp32"}
@@ -254,7 +254,7 @@ def _simulate(
     dtype: torch.dtype,
     act: str,
 ) -> Any:
-    from convmixer_fast.backends.triton.pointwise import pointwise_mix
+    from convmixer_fast.backends.triton.kernels.pointwise import pointwise_mix
 
     x = torch.randn(1, dim, 8, 2 * config.block_m // 8).to(dtype)
     x = x.contiguous(memory_format=torch.channels_last)

@@ -32,7 +32,7 @@ def source(
     dtype: torch.dtype, dim: int = 1536, patch: int = 7, uint8: bool = False, tf32: bool = False
 ) -> tuple[Any, dict[str, str], dict[str, Any]]:
     """Kernel, signature and constants of a stem on NCHW images of three channels."""
-    from convmixer_fast.backends.triton import operands, stem
+    from convmixer_fast.backends.triton.kernels import operands, stem
 
     config, kind = lookup_stem(dtype), TRITON_TYPES[dtype]
     integers = ("M", "patches", "patches_w", "n_vectors", "k_vectors")
@@ -115,7 +115,7 @@ def predict(
     pixels: torch.dtype = torch.uint8,
 ) -> dict[str, Any]:
     """Seconds an image of the stem, 3 x image x image -> dim, as `pointwise.predict` counts."""
-    from convmixer_fast.backends.triton.stem import patch_embed
+    from convmixer_fast.backends.triton.kernels.stem import patch_embed
 
     card, config = ptxsim.model.GPUS[gpu], lookup_stem(dtype)
     architecture = min(GPUS[gpu], 89)

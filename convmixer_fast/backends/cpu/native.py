@@ -7,14 +7,11 @@ avx512) makes it use a lower instruction set than the machine's best.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from ctypes import c_char, string_at
+from collections.abc import Callable, Sequence
 from functools import cache, partial
-from hashlib import blake2b
 from importlib import import_module
 from types import ModuleType
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -142,7 +139,7 @@ def depthwise_mix(
     return out
 
 
-def channel_mix(
+def pointwise_mix(
     x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, act: str
 ) -> Tensor:
     """``scale * act(conv(x, weight, stride=p) + bias) + shift`` by the compiled engine.
@@ -201,19 +198,19 @@ def channel_mix(
     return out
 
 
-def prepared_mix(
+def prepared_pointwise(
     weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, act: str
 ) -> Callable[[Tensor], Tensor]:
-    """`channel_mix` with these operands, which are checked here and not at every call.
+    """`pointwise_mix` with these operands, which are checked here and not at every call.
 
     Args:
-        weight, bias, scale, shift, act: as for `channel_mix`, contiguous.
+        weight, bias, scale, shift, act: as for `pointwise_mix`, contiguous.
 
     Returns:
         Of float32 maps (N, C, H, W) on the CPU; but for being at least p x p they are not checked.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `channel_mix`.
+        TypeError, ValueError, RuntimeError: as `pointwise_mix`.
     """
     if act not in ACTIVATIONS:
         raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
@@ -229,10 +226,10 @@ def prepared_mix(
         if t is not None and (not t.is_contiguous() or t.is_neg()):
             raise ValueError(f"{name} must be contiguous, got strides {t.stride()}")
     addresses = tuple(0 if t is None else t.data_ptr() for t in operands)
-    return partial(_launch_mix, operands, d, p, addresses, _activation_numbers()[act])
+    return partial(_launch_pointwise, operands, d, p, addresses, _activation_numbers()[act])
 
 
-def _launch_mix(
+def _launch_pointwise(
     kept: tuple[Tensor | None, ...],
     d: int,
     p: int,
@@ -562,75 +559,3 @@ def isa() -> str:
 @cache
 def _activation_numbers() -> dict[str, int]:
     return {name: number for number, name in enumerate(_engine().activations())}
-
-
-#: Address, bytes, and bytes of a row (0 for a vector) of a stretch of memory.
-Span = tuple[int, int, int]
-#: `kWholeBytes` and `kShortestRow` of csrc/cpu/fingerprint.
-_WHOLE_BYTES, _SHORTEST_ROW, _SAMPLE_BYTES = 16 * 1024, 64, 8
-
-
-def span_of(tensor: Tensor) -> Span:
-    """The memory of a dense CPU tensor; a row is what its first axis counts."""
-    size = tensor.nbytes
-    return tensor.data_ptr(), size, size // len(tensor) if tensor.dim() > 1 and size else 0
-
-
-def fingerprint(pieces: Iterable[Tensor]) -> int:
-    """A 64-bit hash of the contents of tensors, for noticing writes.
-
-    Vectors and tensors of at most 16 KiB are hashed whole. Larger ones are sampled once a row: a
-    write to most of the tensor, to one row or to one column is noticed, one to a few elements may
-    not be. The values count, their addresses do not. Without the engine a slower hash of the same
-    samples is used; its numbers are others.
-
-    Args:
-        pieces: CPU tensors.
-
-    Raises:
-        ValueError: a tensor is not on the CPU.
-    """
-    spans: list[Span] = []
-    copies = []  # kept until they are read
-    for piece in pieces:
-        if piece.device.type != "cpu":
-            raise ValueError(f"fingerprint needs CPU tensors, got one on {piece.device}")
-        if not piece.is_contiguous() and not _is_dense(piece):
-            # Samples of the memory under a view with gaps would read what is not its own.
-            piece = piece.detach().contiguous()
-            copies.append(piece)
-        spans.append(span_of(piece))
-    return fingerprint_of(spans)
-
-
-def fingerprint_of(spans: list[Span]) -> int:
-    """`fingerprint` of memory that is readable during the call, in less time."""
-    engine = load()
-    return int(engine.fingerprint(spans)) if engine is not None else _plain_fingerprint(spans)
-
-
-def _plain_fingerprint(spans: list[Span]) -> int:
-    digest = blake2b(digest_size=8)
-    for address, size, row in spans:
-        digest.update(size.to_bytes(8, "little"))
-        if size <= _WHOLE_BYTES or row < _SHORTEST_ROW:
-            digest.update(string_at(address, size))
-            continue
-        memory = np.frombuffer(memoryview((c_char * size).from_address(address)), dtype=np.uint8)
-        rows = np.arange(size // row)
-        column = np.minimum(4 * rows % (row + -row % 4), row - _SAMPLE_BYTES)
-        starts = rows * row + column
-        digest.update(memory[starts[:, None] + np.arange(_SAMPLE_BYTES)].tobytes())
-    return int.from_bytes(digest.digest(), "little")
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one stretch of memory, in whatever order."""
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size == 1:
-            continue
-        if stride != expected:
-            return False
-        expected *= size
-    return True

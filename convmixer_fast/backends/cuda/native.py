@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ... import environment
 from ..extensions import build_info, why_absent
+from ..triton import support
 from ..triton.precision import dot_precision
-from ..triton.support import architecture
 
 #: Of kernels; those that only one architecture has come first.
 FAMILIES = ("wgmma", "mma.sync")
@@ -63,7 +63,17 @@ def why_not_here() -> str:
         return why_unavailable()
     if not torch.cuda.is_available():
         return "torch sees no GPU"
-    return why_not_gpu(architecture(torch.device("cuda", torch.cuda.current_device())))
+    return why_not_gpu(support.architecture(torch.device("cuda", torch.cuda.current_device())))
+
+
+def why_not(device: torch.device) -> str:
+    """Why the kernels run on no tensors of a device; ``""`` where they run."""
+    if device.type != "cuda" and not is_emulated():
+        return f"the tensors are on {device.type}"
+    why = support.why_no_gpu(device) if device.type == "cuda" else ""
+    if why:
+        return why
+    return why_unavailable() if load() is None else why_not_gpu(support.architecture(device))
 
 
 def why_not_gpu(capability: int) -> str:
@@ -161,7 +171,7 @@ def pointwise_mix(
     for name, vector in (("bias", bias), ("scale", scale), ("shift", shift)):
         if vector is not None:
             _check(name, vector, (d,), torch.float32, x.device)
-    capability = architecture(x.device)
+    capability = support.architecture(x.device)
     operands = (
         x.data_ptr(),
         weight.data_ptr(),

@@ -1,17 +1,10 @@
-"""The Triton kernels: one for each half of a block, one for the stem.
+"""The Triton backend.
 
-    depthwise.py    depthwise k x k, activation, BatchNorm and residual in one pass
-    pointwise.py    the 1x1 convolution, a GEMM, with activation and BatchNorm as its epilogue
-    stem.py         the patch embedding, from any layout and from uint8
-    after_product.py  activation and BatchNorm after a GEMM of PyTorch's
-    operands.py     the operands that both GEMMs take
-    epilogue.py     the epilogue of a tile of both
-    activation.py   the activations, as they are computed inside a kernel
-    configs.py      the tile of each kernel by dtype, kernel size, width and architecture
-    precision.py    how float32 is multiplied: as PyTorch's settings say
-    support.py      whether a device can run them
-
-Importing this package imports none of them: the modules with kernels import triton, which a machine
-without a GPU need not have. They take and return plain tensors and know nothing of operators,
-autograd or modules.
+backend.py      what the backend is asked by name
+depthwise.py, pointwise.py, stem.py   its implementations of the operators
+kernels/        the kernels, which import triton
+functions.py    the kernels as functions, imported at the first call
+configs.py      the tile of each kernel by dtype, kernel size, width and architecture
+precision.py    how float32 is multiplied: as PyTorch's settings say
+support.py      whether a device can run them
 """

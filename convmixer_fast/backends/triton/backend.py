@@ -1,0 +1,19 @@
+"""The backend ``triton``: one kernel an operator, on GPUs of NVIDIA and AMD."""
+
+from __future__ import annotations
+
+import torch
+
+from ...ops.registry import Backend
+from . import depthwise, pointwise, stem, support
+
+BACKEND = Backend(
+    name="triton",
+    unavailable_here=support.why_not_here,
+    unavailable=support.why_not,
+    is_automatic=lambda device: device.type != "cpu",
+    layout=torch.channels_last,
+)
+
+#: The files with its implementations.
+IMPLEMENTATIONS = (depthwise, pointwise, stem)
