@@ -160,7 +160,7 @@ def test_triton_is_not_imported():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.filterwarnings("ignore:the Triton kernel")
+@pytest.mark.filterwarnings("ignore:the kernel for")
 def test_gpu_kernels_that_failed_at_their_first_use_are_shown(report):
     with installed() as double:
         double.error["depthwise_mix"] = RuntimeError("out of resource")

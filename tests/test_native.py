@@ -643,6 +643,7 @@ def test_switched_off_by_the_environment_and_says_so() -> None:
     script = """
     import torch
     from convmixer_fast.backends.cpu import native
+    from convmixer_fast.backends.cpu.fingerprint import fingerprint
     assert native.load() is None
     print(native.why_unavailable())
     a, b = torch.randn(100), torch.randn(3, 5)

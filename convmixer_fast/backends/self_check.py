@@ -119,9 +119,7 @@ def ready(
                 tile = plainer() if known else None
                 if tile is not None and not _found(case, check, tile):
                     _fallback_tiles[case] = (tile, known)
-                    _warn(
-                        f"the copy engine's form of the Triton kernel for {case} is not used", known
-                    )
+                    _warn(f"the copy engine's form of the kernel for {case} is not used: {known}")
                     known = ""
             except torch.OutOfMemoryError:
                 return False
@@ -233,15 +231,14 @@ def _settle(case: KernelKey, why: str) -> None:
     support.invalidate_routes()
     if not why:
         return
-    if case.tile.startswith("cuda "):
-        _warn(f"the CUDA kernel ({case.tile[5:]}) for {case} is not used, the next best is", why)
-    else:
-        _warn(f"the Triton kernel for {case} is not used, PyTorch's own operators are", why)
+    tile = f" ({case.tile})" if case.tile else ""
+    _warn(f"the kernel for {case}{tile} is not used: {why}")
 
 
-def _warn(what: str, why: str) -> None:
+def _warn(what: str) -> None:
     warnings.warn(
-        f"{what}: {why}. `convmixer-fast doctor --gpu` writes a report to send in",
+        f"{what}. Its calls are computed in the next best way; "
+        "`convmixer-fast doctor --gpu` writes a report to send in",
         RuntimeWarning,
         stacklevel=2,
     )

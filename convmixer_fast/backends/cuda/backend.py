@@ -9,8 +9,8 @@ from . import native, pointwise
 
 BACKEND = Backend(
     name="cuda",
-    unavailable_here=native.why_not_here,
-    unavailable=native.why_not,
+    unavailable_here=lambda: native.why_not_here(),
+    unavailable=lambda device: native.why_not(device),
     is_automatic=lambda device: device.type != "cpu",
     layout=torch.channels_last,
     extends="triton",

@@ -9,8 +9,8 @@ from . import depthwise, pointwise, stem, support
 
 BACKEND = Backend(
     name="triton",
-    unavailable_here=support.why_not_here,
-    unavailable=support.why_not,
+    unavailable_here=lambda: support.why_not_here(),
+    unavailable=lambda device: support.why_not(device),
     is_automatic=lambda device: device.type != "cpu",
     layout=torch.channels_last,
 )
