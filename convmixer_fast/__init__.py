@@ -8,10 +8,12 @@ from .arch import ACTIVATIONS, VARIANTS, Arch
 from .checkpoint import CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint
 from .diagnostics.explain import explain
 from .diagnostics.tune import tune
-from .modules.blocks import DepthwiseMix, MixerBlock, MixerStack, PointwiseMix, refresh
+from .modules.blocks import MixerBlock
 from .modules.for_inference import optimize_for_inference
+from .modules.halves import DepthwiseMix, PointwiseMix
 from .modules.model import ConvMixer, create_model, list_models
 from .modules.optimize import optimization_report, optimize, restore, to_reference
+from .modules.stack import MixerStack, refresh
 from .ops import BackendError, available_backends, use_backend
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ need annotations that are types, not strings: this module does without
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import torch
 import torch.fx
@@ -69,6 +69,8 @@ def scripted_as(plain: Callable[..., Any]) -> Callable[[_Forward], _Forward]:
 
     def mark(forward: _Forward) -> _Forward:
         forward.__wrapped__ = plain  # type: ignore[attr-defined]
+        # torch.fx copies annotations into its graphs; torch before 2.9 does not resolve strings.
+        forward.__annotations__ = get_type_hints(forward)
         return forward
 
     return mark

@@ -10,8 +10,8 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from convmixer_fast import DepthwiseMix, MixerBlock, PointwiseMix, explain, use_backend
-from convmixer_fast.modules.blocks import DropPath, is_depthwise, is_pointwise
-from convmixer_fast.reference import reference_block
+from convmixer_fast.modules.fusible import is_depthwise, is_pointwise
+from convmixer_fast.reference import DropPath, reference_block
 from convmixer_fast.testing import assert_numerics, trained_like_
 
 SHAPE = (2, 12, 9, 10)

@@ -17,7 +17,7 @@ from convmixer_fast.backends.cuda import native as native_cuda
 from convmixer_fast.backends.triton import functions, support
 from convmixer_fast.backends.triton import pointwise as triton_pointwise
 from convmixer_fast.backends.triton.configs import ORDER, CudaConfig, ProductConfig, lookup_order
-from convmixer_fast.modules import blocks
+from convmixer_fast.modules import fused
 from convmixer_fast.ops import dispatch, execution, pointwise
 from convmixer_fast.ops.dispatch import call_of, choose
 from convmixer_fast.ops.pointwise import POINTWISE
@@ -427,7 +427,7 @@ def test_a_float64_model(monkeypatch):
                 assert call.operator is not POINTWISE
                 return choose(call)
 
-            patch.setattr(blocks, "choose", other_half)
+            patch.setattr(fused, "choose", other_half)
             before = double.calls["after_product_"]
             torch.testing.assert_close(model(x), want, rtol=1e-12, atol=1e-12)
             assert double.calls["after_product_"] == before + 2

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from convmixer_fast import ConvMixer, MixerBlock, explain, optimize, to_reference
 from convmixer_fast.modules import fusible
-from convmixer_fast.modules.blocks import DepthwiseMix
+from convmixer_fast.modules.halves import DepthwiseMix
 from convmixer_fast.ops.recording import recording
 from convmixer_fast.testing import trained_like_
 

@@ -31,7 +31,12 @@ from convmixer_fast import (
 from convmixer_fast.backends import tuning_cache
 from convmixer_fast.backends.cuda import native as native_cuda
 from convmixer_fast.backends.triton import support
-from convmixer_fast.modules.fusible import DEPTHWISE, POINTWISE, reason_not_fusible
+from convmixer_fast.modules.fusible import (
+    DEPTHWISE,
+    POINTWISE,
+    compiled_kernels_run,
+    reason_not_fusible,
+)
 from convmixer_fast.ops import dispatch, pointwise, recording
 from convmixer_fast.reference import reference_block
 from convmixer_fast.testing import assert_numerics, trained_like_
@@ -285,7 +290,7 @@ def test_auto_leaves_exact_float32_products_to_pytorch(monkeypatch):
 def test_a_compiler_gets_plain_operators_for_exact_float32_products(monkeypatch):
     on_a_fake_gpu(monkeypatch)
     runs = {
-        (op, dtype): dispatch.compiled_kernels_run(torch.device("cuda"), dtype, op)
+        (op, dtype): compiled_kernels_run(torch.device("cuda"), dtype, op)
         for op in ("depthwise_mix", "pointwise_mix", "patch_embed")
         for dtype in (torch.float32, torch.bfloat16)
     }
@@ -351,7 +356,7 @@ def test_without_triton_auto_takes_the_cuda_extension_on_a_gpu(monkeypatch):
             assert all("Triton is not installed" in reason for reason in others)
         # The compiler's own products, with what stands around them.
         on = (torch.device("cuda"), torch.bfloat16, "pointwise_mix")
-        assert not dispatch.compiled_kernels_run(*on)
+        assert not compiled_kernels_run(*on)
     finally:
         native_cuda.refusal.cache_clear()
         native_cuda._numbers.cache_clear()

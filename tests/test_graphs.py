@@ -14,8 +14,8 @@ from torch import nn
 import convmixer_fast as cf
 from convmixer_fast import ConvMixer, explain, optimize, refresh, use_backend
 from convmixer_fast.modules import cuda_graph
-from convmixer_fast.modules.blocks import MixerStack
 from convmixer_fast.modules.cuda_graph import StackGraphs, images_at_a_time
+from convmixer_fast.modules.stack import MixerStack
 from convmixer_fast.testing import trained_like_
 
 IMAGES = (2, 3, 20, 20)

@@ -82,6 +82,6 @@ def test_public_names_are_there():
 
 @pytest.mark.parametrize(("old", "name"), [("blocks", "MixerBlock"), ("model", "ConvMixer")])
 def test_paths_of_0_1_0_work_and_warn(old: str, name: str) -> None:
-    with pytest.warns(DeprecationWarning, match=f"convmixer_fast.{old} is now"):
+    with pytest.warns(DeprecationWarning, match=rf"convmixer_fast\.{old}\b.* is now"):
         found = getattr(importlib.import_module(f"convmixer_fast.{old}"), name)
     assert found is getattr(convmixer_fast, name)

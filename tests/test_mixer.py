@@ -20,7 +20,7 @@ from torch.library import opcheck
 from convmixer_fast import MixerBlock, explain, use_backend
 from convmixer_fast.arch import ACTIVATIONS
 from convmixer_fast.backends.cpu import native
-from convmixer_fast.modules.blocks import MixerStack
+from convmixer_fast.modules.stack import MixerStack
 from convmixer_fast.ops import mixer_stack
 from convmixer_fast.reference import reference_block
 from convmixer_fast.testing import assert_numerics, trained_like_
@@ -491,7 +491,8 @@ def test_the_measured_limit_is_a_rate():
 INTERRUPT = """
     import threading, time, os, signal
     import torch
-    from convmixer_fast.modules.blocks import MixerBlock, MixerStack
+    from convmixer_fast.modules.blocks import (MixerBlock)
+from convmixer_fast.modules.stack import (MixerStack)
 
     # Jobs that a script runs in the background inherit that it is ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)

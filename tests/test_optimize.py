@@ -27,9 +27,8 @@ from convmixer_fast import (
     to_reference,
 )
 from convmixer_fast.arch import Arch
-from convmixer_fast.modules.blocks import DropPath
 from convmixer_fast.modules.optimize import optimization_report
-from convmixer_fast.reference import ReferenceConvMixer, Residual
+from convmixer_fast.reference import DropPath, ReferenceConvMixer, Residual
 from convmixer_fast.testing import assert_numerics, trained_like_
 
 ARCH = Arch(16, 2, kernel_size=5, patch_size=4, num_classes=7)

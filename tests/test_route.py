@@ -19,10 +19,12 @@ from convmixer_fast.backends.cpu import native
 from convmixer_fast.backends.kernel_key import KernelKey
 from convmixer_fast.backends.operands import Packed
 from convmixer_fast.backends.triton.depthwise import TritonDepthwise
-from convmixer_fast.modules.blocks import DropPath, MixerBlock, PatchEmbed
+from convmixer_fast.modules.blocks import MixerBlock
 from convmixer_fast.modules.route import ModuleSnapshot, Route
+from convmixer_fast.modules.stem import PatchEmbed
 from convmixer_fast.ops import dispatch, pointwise, recording
 from convmixer_fast.ops.registry import implementation_of
+from convmixer_fast.reference import DropPath
 from convmixer_fast.testing import trained_like_
 
 SHAPE = (2, 8, 7, 9)

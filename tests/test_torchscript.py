@@ -21,16 +21,12 @@ from torch import Tensor, nn
 from convmixer_fast import ConvMixer, create_model, optimize, to_reference
 from convmixer_fast.arch import ACTIVATIONS, Arch
 from convmixer_fast.compat import locuslab, mmpretrain
-from convmixer_fast.modules.blocks import (
-    DepthwiseMix,
-    DropPath,
-    MixerBlock,
-    MixerStack,
-    PatchEmbed,
-    PointwiseMix,
-)
+from convmixer_fast.modules.blocks import MixerBlock
+from convmixer_fast.modules.halves import DepthwiseMix, PointwiseMix
 from convmixer_fast.modules.model import FeatureExtractor, GlobalPool
-from convmixer_fast.reference import ReferenceConvMixer, reference_block
+from convmixer_fast.modules.stack import MixerStack
+from convmixer_fast.modules.stem import PatchEmbed
+from convmixer_fast.reference import DropPath, ReferenceConvMixer, reference_block
 from convmixer_fast.testing import trained_like_
 
 pytestmark = pytest.mark.filterwarnings(

@@ -126,6 +126,9 @@ class ConvMixer(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         return tuple(_maps(self, x))
 
+    # torch.fx copies the annotation into its graphs, and TorchScript of torch 2.8 cannot read it.
+    del forward.__annotations__["return"]
+
     def train(self, mode: bool = True) -> "ConvMixer":
         """Set training or eval mode; frozen stages stay in eval mode."""
         super().train(mode)

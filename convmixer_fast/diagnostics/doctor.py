@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import __version__, environment
@@ -23,10 +21,14 @@ from ..backends import markers, self_check
 from ..backends.cpu import native
 from ..backends.cuda import native as native_cuda
 from ..backends.extensions import build_info
+from ..backends.kernel_key import KernelKey
 from ..backends.triton import support
 from ..modules.blocks import MixerBlock
-from ..ops import BackendError, available_backends, depthwise_mix, pointwise_mix, use_backend
+from ..ops import BackendError, available_backends, use_backend
+from ..ops.depthwise import DEPTHWISE
 from ..ops.dispatch import ENVIRONMENT, requested_backend
+from ..ops.pointwise import POINTWISE
+from ..ops.registry import Operator
 from ..reference import reference_block
 from ..testing import error_report, trained_like_
 
@@ -127,19 +129,44 @@ def _backend(name: str) -> Iterator[None]:
             os.environ[ENVIRONMENT] = asked
 
 
+def _device_of(backend: str) -> str:
+    return "cuda" if backend in ("triton", "cuda") else "cpu"
+
+
 def _dtype_of(backend: str) -> torch.dtype:
     """In which dtype a backend is checked: the CUDA kernels have no exact float32."""
     return torch.float16 if backend == "cuda" else torch.float32
 
 
-def _plain(op: str, operands: list[Tensor], act: str, dtype: torch.dtype) -> Tensor:
-    """The operator in so many PyTorch calls, as the paper writes it."""
-    x, weight, bias, scale, shift = (t.to(dtype) for t in operands)
-    groups, k = (x.shape[1] if op == "depthwise_mix" else 1), weight.shape[-1]
-    padded = F.pad(x, [(k - 1) // 2, k // 2] * 2)
-    h = F.conv2d(padded, weight, bias, groups=groups)
-    y: Tensor = ACTIVATIONS[act]()(h) * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
-    return x + y if op == "depthwise_mix" else y
+def _of_operator(operator: Operator, name: str, act: str) -> Iterator[tuple[Tensor, ...]]:
+    """A backend's result, PyTorch's in the same dtype and float64's, of each small input."""
+    device, dtype = _device_of(name), _dtype_of(name)
+    run = getattr(torch.ops.convmixer_fast, operator.name)
+    for n, c, height, width, k in _SHAPES:
+        kernel_size = k if operator.depthwise else 1
+        key = KernelKey(operator.key, "cpu", dtype, c, c, kernel_size, act, True)
+        *tensors, _ = operator.sample(key, (n, height, width))
+        with _backend(name):
+            ours = run(*(t.to(device) for t in tensors), act).cpu()
+        yield (
+            ours,
+            operator.reference(*tensors, act),
+            operator.reference(*(t.double() for t in tensors), act),
+        )
+
+
+def _of_block(name: str, act: str) -> Iterator[tuple[Tensor, ...]]:
+    """The same of a whole block."""
+    device, dtype = _device_of(name), _dtype_of(name)
+    generator = torch.Generator("cpu").manual_seed(0)
+    for n, c, height, width, k in _SHAPES:
+        x = torch.randn((n, c, height, width), generator=generator, device="cpu").to(dtype)
+        block = trained_like_(reference_block(c, k, ACTIVATIONS[act]), x.shape).to(dtype)
+        fused = MixerBlock(c, k, act).eval().to(dtype)
+        fused.load_state_dict(block.state_dict())
+        with _backend(name):
+            ours = fused.to(device)(x.to(device)).cpu()
+        yield ours, block(x), block.double()(x.double())
 
 
 def check_backend(name: str) -> list[dict[str, Any]]:
@@ -149,42 +176,20 @@ def check_backend(name: str) -> list[dict[str, Any]]:
     PyTorch's own in the same dtype, the bar (see `testing`), ``ok``, and ``reason`` where it failed
     in another way.
     """
-    device = "cuda" if name in ("triton", "cuda") else "cpu"
-    dtype = _dtype_of(name)
-    generator = torch.Generator("cpu").manual_seed(0)
-
-    def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
-
+    checks: dict[str, Callable[[str], Iterator[tuple[Tensor, ...]]]] = {
+        DEPTHWISE.name: lambda act: _of_operator(DEPTHWISE, name, act),
+        POINTWISE.name: lambda act: _of_operator(POINTWISE, name, act),
+        "block": lambda act: _of_block(name, act),
+    }
     rows = []
-    ops = {"depthwise_mix": depthwise_mix, "pointwise_mix": pointwise_mix, "block": None}
-    for op, run in ops.items():
+    for what, results in checks.items():
         for act in ACTIVATIONS:
-            row: dict[str, Any] = {"backend": name, "op": op, "act": act, "device": device}
+            row: dict[str, Any] = {"backend": name, "op": what, "act": act}
+            row["device"] = _device_of(name)
             try:
-                ours, plain, oracle = [], [], []
-                for n, c, height, width, k in _SHAPES:
-                    if run is None:
-                        x = draw(n, c, height, width, dtype=dtype)
-                        block = trained_like_(reference_block(c, k, ACTIVATIONS[act]), x.shape)
-                        block = block.to(dtype)
-                        fused = MixerBlock(c, k, act).eval().to(dtype)
-                        fused.load_state_dict(block.state_dict())
-                        with torch.inference_mode():
-                            with _backend(name):
-                                ours.append(fused.to(device)(x.to(device)).cpu().flatten())
-                            plain.append(block(x).flatten())
-                            oracle.append(block.double()(x.double()).flatten())
-                        continue
-                    shape = (c, 1, k, k) if op == "depthwise_mix" else (c, c, 1, 1)
-                    weight = (draw(*shape) / math.prod(shape[1:]) ** 0.5).to(dtype)
-                    x, bias = draw(n, c, height, width, dtype=dtype), draw(c, dtype=dtype)
-                    operands = [x, weight, bias, draw(c), draw(c)]
-                    with _backend(name), torch.inference_mode():
-                        ours.append(run(*(t.to(device) for t in operands), act).cpu().flatten())
-                    plain.append(_plain(op, operands, act, dtype).flatten())
-                    oracle.append(_plain(op, operands, act, torch.float64).flatten())
-                report = error_report(torch.cat(ours), torch.cat(plain), torch.cat(oracle))
+                with torch.inference_mode():
+                    columns = zip(*results(act), strict=True)
+                    report = error_report(*(torch.cat([*map(Tensor.flatten, c)]) for c in columns))
                 row |= {
                     "ok": report.ok,
                     "max_error": report.max_error,

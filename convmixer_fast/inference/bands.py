@@ -37,14 +37,10 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.cpu import native
-from ..modules.blocks import (
-    DepthwiseMix,
-    MixerBlock,
-    PackedBlock,
-    packed_blocks,
-    to_preferred_layout,
-)
+from ..modules.blocks import MixerBlock, PackedBlock, packed_blocks
+from ..modules.fused import to_preferred_layout
 from ..modules.fusible import is_depthwise
+from ..modules.halves import DepthwiseMix
 
 #: Patches in a band at least, if memory allows: a few tiles of the GEMM.
 _BAND_PATCHES = 8192

@@ -15,10 +15,13 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..modules.blocks import DepthwiseMix, MixerBlock, MixerStack, PatchEmbed
+from ..modules.blocks import MixerBlock
 from ..modules.fusible import is_depthwise, is_patched, is_patchwise, is_pointwise, is_under_mode
+from ..modules.halves import DepthwiseMix
 from ..modules.model import GlobalPool
 from ..modules.optimize import SequentialDepthwiseMix
+from ..modules.stack import MixerStack
+from ..modules.stem import PatchEmbed
 from ..reference import DropPath
 
 #: Models known to compute head(head_drop(global_pool(blocks(stem(x))))), by their classes' names:

@@ -7,15 +7,16 @@ from typing import TypeVar
 
 from torch import nn
 
-from .blocks import _Fused, refresh
+from .fused import FusedModule
 from .route import Promise
+from .stack import refresh
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def is_promised(model: nn.Module) -> bool:
     """Whether ``model`` was given to `optimize_for_inference` and has kept the promise since."""
-    promises = [module._promise for module in model.modules() if isinstance(module, _Fused)]
+    promises = [module._promise for module in model.modules() if isinstance(module, FusedModule)]
     return bool(promises) and all(promise and promise.is_kept for promise in promises)
 
 
@@ -57,7 +58,7 @@ def optimize_for_inference(model: M) -> M:
             f"optimize_for_inference takes a model in eval mode, {training[0] or 'the model'!r} is "
             "in training mode: call model.eval() first"
         )
-    fused = [module for module in model.modules() if isinstance(module, _Fused)]
+    fused = [module for module in model.modules() if isinstance(module, FusedModule)]
     if not fused:
         warnings.warn(
             f"optimize_for_inference: {type(model).__name__} has no fused module, nothing changed: "

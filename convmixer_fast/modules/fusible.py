@@ -30,7 +30,7 @@ from ..ops import dispatch, recording
 from ..ops.depthwise import DEPTHWISE as DEPTHWISE_MIX
 from ..ops.pointwise import PATCH_EMBED
 from ..ops.pointwise import POINTWISE as POINTWISE_MIX
-from ..ops.registry import Operator
+from ..ops.registry import OPERATORS, Call, Operator
 from ..ops.stem import PATCH_EMBED_UINT8
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -94,6 +94,21 @@ def is_patchwise(conv: nn.Module) -> bool:
         and conv.padding in ((0, 0), "valid")
         and conv.padding_mode == "zeros"
     )
+
+
+def compiled_kernels_run(device: torch.device, dtype: torch.dtype, op: str) -> bool:
+    """Whether a compiler is to see the operator ``op``; asked once while it traces.
+
+    Where no kernel of ours computes it whole, or none computes a block's first half, plain
+    operators make the faster graph.
+    """
+    if not dispatch.has_gpu_implementation(device, dtype, DEPTHWISE_MIX):
+        return False
+    return dispatch.runs_whole(Call(OPERATORS[op], device, dtype, 0))
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler and Triton here.
+compiled_kernels_run._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class Kind(NamedTuple):
@@ -312,9 +327,7 @@ def reason_not_fusible(
     if torch.compiler.is_compiling():
         # The operator is opaque to the compiler; where no kernel of ours stands behind it, the
         # plain operators are the faster graph.
-        if device != "cpu" and not dispatch.compiled_kernels_run(
-            x.device, dtype, kind.operator.key
-        ):
+        if device != "cpu" and not compiled_kernels_run(x.device, dtype, kind.operator.key):
             return "no fused kernel for this device: the compiler gets plain operators"
         return ""
     if type(weight) not in (Tensor, nn.Parameter) and not recording.modes_of_recording():

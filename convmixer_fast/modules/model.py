@@ -19,7 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from .. import checkpoint as checkpoints
 from ..arch import VARIANTS, Arch, Variant, activation_layer, activation_name, find_variant
 from ..reference import Normalization
-from .blocks import MixerBlock, MixerStack, PatchEmbed
+from .blocks import MixerBlock
+from .stack import MixerStack
+from .stem import PatchEmbed
 
 
 class AdaptiveAvgMaxPool2d(nn.Module):

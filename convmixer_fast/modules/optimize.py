@@ -24,21 +24,17 @@ from torch import nn
 
 from ..arch import activation_name
 from ..reference import NormalizedSequential, Residual, ResidualSequential
-from .blocks import (
-    DepthwiseMix,
-    MixerBlock,
-    MixerStack,
-    PatchEmbed,
-    PointwiseMix,
-    _Fused,
-    _FusedSequential,
-)
+from .blocks import MixerBlock
 from .cuda_graph import StackGraphs
 from .for_inference import optimize_for_inference
+from .fused import FusedModule, FusedSequential
 from .fusible import CALL_PATH, has_its_forward, is_depthwise, is_pointwise, watch_classes
+from .halves import DepthwiseMix, PointwiseMix
+from .stack import MixerStack
+from .stem import PatchEmbed
 
 
-class SequentialDepthwiseMix(DepthwiseMix, _FusedSequential):
+class SequentialDepthwiseMix(DepthwiseMix, FusedSequential):
     """A `DepthwiseMix` instead of a subclass of Sequential: indexed and iterated as one."""
 
 
@@ -54,7 +50,7 @@ _FUSED_TYPES = (
 #: What every module has: children, tensors, hooks, training. All else is the class's or the user's.
 _STATE = frozenset(nn.Module().__dict__)
 #: Attributes of the fused modules themselves.
-_OWN = frozenset({*_Fused.__jit_ignored_attributes__, "drop_path"})
+_OWN = frozenset({*FusedModule.__jit_ignored_attributes__, "drop_path"})
 #: Methods of `nn.Module` that a container may define without computing or storing anything else.
 _HARMLESS = frozenset(
     {"__init__", "forward", "extra_repr", "__repr__", "_get_name", "__dir__"}
@@ -164,7 +160,7 @@ def optimize(
     if not inplace:
         model = copy.deepcopy(model)
     findings = _survey(model)
-    if not any(f.target or isinstance(f.module, _Fused) for f in findings):
+    if not any(f.target or isinstance(f.module, FusedModule) for f in findings):
         reasons = dict.fromkeys(f.reason for f in findings)
         because = "; ".join(reasons) or "no module computes a residual depthwise half"
         warnings.warn(
@@ -244,7 +240,7 @@ def optimization_report(model: nn.Module) -> OptimizationReport:
     rows = []
     for f in _survey(model):
         name = f.name or type(model).__name__
-        now = type(f.module).__name__ if isinstance(f.module, _Fused) else f.was
+        now = type(f.module).__name__ if isinstance(f.module, FusedModule) else f.was
         rows.append(OptimizationRow(name, f.was, now, f.reason))
     return OptimizationReport(rows)
 
@@ -284,7 +280,7 @@ def _visit(
     if id(module) in seen or isinstance(module, torch.jit.ScriptModule):
         return
     seen.add(id(module))
-    branch = None if isinstance(module, _Fused) else _depthwise_branch(module)
+    branch = None if isinstance(module, FusedModule) else _depthwise_branch(module)
     if isinstance(module, MixerBlock):
         parts.blocks.add(id(module))
     if isinstance(module, DepthwiseMix):
@@ -302,7 +298,7 @@ def _visit(
     for key, child in _children(module).items():
         path = f"{name}.{key}" if name else key
         yield from _visit(child, path, seen, parts, compiled=key == "_orig_mod")
-    if isinstance(module, _Fused):
+    if isinstance(module, FusedModule):
         yield _Finding(name, module, *_history(module))
     elif branch is None:
         yield from _look_at(module, name, parts, compiled)
@@ -432,7 +428,7 @@ def _depthwise_branch(module: nn.Module) -> str | None:
     if type(module) in (nn.Sequential, nn.ModuleList, nn.ModuleDict) or len(module._modules) > 3:
         return None
     for name, child in _children(module).items():
-        if isinstance(child, nn.Sequential) and not isinstance(child, _Fused):
+        if isinstance(child, nn.Sequential) and not isinstance(child, FusedModule):
             first = next(iter(child._modules.values()), None)
             if _resembles_depthwise(first):
                 return name

@@ -24,7 +24,6 @@ from ..backends.kernel_key import KernelKey
 from ..backends.tuning_cache import Config, TunedEntry
 from .registry import (
     BACKENDS,
-    OPERATORS,
     Call,
     Implementation,
     Operator,
@@ -319,20 +318,9 @@ def has_gpu_implementation(device: torch.device, dtype: torch.dtype, operator: O
     return any(i.backend in allowed and not i.unavailable(call) for i in found)
 
 
-def compiled_kernels_run(device: torch.device, dtype: torch.dtype, op: str) -> bool:
-    """Whether a compiler is to see the operator ``op``; asked once while it traces.
-
-    Where no kernel of ours computes it whole, or none computes a block's first half, plain
-    operators make the faster graph.
-    """
-    operator = OPERATORS[op]
-    if not has_gpu_implementation(device, dtype, OPERATORS["depthwise_mix"]):
-        return False
-    order = operator.order(Call(operator, device, dtype, 0))
+def runs_whole(call: Call) -> bool:
+    """Whether no part of a call is PyTorch's, where kernels compute it."""
+    order = call.operator.order(call)
     if order is None or requested_backend() != "auto":
         return True
-    return all(i.is_whole for i in implementations(operator) if i.name in order.names)
-
-
-# What torch.compiler.assume_constant_result does, which would import the compiler and Triton here.
-compiled_kernels_run._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return all(i.is_whole for i in implementations(call.operator) if i.name in order.names)

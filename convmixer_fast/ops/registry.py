@@ -185,6 +185,11 @@ class Implementation:
         """
         return packed
 
+    def bind_call(self, *operands: Any) -> Callable[[Tensor], Tensor] | None:
+        """The operator with all arguments but x bound and checked once, for x of any shape; None
+        where calls have to be made one by one."""
+        return None
+
     def bind(self, key: KernelKey, config: Config | None, packed: Packed) -> Launch | None:
         """The kernel with packed operands bound, for maps of one shape; None where it cannot be."""
         return None

@@ -32,8 +32,7 @@ from convmixer_fast.inference import (
     overlay,
 )
 from convmixer_fast.inference.evaluate import evaluate
-from convmixer_fast.modules.blocks import DropPath
-from convmixer_fast.reference import ReferenceConvMixer
+from convmixer_fast.reference import DropPath, ReferenceConvMixer
 from convmixer_fast.testing import error_report, trained_like_
 
 PACKAGE = Path(cf.__file__).parent

@@ -26,8 +26,9 @@ import convmixer_fast as cf
 from convmixer_fast.inference import HeatmapFolder, NativeSize, class_activation_map
 from convmixer_fast.inference.evaluate import evaluate
 from convmixer_fast.inference.separable import reason_not_separable
-from convmixer_fast.modules.blocks import MixerBlock, PatchEmbed
+from convmixer_fast.modules.blocks import MixerBlock
 from convmixer_fast.modules.model import GlobalPool
+from convmixer_fast.modules.stem import PatchEmbed
 from convmixer_fast.testing import trained_like_
 
 DIM, CLASSES, PATCH = 16, 5, 4

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from ...ops.registry import Call, Implementation
 from ..stock import reason_stock_is_faster
@@ -26,3 +28,17 @@ class CpuImplementation(Implementation):
 
     def slower(self, call: Call) -> str:
         return reason_stock_is_faster(call.dtype, call.channels)
+
+
+def on_plain_maps(
+    run: Callable[[Tensor], Tensor], otherwise: Callable[..., Tensor], operands: tuple[Any, ...]
+) -> Callable[[Tensor], Tensor]:
+    """``run`` on contiguous float32 maps, which the engine reads in place; on others
+    ``otherwise(x, *operands)``, the operator."""
+
+    def call(x: Tensor) -> Tensor:
+        if x.dtype is torch.float32 and x.numel() and x.is_contiguous() and not x.is_neg():
+            return run(x)
+        return otherwise(x, *operands)
+
+    return call

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...ops.pointwise import PATCH_EMBED, POINTWISE, convolve
+from ...ops.pointwise import PATCH_EMBED, POINTWISE, convolve, pointwise_mix
 from ...ops.registry import implements
 from ..operands import memory_format_of
 from . import native
-from .implementation import CpuImplementation
+from .implementation import CpuImplementation, on_plain_maps
 
 
 @implements(POINTWISE, "cpu")
@@ -33,3 +34,6 @@ class CpuPointwise(CpuImplementation):
             return native.pointwise_mix(x, weight, bias, scale, shift, act)
         with torch.autocast("cpu", enabled=False):
             return native.epilogue_(convolve(x, weight, bias), scale, shift, act)
+
+    def bind_call(self, *operands: Any) -> Callable[[Tensor], Tensor]:
+        return on_plain_maps(native.prepared_pointwise(*operands), pointwise_mix, operands)

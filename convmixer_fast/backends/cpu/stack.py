@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...ops.mixer import MIXER_STACK
+from ...ops.mixer import MIXER_STACK, mixer_stack
 from ...ops.registry import implements
 from ..operands import memory_format_of
 from . import native
-from .implementation import CpuImplementation
+from .implementation import CpuImplementation, on_plain_maps
 
 #: Images converted to float32 together: enough work for every thread, 16 MB.
 _WIDE_FLOATS = 1 << 22
@@ -47,3 +47,6 @@ class CpuStack(CpuImplementation):
             done = native.mixer_stack(wide, weights, packed, kernel_size, act, out=wide)
             out[i : i + step] = done
         return out
+
+    def bind_call(self, *operands: Any) -> Callable[[Tensor], Tensor]:
+        return on_plain_maps(native.prepared_stack(*operands), mixer_stack, operands)
