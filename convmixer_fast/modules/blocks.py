@@ -22,13 +22,14 @@ from ..ops.dispatch import (
 )
 from ..ops.mixer import MIXER_STACK, mixer_stack
 from ..ops.registry import Call
-from ..reference import in_turn, scripted_as
+from ..reference import DropPath, in_turn, scripted_as
 from .fusible import (
     POINTWISE,
     is_exactly,
     is_pointwise,
     reason_not_fusible,
     reason_observed,
+    watch_classes,
 )
 from .packing import PackedCache, batch_norm_affine, cacheable, need_gradients, sources_of
 from .route import FusedParts, Inputs, Route, Step, dispatch_state
@@ -294,3 +295,6 @@ def fusible_halves(blocks: Iterable[nn.Module], x: Tensor) -> Iterator[FusedPart
         depthwise, spatial_act, spatial_bn = branch
         yield FusedParts(depthwise, spatial_act, spatial_bn, spatial._packed)
         yield FusedParts(conv, act, bn, block._halves)
+
+
+watch_classes(DropPath, DepthwiseMix, MixerBlock)
