@@ -491,8 +491,8 @@ def test_the_measured_limit_is_a_rate():
 INTERRUPT = """
     import threading, time, os, signal
     import torch
-    from convmixer_fast.modules.blocks import (MixerBlock)
-from convmixer_fast.modules.stack import (MixerStack)
+    from convmixer_fast.modules.blocks import MixerBlock
+    from convmixer_fast.modules.stack import MixerStack
 
     # Jobs that a script runs in the background inherit that it is ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
