@@ -22,11 +22,12 @@ from .ambient import autocast
 from .batches import Prepare, Prepared, image_batches, in_one_piece, load_image
 from .heatmap import Heatmap, HeatmapFolder, check_mean_pooling, check_target, heatmap_of
 from .labels import class_labels, labels_for
+from .pictures import Picture, as_pixels, batch_of, has_pixels, is_one
 from .preprocessing import NativeSize, preprocessing_for
 from .remote import located
 from .results import Columns, Failure, Row, rows_of
 from .separable import check_eval, reason_called_otherwise, reason_not_separable
-from .sources import Source, layout_of, open_source
+from .sources import Source, open_source
 from .streaming import Pixels, StreamStats, reason_not_streamable, stream, whole_image_bytes
 
 #: What ``batch_size="auto"`` starts from, by the device's type. On a CPU the time of an image
@@ -41,7 +42,6 @@ MAX_MEMORY = {"cpu": 2**30, "cuda": 2**33}
 #: In the messages of PyTorch's errors where memory is short and the error's type does not say it.
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
-Picture: TypeAlias = "str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8] | Tensor"
 Arrays: TypeAlias = "dict[str, npt.NDArray[Any]]"
 
 
@@ -456,9 +456,9 @@ class Predictor:
         """See the class."""
         if isinstance(source, Mapping):
             return self._answer_dict(source)
-        if _is_one(source):
+        if is_one(source):
             return self._answer([source])[0]
-        if _has_pixels(source) and source.ndim != 4:
+        if has_pixels(source) and source.ndim != 4:
             raise ValueError(
                 "an image is (H, W), (H, W, C) or (C, H, W), a batch (N, H, W, C) or (N, C, H, W), "
                 f"got shape {tuple(source.shape)}"
@@ -490,7 +490,7 @@ class Predictor:
             return load_image(picture, prepare)
         if isinstance(picture, Image.Image):
             return prepare(picture)
-        array = _as_pixels(picture)
+        array = as_pixels(picture)
         as_stored = array.shape[2:] == (() if prepare.channels == 1 else (prepare.channels,))
         if isinstance(prepare, _Sized) and as_stored and self._is_large(*array.shape[:2]):
             return open_source(array, prepare.channels, "HW" if array.ndim == 2 else "HWC")
@@ -499,7 +499,7 @@ class Predictor:
     def _answer_dict(self, source: Mapping[str, Any]) -> Arrays:
         kept = {name: np.asarray(v) for name, v in source.items() if name != "image"}
         if "image" in source:
-            pictures = _batch_of(source["image"], kept)
+            pictures = batch_of(source["image"], kept)
         else:
             key = next((name for name in ("path", "filename") if name in source), None)
             if key is None:
@@ -521,77 +521,6 @@ class _Sized:
         if self._is_large(image.height, image.width):
             return open_source(image, self.channels)
         return self._prepare(image)
-
-
-#: Numbers of channels of Pillow's modes L, LA, RGB and RGBA.
-_CHANNELS = (1, 2, 3, 4)
-
-
-def _has_pixels(source: Any) -> bool:
-    """Whether the source is an array or tensor of numbers, not of objects or names."""
-    return isinstance(source, Tensor) or (
-        isinstance(source, np.ndarray) and source.dtype.kind not in "OUS"
-    )
-
-
-def _is_one(source: Any) -> bool:
-    if _has_pixels(source):
-        return source.ndim in (2, 3)
-    return isinstance(source, (str, os.PathLike, Image.Image))
-
-
-def _as_pixels(picture: Any) -> npt.NDArray[np.uint8]:
-    """One image as (H, W) or (H, W, C) bytes; a view, so that a memory map stays one.
-
-    Raises:
-        ValueError: it is no image; the message describes what one is.
-    """
-    is_tensor = isinstance(picture, Tensor)
-    if is_tensor and picture.dtype != torch.uint8:
-        name, array = str(picture.dtype), None
-    else:
-        array = picture.detach().cpu().numpy() if is_tensor else np.asanyarray(picture)
-        name = str(array.dtype)
-    shape = tuple(picture.shape if array is None else array.shape)
-    if array is None or array.dtype != np.uint8 or array.ndim not in (2, 3) or 0 in shape:
-        raise ValueError(
-            f"an image is uint8, (H, W), (H, W, C) or (C, H, W), got {name} of shape {shape}: pass "
-            "its bytes, 0 to 255, or what is prepared already to scores()"
-        )
-    layout = layout_of(shape, _CHANNELS, is_tensor)
-    if layout is None:
-        raise ValueError(
-            f"an image has 1, 3 or 4 channels (2: grey and transparency), and no axis of {shape} "
-            "has: the order of its axes is (H, W, C) or (C, H, W)"
-        )
-    if layout == "CHW":
-        array = np.moveaxis(array, 0, -1)
-    return array[:, :, 0] if layout != "HW" and array.shape[2] == 1 else array
-
-
-def _batch_of(images: Any, others: Mapping[str, npt.NDArray[Any]]) -> list[Any]:
-    """The images of a dict of arrays.
-
-    Raises:
-        ValueError: it looks like one image, not like a batch.
-    """
-    if _has_pixels(images):
-        shape = tuple(images.shape)
-        one = len(shape) == 3 and layout_of(shape, _CHANNELS, isinstance(images, Tensor))
-        # N grey images (N, H, W) are usual in arrays, and the first axis may be as short as that.
-        if len(shape) < 3 or (one and (one == "HWC" or isinstance(images, Tensor))):
-            raise ValueError(
-                f"'image' of shape {shape} is one image, and the axes of a batch are (N, H, W, C) "
-                "or (N, C, H, W): pass image[None], or of N grey images image[:, None]"
-            )
-    pictures = list(images)
-    for name, column in others.items():
-        if column.shape[:1] != (len(pictures),):
-            raise ValueError(
-                f"a batch has a value of {name!r} for each of its {len(pictures)} images, "
-                f"got shape {column.shape}"
-            )
-    return pictures
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
