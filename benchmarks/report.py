@@ -7,6 +7,8 @@ writes cpu.md and its charts next to the file, as `cpu.py` does by itself.
     python benchmarks/report.py --readme
 
 puts the figures of all result files into README.md and docs/, and draws the README's chart.
+
+The file is long because the columns and the text of every suite stand in one table.
 """
 
 from __future__ import annotations
