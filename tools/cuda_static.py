@@ -9,7 +9,6 @@ and simulated runs of the GELU kernels. Nothing here is a measurement of time.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from typing import Any
 import ptxsim
 from gpu_static import cuda_pointwise
 from gpu_static.cuda_pointwise import ARCHITECTURES, KERNELS
+from rows import as_json
 
 OUT = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "gpu-static"
 
@@ -144,16 +144,6 @@ def markdown(result: dict[str, Any]) -> str:
             f"| {r['kernel']} | {r['bytes']} | {r['ideal_bytes']} | {r['bytes_over_ideal']:.3f} |"
         )
     return "\n".join(out) + "\n"
-
-
-def as_json(result: dict[str, Any]) -> str:
-    """Each row of a table on a line of its own."""
-    parts = []
-    for name, value in result.items():
-        rows = isinstance(value, list)
-        text = "[\n" + ",\n".join(map(json.dumps, value)) + "\n]" if rows else json.dumps(value)
-        parts.append(f"{json.dumps(name)}: {text}")
-    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def main() -> None:

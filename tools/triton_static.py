@@ -14,7 +14,6 @@ Needs Triton, no GPU. Three kinds of numbers, none of them a measurement:
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from typing import Any
 import ptxsim
 import torch
 from gpu_static import depthwise, pointwise, stem
+from rows import as_json
 
 from convmixer_fast.arch import VARIANTS as PUBLISHED
 from convmixer_fast.arch import Arch
@@ -482,7 +482,7 @@ def main() -> None:
         result["simulated"][name] = counts
         result["predicted"][name] = predicted(arch, grid, counts)
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "gpu_static.json").write_text(json.dumps(result, indent=1) + "\n")
+    (options.out / "gpu_static.json").write_text(as_json(result))
     (options.out / "gpu_static.md").write_text(markdown(result))
     print(markdown(result))
 
