@@ -44,7 +44,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 #: What tests replace by fakes; a fake that is not removed changes every later test.
 _REPLACEABLE = (
     (native_cuda, "_find"),
-    (native_cuda, "is_emulated"),
+    (native_cuda, "why_not"),
+    (support, "is_emulated"),
     (native_cuda, "pointwise_mix"),
     (dispatch, "automatic_backends"),
     (dispatch, "requested_backend"),

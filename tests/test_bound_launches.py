@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from fakes.triton import emulated
 from triton_modes import triton_simulator
 
 from convmixer_fast import MixerBlock, MixerStack, use_backend
@@ -16,7 +17,6 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from triton.runtime.jit import JITFunction
 
 from convmixer_fast.backends import self_check
-from convmixer_fast.backends.triton import support
 
 SHAPE = (2, 16, 5, 6)
 
@@ -30,7 +30,7 @@ def test_a_repeated_call_looks_no_kernel_up(dtype, monkeypatch):
     ]
     self_check.forget()
     try:
-        with torch.no_grad(), triton_simulator().triton_on_cpu(cc=80) as log, support.emulated():
+        with torch.no_grad(), triton_simulator().triton_on_cpu(cc=80) as log, emulated():
             with use_backend("triton"):
                 want = [copy.deepcopy(stack)(x) for x in images]
                 for _ in range(3):

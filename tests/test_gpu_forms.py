@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fakes.triton import emulated
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -29,7 +30,6 @@ from convmixer_fast.backends.kernel_key import (
     strides_like,
 )
 from convmixer_fast.backends.operands import Packed
-from convmixer_fast.backends.triton import support
 from convmixer_fast.backends.triton.configs import ProductConfig
 from convmixer_fast.backends.triton.kernels import (
     after_product,
@@ -70,7 +70,7 @@ def launches() -> Iterator[list[tuple]]:
         return run
 
     before = torch.get_float32_matmul_precision()
-    with pytest.MonkeyPatch.context() as patch, support.emulated():
+    with pytest.MonkeyPatch.context() as patch, emulated():
         for kernel in KERNELS:
             patch.setattr(kernel, "run", recorder(kernel))
         patch.setattr(operands, "architecture", lambda device: 90)

@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
+from fakes.triton import emulated
 from torch import nn
 from triton_modes import compiler, interpreter, run_in_interpreter, triton_simulator
 
 from convmixer_fast import ConvMixer, explain, use_backend
 from convmixer_fast.backends import self_check
-from convmixer_fast.backends.triton import support
 from convmixer_fast.testing import assert_numerics, trained_like_
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -86,7 +86,7 @@ def test_interpreter_uint8_images_after_a_first_use() -> None:
 def test_simulator(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     sim = triton_simulator()
     monkeypatch.setenv(self_check.ENVIRONMENT, "0")
-    with support.emulated(), sim.triton_on_cpu(cc=80, strict=True) as log:
+    with emulated(), sim.triton_on_cpu(cc=80, strict=True) as log:
         check(64, 5, "gelu", dtype)
     assert len(log) == 7
     assert not any(stats.races for stats in log)
@@ -97,7 +97,7 @@ def test_simulator(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_simulator_uint8_images(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     sim = triton_simulator()
     monkeypatch.setenv(self_check.ENVIRONMENT, "0")
-    with support.emulated(), sim.triton_on_cpu(cc=80, strict=True) as log:
+    with emulated(), sim.triton_on_cpu(cc=80, strict=True) as log:
         check(64, 3, "gelu", dtype, uint8=True, depth=1)
     assert len(log) == 3
 
@@ -115,7 +115,7 @@ def test_simulator_at_published_widths(
     sim = triton_simulator()
     monkeypatch.setenv(self_check.ENVIRONMENT, "0")
     # The counters of memory accesses are not needed.
-    with support.emulated(), sim.triton_on_cpu(cc=80, strict=True, counters=False) as log:
+    with emulated(), sim.triton_on_cpu(cc=80, strict=True, counters=False) as log:
         check(dim, k, act, dtype)
     assert not any(stats.races for stats in log)
 
@@ -124,7 +124,7 @@ def test_simulator_at_published_widths(
 def test_simulator_finds_the_first_use_right() -> None:
     sim = triton_simulator()
     self_check.forget()
-    with support.emulated(), sim.triton_on_cpu(cc=80, strict=True) as log:
+    with emulated(), sim.triton_on_cpu(cc=80, strict=True) as log:
         check(32, 3, "silu", torch.bfloat16)
     found = self_check.results()
     self_check.forget()

@@ -70,7 +70,7 @@ def cuda_installed(
     fake = FakeCuda(capability, families)
     with pytest.MonkeyPatch.context() as patch, installed(backend, fake):
         patch.setattr(native_cuda, "_find", lambda: (fake.module(), ""))
-        patch.setattr(native_cuda, "is_emulated", lambda: True)
+        patch.setattr(native_cuda, "why_not", _why_not)
         patch.setattr(native_cuda, "pointwise_mix", fake.cuda)
         patch.setattr(support, "architecture", lambda device: fake.capability)
         _forget()
@@ -88,6 +88,12 @@ def without_triton() -> Iterator[None]:
         patch.setattr(support, "_why_no_triton", lambda: why)
         patch.setattr(functions, "kernels", lambda: pytest.fail("Triton's kernels were requested"))
         yield
+
+
+def _why_not(device: torch.device) -> str:
+    if native_cuda.load() is None:
+        return native_cuda.why_unavailable()
+    return native_cuda.why_not_gpu(support.architecture(device))
 
 
 def _forget() -> None:

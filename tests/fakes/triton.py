@@ -113,10 +113,25 @@ class FakeTriton:
 
 
 @contextmanager
+def emulated() -> Iterator[None]:
+    """Inside the block, kernels run on CPU tensors, for the whole process.
+
+    Under ``auto`` the CPU's own backend keeps computing CPU tensors; ask for ``triton`` by name.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(support, "is_emulated", lambda: True)
+        support.invalidate_routes()
+        try:
+            yield
+        finally:
+            support.invalidate_routes()
+
+
+@contextmanager
 def installed(backend: str = "triton", fake: FakeTriton | None = None) -> Iterator[FakeTriton]:
     """Replace the Triton kernels by the fake and request a backend by name, inside the block."""
     fake = fake or FakeTriton()
-    with pytest.MonkeyPatch.context() as patch, support.emulated(), use_backend(backend):
+    with pytest.MonkeyPatch.context() as patch, emulated(), use_backend(backend):
         patch.setattr(support, "_why_no_triton", lambda: "")
         names = ("pack_taps", "depthwise_mix", "pointwise_mix", "patch_embed", "after_product_")
         table = functions.Kernels(*(getattr(fake, name) for name in names))

@@ -52,11 +52,6 @@ def _engine() -> ModuleType:
     return module
 
 
-def is_emulated() -> bool:
-    """Whether the kernels take CPU tensors: never, but a test may stand in for them."""
-    return False
-
-
 def why_not_here() -> str:
     """Why the kernels run on no GPU of this machine; ``""`` where they run on one."""
     if load() is None:
@@ -68,9 +63,9 @@ def why_not_here() -> str:
 
 def why_not(device: torch.device) -> str:
     """Why the kernels run on no tensors of a device; ``""`` where they run."""
-    if device.type != "cuda" and not is_emulated():
+    if device.type != "cuda":
         return f"the tensors are on {device.type}"
-    why = support.why_no_gpu(device) if device.type == "cuda" else ""
+    why = support.why_no_gpu(device)
     if why:
         return why
     return why_unavailable() if load() is None else why_not_gpu(support.architecture(device))

@@ -1,9 +1,8 @@
 """Whether Triton kernels can run on a device, found out without importing Triton.
 
 They run where Triton is installed and the device is a GPU of compute capability 8.0 or later, or
-one that ROCm drives. On CPU tensors they run only in emulation: in Triton's own interpreter
-(``TRITON_INTERPRET=1``, before Triton is imported), or inside `emulated`, which is for tests that
-bring a simulator.
+one that ROCm drives. On CPU tensors they run only in Triton's own interpreter
+(``TRITON_INTERPRET=1``, before Triton is imported).
 """
 
 from __future__ import annotations
@@ -12,8 +11,7 @@ import os
 import shutil
 import sys
 import sysconfig
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
@@ -31,27 +29,9 @@ MIN_TRITON = (3, 4)
 #: Names under which Triton is distributed.
 _DISTRIBUTIONS = ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm")
 
-_emulating = 0
 _dispatch_version = 0
 #: Devices that were found able: this is asked at every call of an operator.
 _capable: set[int] = set()
-
-
-@contextmanager
-def emulated() -> Iterator[None]:
-    """Inside the block, kernels run on CPU tensors too: something stands in for the GPU.
-
-    For the whole process, as the emulation is. Under ``auto`` the CPU's own backend keeps computing
-    CPU tensors; ask for ``triton`` by name.
-    """
-    global _emulating
-    _emulating += 1
-    invalidate_routes()
-    try:
-        yield
-    finally:
-        _emulating -= 1
-        invalidate_routes()
 
 
 def dispatch_version() -> int:
@@ -73,8 +53,8 @@ def cdiv(a: int, b: int) -> int:
 
 
 def is_emulated() -> bool:
-    """Whether kernels run on CPU tensors."""
-    return _emulating > 0 or os.environ.get("TRITON_INTERPRET", "0") == "1"
+    """Whether kernels run on CPU tensors, in Triton's own interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def is_kernel_device(device: torch.device) -> bool:
