@@ -30,11 +30,11 @@ from convmixer_fast.backends.kernel_key import (
     strides_like,
 )
 from convmixer_fast.backends.operands import Packed
+from convmixer_fast.backends.triton import support
 from convmixer_fast.backends.triton.configs import ProductConfig
 from convmixer_fast.backends.triton.kernels import (
     after_product,
     depthwise,
-    operands,
     pointwise,
     stem,
 )
@@ -73,7 +73,7 @@ def launches() -> Iterator[list[tuple]]:
     with pytest.MonkeyPatch.context() as patch, emulated():
         for kernel in KERNELS:
             patch.setattr(kernel, "run", recorder(kernel))
-        patch.setattr(operands, "architecture", lambda device: 90)
+        patch.setattr(support, "architecture", lambda device: 90)
         yield seen
     torch.set_float32_matmul_precision(before)
 

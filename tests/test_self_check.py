@@ -14,7 +14,7 @@ from test_ops import OPS, make_operands
 from convmixer_fast import BackendError, ConvMixer, explain
 from convmixer_fast.backends import self_check
 from convmixer_fast.backends.kernel_key import MANY_OUTPUTS
-from convmixer_fast.backends.triton import functions
+from convmixer_fast.backends.triton import functions, support
 from convmixer_fast.backends.triton.configs import lookup_pointwise
 from convmixer_fast.diagnostics import doctor
 from convmixer_fast.ops import depthwise, dispatch, pointwise
@@ -107,9 +107,6 @@ def gpu_reference(op: str):
 @pytest.fixture
 def copy_engine(double):
     """Tells which tiles are right: `FakeTriton.pointwise_mix`, as on a GPU with a copy engine."""
-    operands = pytest.importorskip(
-        "convmixer_fast.backends.triton.kernels.operands", reason="needs Triton"
-    )
     good, allowed = double.pointwise_mix, []
 
     def pointwise_mix(*args, config=None, **kwargs):
@@ -119,7 +116,7 @@ def copy_engine(double):
     table = functions.kernels()._replace(pointwise_mix=pointwise_mix)
     # Its own patch: the test's is undone after the double's, and would put the double back.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(operands, "architecture", lambda device: 90)
+        patch.setattr(support, "architecture", lambda device: 90)
         patch.setattr(functions, "kernels", lambda: table)
         yield allowed
 

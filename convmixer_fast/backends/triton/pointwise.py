@@ -15,7 +15,7 @@ from ..kernel_key import BEYOND_INT32, MANY_OUTPUTS, KernelKey
 from ..layout import aligned, as_channels_last, into, stem_format, vectors
 from ..operands import Packed, memory_format_of
 from ..tuning_cache import Config
-from . import configs, functions
+from . import configs, functions, support
 from .configs import PointwiseConfig, ProductConfig
 from .implementation import TritonImplementation
 from .precision import dot_precision
@@ -62,9 +62,7 @@ class TritonPointwise(TritonImplementation):
 
     def plainer(self, key: KernelKey, config: Config | None) -> PointwiseConfig | None:
         """The tile without the copy engine; None where the call's own is without."""
-        from .kernels import operands
-
-        architecture = operands.architecture(torch.device(key.device))
+        architecture = support.architecture(torch.device(key.device))
         if not isinstance(config, PointwiseConfig):
             rows = (1, MANY_OUTPUTS // key.out_channels + 1, BEYOND_INT32)[key.size]
             config = configs.lookup_pointwise(
@@ -78,11 +76,9 @@ class TritonPointwise(TritonImplementation):
 
 
 def shipped_tiles(device: torch.device, dtype: torch.dtype) -> tuple[PointwiseConfig, ...]:
-    """Every tile shipped for 1x1 convolutions on ``device``. Imports Triton."""
-    from .kernels import operands
-
+    """Every tile shipped for 1x1 convolutions on ``device``."""
     tf32 = dot_precision(dtype) == "tf32"
-    return configs.pointwise_candidates(operands.architecture(device), dtype, tf32)
+    return configs.pointwise_candidates(support.architecture(device), dtype, tf32)
 
 
 @implements(POINTWISE, "triton", "product")

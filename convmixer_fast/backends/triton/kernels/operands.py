@@ -9,7 +9,6 @@ import triton
 from torch import Tensor
 
 from ....arch import ACTIVATIONS
-from ..support import architecture as architecture
 
 #: Tiles address their elements with int32 offsets from an int64 start: 256 rows at most, each less
 #: than this many elements from the next.

@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .. import support
 from ..configs import PointwiseConfig, lookup_pointwise
 from ..precision import dot_precision
 from ..support import cdiv
@@ -205,7 +206,7 @@ def pointwise_mix(
     describable = _describable(x, weight, out, M, stride)
     if config is None:
         config = lookup_pointwise(
-            operands.architecture(x.device),
+            support.architecture(x.device),
             x.dtype,
             rows=M,
             columns=N,
