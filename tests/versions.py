@@ -213,7 +213,7 @@ class Runner:
         """A virtual environment with this torch; the one that was there is removed.
 
         Raises:
-            NotRun: the Python or the torch is not to be had.
+            NotRun: the Python or the torch is not to be had, or fits no torchvision.
         """
         base = interpreter(pair.python)
         wanted = pair.requirements()
@@ -235,6 +235,13 @@ class Runner:
                 reason = f"pip finds no torch {pair.torch} for Python {pair.python}"
                 raise NotRun(reason, lasting=True) from None
             raise
+        log = self.log(pair, "torchvision")
+        try:
+            call([place / "bin/python", "-c", "import torchvision"], log, 600)
+        except NotRun:
+            shutil.rmtree(place)
+            reason = f"the torch {pair.torch} that pip finds does not fit its torchvision"
+            raise NotRun(reason, lasting=True) from None
         (place / "complete").touch()
         return place
 
