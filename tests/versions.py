@@ -37,12 +37,11 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "tests" / "versions.json"
 
 #: Run on every version: drop-in modules, foreign models, operators, checkpoints, the engine and,
-#: with a fake GPU, the GPU path. "name" is tests/test_name.py, "name/" a folder.
+#: with a fake GPU, the GPU path. "folder/name" is tests/folder/test_name.py, "folder/" a folder.
 FILES = (
-    *("import", "model", "blocks", "optimize", "compat/", "checkpoint/"),
-    *("ops", "backends", "mixer", "stem", "packing", "route", "for_inference", "native"),
-    *("torchscript", "names", "gpu_path", "cuda_path", "self_check", "graphs"),
-    *("kernels_after_product", "bound_launches"),
+    *("ops/", "modules/", "compat/", "checkpoint/", "project/import"),
+    *("backends/native", "backends/gpu_path", "backends/cuda_path", "backends/self_check"),
+    *("backends/kernels_after_product", "backends/bound_launches"),
 )
 
 #: torch x Python of the table in docs/reference/support.md.
@@ -134,7 +133,8 @@ def interpreter(minor: str) -> str:
 
 def path_of(name: str) -> Path:
     """The test file or the folder of tests that an entry of `FILES` names."""
-    return ROOT / "tests" / (name if name.endswith("/") else f"test_{name}.py")
+    folder, _, test = name.rpartition("/")
+    return ROOT / "tests" / folder / (f"test_{test}.py" if test else "")
 
 
 def sources() -> list[Path]:

@@ -1,4 +1,4 @@
-"""Files state their activation; tests/test_recipe.py is about preprocessing and labels."""
+"""Files state their activation; tests/project/test_recipe.py is about preprocessing and labels."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ constexpr int64_t kAsked = kPanel < 16 ? kPanel : 16;
 constexpr int64_t kPiece = kWide ? kSum : 512;
 
 // GCC 12 spills in this loop: with AVX-512 if it is a function of its own (24 of 312 instructions), otherwise
-// if it is inlined. tests/test_counts.py checks the latter.
+// if it is inlined. tests/benchmarks/test_counts.py checks the latter.
 #if defined(__AVX512F__)
 #define CMF_LOOP CMF_INLINE
 #else

@@ -10,7 +10,7 @@ import pytest
 
 import convmixer_fast
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 SCRIPT = """
 import sys
@@ -60,7 +60,7 @@ def test_every_fresh_python_is_fresh_pythons():
     # that do not import the package; versions.py starts the Pythons of other environments.
     own = {
         "tests/packaging/test_build.py",
-        f"tests/{Path(__file__).name}",
+        str(Path(__file__).relative_to(ROOT)),
         "tests/versions.py",
         "tests/cli/test_outputs.py",
         "benchmarks/cpu.py",

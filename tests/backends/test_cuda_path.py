@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from fakes.cuda import cuda_installed, without_triton
-from test_ops import make_operands
+from operator_cases import make_operands
 
 import convmixer_fast as cf
 from convmixer_fast import BackendError, ConvMixer, explain, use_backend

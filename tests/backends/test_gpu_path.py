@@ -11,7 +11,7 @@ import pytest
 import torch
 from fakes.cuda import FakeCuda
 from fakes.triton import installed
-from test_ops import LAYOUTS, OPS, check, make_input, make_operands
+from operator_cases import LAYOUTS, OPS, check, make_input, make_operands
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "convmixer_fast"
+PACKAGE = Path(__file__).parents[2] / "convmixer_fast"
 #: From the bottom to the top; parts of one row know nothing of each other.
 LAYERS = (
     ("arch", "environment", "files"),

@@ -21,7 +21,7 @@ import torch
 
 from convmixer_fast.testing import error_report
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 MACHINE = {"name": "epyc-zen1-2c", "cpu": "AMD EPYC", "cores": 2, "isa": "avx2", "system": "Linux"}
 RUN = {"date": "2025-01-31", "torch": "2.9.0", "engine": "aa"}
 

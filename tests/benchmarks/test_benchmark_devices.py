@@ -27,7 +27,7 @@ from convmixer_fast.diagnostics.timing import event_clock, interleaved_times
 from convmixer_fast.reference import ReferenceConvMixer
 from convmixer_fast.testing import trained_like_
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 
 

@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 from fakes.triton import installed
-from test_ops import OPS, make_operands
+from operator_cases import OPS, make_operands
 
 from convmixer_fast import BackendError, ConvMixer, explain
 from convmixer_fast.backends import self_check

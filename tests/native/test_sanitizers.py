@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 COMPILERS = ("c++", "g++", "clang++")
 IS_X86 = platform.machine() in ("x86_64", "AMD64")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fakes.triton import installed
-from test_ops import make_operands
+from operator_cases import make_operands
 from torch import Tensor, nn
 from torch.library import opcheck
 

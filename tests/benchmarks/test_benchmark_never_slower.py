@@ -21,7 +21,7 @@ import work
 
 from convmixer_fast import create_model, explain
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 MACHINE = {"name": "epyc-zen1-2c", "cpu": "AMD EPYC", "cores": 2, "isa": "avx2", "system": "Linux"}
 RUN = {"date": "2025-01-31", "torch": "2.9.0", "engine": "aa"}

@@ -13,7 +13,7 @@ import torch
 from convmixer_fast import ConvMixer, save_checkpoint
 from convmixer_fast.testing import trained_like_
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture

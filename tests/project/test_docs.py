@@ -17,7 +17,7 @@ from PIL import Image
 from convmixer_fast import ConvMixer, cli, save_checkpoint
 from convmixer_fast.inference.predictor import MAX_MEMORY
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
