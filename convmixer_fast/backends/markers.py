@@ -46,10 +46,10 @@ class Marker:
             # On the disk even if the machine has to be switched off.
             os.fsync(self._file.fileno())
 
-    def keep(self, case: KernelKey, why: str) -> None:
+    def keep(self, key: KernelKey, why: str) -> None:
         """Leave the mark for later processes, with what was found, though this one lives."""
         with suppress(OSError):
-            self.write(kernel=str(case), found=why)
+            self.write(kernel=str(key), found=why)
         self._path = None
 
     def end(self) -> None:
@@ -61,9 +61,9 @@ class Marker:
 
 
 @contextmanager
-def marked(case: KernelKey) -> Iterator[Marker]:
-    """A mark on disk that the kernel of ``case`` runs inside the block, whatever ends the block."""
-    marker = _begin(case)
+def marked(key: KernelKey) -> Iterator[Marker]:
+    """A mark on disk that the kernel of ``key`` runs inside the block, whatever ends the block."""
+    marker = _begin(key)
     try:
         yield marker
     finally:
@@ -71,8 +71,8 @@ def marked(case: KernelKey) -> Iterator[Marker]:
             marker.end()
 
 
-def _begin(case: KernelKey) -> Marker:
-    stem = _stem(case)
+def _begin(key: KernelKey) -> Marker:
+    stem = _stem(key)
     if fcntl is None or stem is None:
         return Marker()
     path = tuning_cache.folder() / f"{stem}{uuid.uuid4().hex}.json"
@@ -82,7 +82,7 @@ def _begin(case: KernelKey) -> Marker:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(hidden, "x", encoding="utf-8")  # noqa: SIM115
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        Marker(file=file).write(kernel=str(case))
+        Marker(file=file).write(kernel=str(key))
         os.replace(hidden, path)
     except OSError:
         if file is not None:
@@ -93,9 +93,9 @@ def _begin(case: KernelKey) -> Marker:
     return Marker(path, file)
 
 
-def left(case: KernelKey) -> str:
-    """Why the kernel of ``case`` is not to be tried: what an earlier process left; else ``""``."""
-    stem = _stem(case)
+def left(key: KernelKey) -> str:
+    """Why the kernel of ``key`` is not to be tried: what an earlier process left; else ``""``."""
+    stem = _stem(key)
     return next((why for why, _ in _found(stem).values()), "") if stem else ""
 
 
@@ -105,9 +105,9 @@ def all_left(device: torch.device) -> dict[str, str]:
     return {kernel: why for why, kernel in _found(stem).values()} if stem else {}
 
 
-def clear(case: KernelKey) -> None:
-    """Remove what earlier processes left about the kernel of ``case``."""
-    stem = _stem(case)
+def clear(key: KernelKey) -> None:
+    """Remove what earlier processes left about the kernel of ``key``."""
+    stem = _stem(key)
     for path in _found(stem) if stem else ():
         with suppress(OSError):
             path.unlink(missing_ok=True)
@@ -153,7 +153,7 @@ def _machine_stem(device: torch.device) -> str | None:
         return None
 
 
-def _stem(case: KernelKey) -> str | None:
-    stem = _machine_stem(torch.device(case.device))
-    text = " ".join(map(str, case._replace(device="")))
+def _stem(key: KernelKey) -> str | None:
+    stem = _machine_stem(torch.device(key.device))
+    text = " ".join(map(str, key._replace(device="")))
     return stem and f"{stem}{hashlib.sha256(text.encode()).hexdigest()[:16]}-"

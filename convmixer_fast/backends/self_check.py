@@ -3,7 +3,7 @@
 A kernel that was compiled for a device, a dtype and a size for the first time is run on a small
 random input and held against PyTorch by the numerics rule (`convmixer_fast.testing`). Where it
 disagrees, or cannot be compiled or launched, one warning says so and PyTorch's own operators
-compute that case for as long as the process lives; `explain` and ``convmixer-fast doctor`` show it.
+compute its calls for as long as the process lives; `explain` and ``convmixer-fast doctor`` show it.
 A kernel that moves its tiles by the copy engine (TMA) is tried without it before that, and a
 warning says so too. ``CONVMIXER_FAST_VERIFY=0`` switches the check off.
 
@@ -11,8 +11,8 @@ Some faults leave nothing of a process's GPU context. After every caught error t
 synchronized; where that fails, too, `ContextLostError` says so. A kernel that took a context or a
 whole process with it in its check is not tried again by later ones (`markers`).
 
-The check waits for the GPU, so it does not run while a CUDA graph is captured: a case that comes up
-there for the first time is PyTorch's until a call outside a capture.
+The check waits for the GPU, so it does not run while a CUDA graph is captured: PyTorch computes the
+calls of a kernel that comes up there for the first time, until a call outside a capture.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from .triton.support import is_capturing as is_capturing
 
 ENVIRONMENT = "CONVMIXER_FAST_VERIFY"
 
-#: "" for a case that was found right, else the reason for the fallback to PyTorch.
+#: "" for a kernel that was found right, else the reason for the fallback to PyTorch.
 _results: dict[KernelKey, str] = {}
-#: The tile that computes a case instead of its own, and what was wrong with that one.
+#: The tile that replaces a kernel's own, and what was wrong with that one.
 _fallback_tiles: dict[KernelKey, tuple[Any, str]] = {}
 _lock = threading.RLock()
 
@@ -48,39 +48,39 @@ def is_on() -> bool:
     return environment.flag("VERIFY", default=True)
 
 
-def result(case: KernelKey) -> str | None:
-    """``""`` for a case that was checked and is right, the reason for one that is PyTorch's, else
-    None. What an earlier process left is a verdict, too."""
-    known = _results.get(case)
+def result(key: KernelKey) -> str | None:
+    """``""`` for a kernel that was checked and is right, the reason for one that is PyTorch's, else
+    None. What an earlier process left counts, too."""
+    known = _results.get(key)
     if known is None and is_on():
-        why = markers.left(case)
+        why = markers.left(key)
         if why:
             with _lock:
-                if case not in _results:
-                    _settle(case, why)
-            return _results.get(case)
+                if key not in _results:
+                    _settle(key, why)
+            return _results.get(key)
     return known
 
 
 def results() -> dict[KernelKey, str]:
-    """Every case so far, with ``""`` or the reason for the fallback to PyTorch."""
+    """Every kernel so far, with ``""`` or the reason for the fallback to PyTorch."""
     with _lock:
         return dict(_results)
 
 
 def fallback_tiles() -> dict[KernelKey, str]:
-    """Every case that another tile computes than its own, and what was wrong with that one."""
+    """Every kernel that another tile replaces than its own, and what was wrong with that one."""
     with _lock:
-        return {case: why for case, (_, why) in _fallback_tiles.items()}
+        return {key: why for key, (_, why) in _fallback_tiles.items()}
 
 
-def fallback_tile(case: KernelKey) -> tuple[Any, str]:
-    """The tile that was found right where the case's own was not, and why; (None, "") for none."""
-    return _fallback_tiles.get(case, (None, ""))
+def fallback_tile(key: KernelKey) -> tuple[Any, str]:
+    """The tile that replaces the kernel's own, and what was wrong; (None, "") for none."""
+    return _fallback_tiles.get(key, (None, ""))
 
 
 def forget() -> None:
-    """Forget every result: the next call of each case checks again."""
+    """Forget every result: the next call of each kernel checks again."""
     with _lock:
         _results.clear()
         _fallback_tiles.clear()
@@ -88,51 +88,51 @@ def forget() -> None:
 
 
 def ready(
-    case: KernelKey, check: Callable[[Any], str], plainer: Callable[[], Any] = lambda: None
+    key: KernelKey, check: Callable[[Any], str], plainer: Callable[[], Any] = lambda: None
 ) -> bool:
-    """Whether a kernel computes ``case``, the fallback tile's if any; the first call checks it.
+    """Whether the kernel of ``key`` is right, the fallback tile's if any; the first call checks it.
 
     Args:
-        check: runs the kernel with a tile (None: the case's own) against PyTorch; returns ``""`` or
-            what is wrong, or raises. `torch.OutOfMemoryError` proves nothing: PyTorch computes this
+        check: runs the kernel with a tile (None: its own) against PyTorch; returns ``""`` or what
+            is wrong, or raises. `torch.OutOfMemoryError` proves nothing: PyTorch computes this
             call, the next one checks.
-        plainer: the tile to try where the case's own is not right; None for none.
+        plainer: the tile to try where the kernel's own is not right; None for none.
 
     Raises:
         ContextLostError: the check, or what ran before it, lost the GPU's context.
     """
-    known = result(case)
+    known = result(key)
     if known is not None:
         return not known
     if not is_on():
         return True
-    if is_capturing(torch.device(case.device)):
+    if is_capturing(torch.device(key.device)):
         return False
     # One thread checks; others that need the same kernel wait for its result.
     with _lock:
-        known = _results.get(case)
+        known = _results.get(key)
         if known is None:
             # What went wrong before is no fault of the kernel.
-            raise_if_lost(torch.device(case.device), f"what ran before the check of {case}")
+            raise_if_lost(torch.device(key.device), f"what ran before the check of {key}")
             try:
-                known = _found(case, check, None)
+                known = _found(key, check, None)
                 tile = plainer() if known else None
-                if tile is not None and not _found(case, check, tile):
-                    _fallback_tiles[case] = (tile, known)
-                    _warn(f"the copy engine's form of the kernel for {case} is not used: {known}")
+                if tile is not None and not _found(key, check, tile):
+                    _fallback_tiles[key] = (tile, known)
+                    _warn(f"the copy engine's form of the kernel for {key} is not used: {known}")
                     known = ""
             except torch.OutOfMemoryError:
                 return False
-            _settle(case, known)
+            _settle(key, known)
     return not known
 
 
-def _found(case: KernelKey, check: Callable[[Any], str], tile: Any) -> str:
-    why = left(case, tile)
+def _found(key: KernelKey, check: Callable[[Any], str], tile: Any) -> str:
+    why = left(key, tile)
     if why:
         return why
     try:
-        with trying(case, tile):
+        with trying(key, tile):
             return check(tile)
     except (torch.OutOfMemoryError, ContextLostError):
         raise
@@ -140,40 +140,40 @@ def _found(case: KernelKey, check: Callable[[Any], str], tile: Any) -> str:
         return describe(error)
 
 
-def _tiled(case: KernelKey, tile: Any) -> KernelKey:
-    return case if tile is None else case._replace(tile=str(tile))
+def _tiled(key: KernelKey, tile: Any) -> KernelKey:
+    return key if tile is None else key._replace(tile=str(tile))
 
 
 @contextmanager
-def trying(case: KernelKey, tile: Any = None) -> Iterator[None]:
-    """Mark on disk that the kernel of ``case``, with ``tile`` if any, is tried inside the block.
+def trying(key: KernelKey, tile: Any = None) -> Iterator[None]:
+    """Mark on disk that the kernel of ``key``, with ``tile`` if any, is tried inside the block.
 
     Raises:
         ContextLostError: the block raised, and the GPU's context is lost. The mark stays.
     """
-    case = _tiled(case, tile)
-    with markers.marked(case) as marker:
+    key = _tiled(key, tile)
+    with markers.marked(key) as marker:
         try:
             yield
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             try:
-                raise_if_lost(torch.device(case.device), str(case), error)
+                raise_if_lost(torch.device(key.device), str(key), error)
             except ContextLostError:
-                marker.keep(case, f"the GPU's context was lost in its check: {describe(error)}")
+                marker.keep(key, f"the GPU's context was lost in its check: {describe(error)}")
                 raise
             raise
 
 
-def left(case: KernelKey, tile: Any = None) -> str:
+def left(key: KernelKey, tile: Any = None) -> str:
     """Why an earlier process says that a kernel is not to be tried; ``""`` where none does."""
-    return markers.left(_tiled(case, tile))
+    return markers.left(_tiled(key, tile))
 
 
-def found_right(case: KernelKey, tile: Any = None) -> None:
+def found_right(key: KernelKey, tile: Any = None) -> None:
     """A kernel that an earlier process left a mark of is right after all: remove the mark."""
-    markers.clear(_tiled(case, tile))
+    markers.clear(_tiled(key, tile))
 
 
 def raise_if_lost(device: torch.device, what: str, error: BaseException | None = None) -> None:
@@ -201,16 +201,16 @@ def raise_if_lost(device: torch.device, what: str, error: BaseException | None =
         ) from (error or fault)
 
 
-def fail(case: KernelKey, error: BaseException) -> None:
-    """A kernel that was right once could not be launched: PyTorch computes ``case`` from now on.
+def fail(key: KernelKey, error: BaseException) -> None:
+    """A kernel that was right once could not be launched: PyTorch computes its calls from now on.
 
     Raises:
         ContextLostError: the GPU's context is lost.
     """
-    raise_if_lost(torch.device(case.device), f"the launch of {case}", error)
+    raise_if_lost(torch.device(key.device), f"the launch of {key}", error)
     with _lock:
-        if not _results.get(case):
-            _settle(case, describe(error))
+        if not _results.get(key):
+            _settle(key, describe(error))
 
 
 def describe(error: BaseException) -> str:
@@ -226,13 +226,13 @@ def describe(error: BaseException) -> str:
     return text if len(text) <= 300 else f"{text[:120]} ... {text[-175:]}"
 
 
-def _settle(case: KernelKey, why: str) -> None:
-    _results[case] = why
+def _settle(key: KernelKey, why: str) -> None:
+    _results[key] = why
     support.invalidate_routes()
     if not why:
         return
-    tile = f" ({case.tile})" if case.tile else ""
-    _warn(f"the kernel for {case}{tile} is not used: {why}")
+    tile = f" ({key.tile})" if key.tile else ""
+    _warn(f"the kernel for {key}{tile} is not used: {why}")
 
 
 def _warn(what: str) -> None:

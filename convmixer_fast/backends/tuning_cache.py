@@ -132,18 +132,18 @@ def _file_of(device: str, environment: str | None) -> Path:
     return file_for(torch.device(device))
 
 
-def lookup(case: KernelKey, shape: tuple[int, int, int]) -> TunedEntry | None:
+def lookup(key: KernelKey, shape: tuple[int, int, int]) -> TunedEntry | None:
     """The entry for exactly this call, or None.
 
     Args:
         shape: N, H, W of the activations.
     """
-    path = _file_of(case.device, os.environ.get(ENVIRONMENT))
+    path = _file_of(key.device, os.environ.get(ENVIRONMENT))
     table = _known.get(path)
     if table is None:
         with _lock:
             table = _known.setdefault(path, _read(path))
-    return table.get(_key(case, shape)) if table else None
+    return table.get(_key(key, shape)) if table else None
 
 
 def keep(
@@ -160,7 +160,7 @@ def keep(
         OSError: it cannot be written; the entries hold for this process all the same.
     """
     path = file_for(device)
-    new = {_key(*call): verdict for call, verdict in found.items()}
+    new = {_key(*call): entry for call, entry in found.items()}
     with _lock:
         # What another process wrote meanwhile stays, and so does what is known here alone.
         held = _read(path)
@@ -171,10 +171,10 @@ def keep(
     return path
 
 
-def _key(case: KernelKey, shape: tuple[int, int, int]) -> str:
-    dtype = str(case.dtype).removeprefix("torch.")
-    fields = (case.op, dtype, case.channels, case.out_channels, case.kernel_size, case.act)
-    return " ".join(map(str, (*fields, int(case.bias), *shape)))
+def _key(key: KernelKey, shape: tuple[int, int, int]) -> str:
+    dtype = str(key.dtype).removeprefix("torch.")
+    fields = (key.op, dtype, key.channels, key.out_channels, key.kernel_size, key.act)
+    return " ".join(map(str, (*fields, int(key.bias), *shape)))
 
 
 def _read(path: Path) -> dict[str, TunedEntry]:
@@ -188,7 +188,7 @@ def _read(path: Path) -> dict[str, TunedEntry]:
     try:
         if held["format"] != FORMAT:
             return {}
-        return {key: _verdict(row) for key, row in held["verdicts"].items()}
+        return {key: _entry(row) for key, row in held["verdicts"].items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         _warn(path, error)
         return {}
@@ -203,7 +203,7 @@ def _warn(path: Path, error: Exception) -> None:
     )
 
 
-def _verdict(row: dict[str, Any]) -> TunedEntry:
+def _entry(row: dict[str, Any]) -> TunedEntry:
     config = None
     if row["config"] is not None:
         fields = dict(row["config"])
@@ -213,17 +213,17 @@ def _verdict(row: dict[str, Any]) -> TunedEntry:
     )
 
 
-def _row(verdict: TunedEntry) -> dict[str, Any]:
-    config = verdict.config
+def _row(entry: TunedEntry) -> dict[str, Any]:
+    config = entry.config
     held = None if config is None else {"type": type(config).__name__, **asdict(config)}
-    return {"winner": verdict.winner, "config": held, "seconds": dict(verdict.seconds)}
+    return {"winner": entry.winner, "config": held, "seconds": dict(entry.seconds)}
 
 
 def _write(path: Path, device: torch.device, table: Mapping[str, TunedEntry]) -> None:
     held = {
         "format": FORMAT,
         "machine": machine(device),
-        "verdicts": {key: _row(verdict) for key, verdict in sorted(table.items())},
+        "verdicts": {key: _row(entry) for key, entry in sorted(table.items())},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_or_absent(path) as file:

@@ -277,7 +277,7 @@ def test_without_a_gpu_it_says_why(model):
 def test_every_config_survives_the_file(double):
     for config in (DepthwiseConfig(8, 8, 64, 11, 4), PointwiseConfig(64, 64, 32, halves=True)):
         verdict = tuning_cache.TunedEntry("triton", config, {"triton": 1e-3})
-        assert tuning_cache._verdict(json.loads(json.dumps(tuning_cache._row(verdict)))) == verdict
+        assert tuning_cache._entry(json.loads(json.dumps(tuning_cache._row(verdict)))) == verdict
 
 
 def test_training_models_have_nothing_to_tune(double, model):
