@@ -5,11 +5,11 @@ autocast faster in oneDNN:
 
 * AMX: at 768 channels and 224 px 26 images a second and core, the engine 9.4. PyTorch computes
   every bfloat16 call there, and float32 calls that may be rounded to bfloat16.
-* AVX512-BF16 alone, which has twice the float32 rate (Zen 4; Zen 5 is not measured): the engine
-  takes 0.6-1.08 of PyTorch's time at 256 channels, 0.8-1.2 at 384 and 512 and 1.0-1.5 from 768 on,
-  so that PyTorch computes bfloat16 from 384 channels on. float32 calls that may be rounded stay
-  with the engine: PyTorch's maps are float32 too, and the engine takes 0.7-1.03 of its time for
-  1024/20 from 4 x 4 maps on.
+* AVX512-BF16 alone, which has twice the float32 rate. On Zen 4 the engine takes 0.6-1.08 of
+  PyTorch's time at 256 channels, 0.8-1.2 at 384 and 512 and 1.0-1.5 from 768 on; on Zen 5 0.89-0.96
+  at 256 and 1.07-1.45 from 384 on. PyTorch computes bfloat16 from 384 channels on. float32 calls
+  that may be rounded stay with the engine: PyTorch's maps are float32 too, and on Zen 4 the engine
+  takes 0.7-1.03 of its time for 1024/20 from 4 x 4 maps on.
 
 ``auto`` leaves such calls to PyTorch in the layout that is faster there (`fastest_layout`).
 """

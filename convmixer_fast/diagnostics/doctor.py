@@ -24,7 +24,7 @@ from ..backends.extensions import build_info
 from ..backends.kernel_key import KernelKey
 from ..backends.triton import support
 from ..modules.blocks import MixerBlock
-from ..ops import BackendError, available_backends, use_backend
+from ..ops import BackendError, available_backends, depthwise_mix, pointwise_mix, use_backend
 from ..ops.depthwise import DEPTHWISE
 from ..ops.dispatch import ENVIRONMENT, requested_backend
 from ..ops.pointwise import POINTWISE
@@ -138,10 +138,9 @@ def _dtype_of(backend: str) -> torch.dtype:
     return torch.float16 if backend == "cuda" else torch.float32
 
 
-def _of_operator(operator: Operator, name: str, act: str) -> Iterator[tuple[Tensor, ...]]:
+def _of_operator(operator: Operator, run: Any, name: str, act: str) -> Iterator[tuple[Tensor, ...]]:
     """A backend's result, PyTorch's in the same dtype and float64's, of each small input."""
     device, dtype = _device_of(name), _dtype_of(name)
-    run = getattr(torch.ops.convmixer_fast, operator.name)
     for n, c, height, width, k in _SHAPES:
         kernel_size = k if operator.depthwise else 1
         key = KernelKey(operator.key, "cpu", dtype, c, c, kernel_size, act, True)
@@ -160,7 +159,8 @@ def _of_block(name: str, act: str) -> Iterator[tuple[Tensor, ...]]:
     device, dtype = _device_of(name), _dtype_of(name)
     generator = torch.Generator("cpu").manual_seed(0)
     for n, c, height, width, k in _SHAPES:
-        x = torch.randn((n, c, height, width), generator=generator, device="cpu").to(dtype)
+        shape = (n, c, height, width)
+        x = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
         block = trained_like_(reference_block(c, k, ACTIVATIONS[act]), x.shape).to(dtype)
         fused = MixerBlock(c, k, act).eval().to(dtype)
         fused.load_state_dict(block.state_dict())
@@ -177,8 +177,8 @@ def check_backend(name: str) -> list[dict[str, Any]]:
     in another way.
     """
     checks: dict[str, Callable[[str], Iterator[tuple[Tensor, ...]]]] = {
-        DEPTHWISE.name: lambda act: _of_operator(DEPTHWISE, name, act),
-        POINTWISE.name: lambda act: _of_operator(POINTWISE, name, act),
+        DEPTHWISE.name: lambda act: _of_operator(DEPTHWISE, depthwise_mix, name, act),
+        POINTWISE.name: lambda act: _of_operator(POINTWISE, pointwise_mix, name, act),
         "block": lambda act: _of_block(name, act),
     }
     rows = []
